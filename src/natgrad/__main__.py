@@ -1,0 +1,164 @@
+"""The command line. Whatever a user gets wrong is answered by one line on stderr and exit code 2."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+USAGE = """natgrad: second-order training with very large mini-batches
+
+  natgrad train RECIPE [--ranks N] [--field value ...]   train; results go to runs/RECIPE
+  natgrad train --list                                   the recipes
+  natgrad compare TASK [--ranks N] [...]                 optimizers at equal budgets, and a report
+  natgrad coverage RECIPE                                which curvature each layer has, and its cost
+  natgrad report RUN... [--out FILE]                     one HTML page from run folders
+
+Every command answers to --help; so does every recipe."""
+
+EXTRAS = {
+    "tyro": "train",
+    "rich": "train",
+    "sklearn": "train",
+    "datasets": "train",
+    "PIL": "train",
+    "matplotlib": "report",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return dispatch(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return refuse(f"{error.name} is not installed; pip install 'natgrad[{extra}]'")
+    except ValueError as error:
+        if "NATGRAD_DEBUG" in os.environ:
+            raise
+        return refuse(" ".join(str(error).split()))
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Call the command that the first argument names."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise ValueError(f"there is no command {arguments[0]!r}; choose {', '.join(COMMANDS)}")
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+def refuse(text: str) -> int:
+    """Say in one line what is wrong, once for all ranks."""
+    from natgrad.train.launch import leave_message
+
+    if not leave_message(text) and os.environ.get("RANK", "0") == "0":
+        print(f"natgrad: {text}", file=sys.stderr)
+    return 2
+
+
+def train(arguments: list[str]) -> int:
+    """Train a recipe, on this process, as a rank of a world, or on ranks started here."""
+    if no_name(arguments):
+        return show_recipes(arguments)
+    from natgrad.recipes import find
+    from natgrad.train.arguments import Training, parse
+    from natgrad.train.launch import spread
+    from natgrad.train.run import check, run
+
+    name, *rest = arguments
+    maker = find(name)
+    values = parse(Training(maker()), f"natgrad train {name}", inspect.getdoc(maker) or "", rest)
+    return spread(
+        ["train", *arguments],
+        values.options.ranks,
+        check=lambda: check(name, values.recipe, values.options),
+        work=lambda world: run(name, values.recipe, values.options, world),
+    )
+
+
+def compare(arguments: list[str]) -> int:
+    """Tune and train every contender of a task at equal budgets."""
+    from natgrad.train.arguments import parse
+    from natgrad.train.compare import run
+    from natgrad.train.launch import spread
+    from natgrad.train.protocol import Protocol, check
+    from natgrad.train.tasks import find_task, tasks
+
+    if no_name(arguments):
+        lines = [f"  {task.name:<12} {task.about}" for task in tasks().values()]
+        return show("natgrad compare TASK [--field value ...]; the tasks:\n", lines, arguments)
+    name, *rest = arguments
+    task = find_task(name)
+    protocol = parse(Protocol(), f"natgrad compare {name}", task.about, rest)
+    return spread(
+        ["compare", *arguments],
+        protocol.ranks,
+        check=lambda: check(task, protocol),
+        work=lambda world: run(task, protocol, world),
+    )
+
+
+def coverage(arguments: list[str]) -> int:
+    """Show layer by layer which curvature a recipe's optimizer uses, and what it costs."""
+    if no_name(arguments):
+        return show_recipes(arguments)
+    from natgrad.recipes import find
+    from natgrad.train.arguments import parse
+    from natgrad.train.coverage import show_coverage
+
+    name, *rest = arguments
+    show_coverage(name, parse(find(name)(), f"natgrad coverage {name}", "Layers, curvature, cost.", rest))
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Write one HTML page from the folders of runs or of a comparison."""
+    from natgrad.report import write
+    from natgrad.train.arguments import Reporting, parse
+
+    values = parse(Reporting(), "natgrad report", "One HTML page from run folders.", arguments)
+    if not values.runs:
+        raise ValueError("no run is named; natgrad report RUN..., where RUN is a folder such as runs/demo")
+    print(write([Path(run) for run in values.runs], Path(values.out) if values.out else None))
+    return 0
+
+
+def no_name(arguments: list[str]) -> bool:
+    """Say whether a command is asked for what it could do, instead of doing it."""
+    return arguments[:1] in ([], ["-h"], ["--help"], ["--list"])
+
+
+def show_recipes(arguments: list[str]) -> int:
+    """List all recipes with the first line of their descriptions."""
+    from natgrad.recipes import every
+
+    lines = [
+        f"  {name:<18} {(inspect.getdoc(maker) or '').splitlines()[0]}" for name, maker in every().items()
+    ]
+    return show("natgrad train RECIPE [--field value ...]; the recipes:\n", lines, arguments)
+
+
+def show(title: str, lines: list[str], arguments: list[str]) -> int:
+    """Print a list that was asked for; a name that is missing is a mistake."""
+    if not arguments:
+        raise ValueError("a name is missing; --list shows the names, --help the usage")
+    print("\n".join([title, *lines]))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "compare": compare,
+    "coverage": coverage,
+    "report": report,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Watches the forward and backward passes of an unmodified model, and only while something is to be measured.
+
+A forward hook looks at a layer's input and hangs a hook on its output; that one fires once when the output's
+gradient is known, and only then does the call count. So a forward pass without a backward pass (evaluation, the first
+of activation checkpointing's two) leaves nothing behind, and an in-place activation after the layer changes nothing.
+
+Everything is kept as sums over this rank; turning sums into means needs all samples of the step, known in `collect`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.curvature.base import Draw, Moment
+from natgrad.layers.base import Layer
+
+Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
+
+
+class Watch(NamedTuple):
+    """A layer and the statistics that are to be measured of it."""
+
+    layer: Layer
+    moments: tuple[Moment, ...]
+
+
+class Measured(NamedTuple):
+    """What one step's passes left on this rank: sums, the samples behind each, and all samples of the step."""
+
+    sums: dict[Key, Tensor]
+    weights: dict[Key, int]
+    samples: int
+
+
+@dataclass
+class _Pass:
+    """One backward pass: the parts that its calls handed in, and the number of samples each layer saw."""
+
+    parts: dict[Key, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    weights: dict[Key, list[int]] = field(default_factory=lambda: defaultdict(list))
+    counts: dict[int, int] = field(default_factory=dict)
+
+
+class Capture:
+    """Hooks on the layers of a model, attached by `arm`, gone after `disarm`."""
+
+    def __init__(self, layers: Sequence[Layer]):
+        self.layers = list(layers)
+        self.watches: dict[int, Watch] = {}
+        self.sampler = Sampler(0, 0, 0, 1.0)
+        self.calls: Counter[int] = Counter()
+        self.seconds = 0.0
+        self._handles: list[Any] = []
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._passes: dict[int, _Pass] = {}
+        self._closed = Measured({}, {}, 0)
+
+    @property
+    def armed(self) -> bool:
+        return bool(self._handles)
+
+    def arm(self, watches: Mapping[int, Watch], sampler: Sampler) -> None:
+        """Watch until `disarm`. All layers count samples; those in `watches` are measured."""
+        self.watches, self.sampler = dict(watches), sampler
+        self.calls.clear()
+        if self.armed:
+            return
+        for index, layer in enumerate(self.layers):
+            self._handles.append(layer.module.register_forward_hook(_Hook(self, index), with_kwargs=True))
+        _eager(+1)  # a compiled graph has no place for these hooks
+
+    def disarm(self) -> None:
+        """Remove every hook."""
+        _remove(self._handles)
+
+    def discard(self) -> None:
+        """Forget what has been measured."""
+        self._passes.clear()
+        self._closed = Measured({}, {}, 0)
+
+    def saw(self, index: int, samples: int, parts: Mapping[str, Tensor]) -> None:
+        """One call's gradient has arrived."""
+        task = torch._C._current_graph_task_id()  # which backward pass this is
+        if task not in self._passes:
+            self._close()
+            self._passes[task] = _Pass()
+        now = self._passes[task]
+        now.counts[index] = max(samples, now.counts.get(index, 0))
+        for key, part in parts.items():
+            now.parts[index, key].append(part)
+            now.weights[index, key].append(samples)
+
+    def _close(self) -> None:
+        """Turn finished backward passes into sums."""
+        sums, weights, samples = self._closed
+        for done in self._passes.values():
+            for (index, key), parts in done.parts.items():
+                moment = next(m for m in self.watches[index].moments if m.key == key)
+                value = moment.close(parts)
+                previous = sums.get((index, key))
+                sums[index, key] = value if previous is None else previous + value
+                weights[index, key] = weights.get((index, key), 0) + sum(done.weights[index, key])
+            samples += samples_of(done.counts)
+        self._passes.clear()
+        self._closed = Measured(sums, weights, samples)
+
+    def collect(self) -> Measured:
+        """What was measured since the last `collect` or `discard`."""
+        self._close()
+        measured = self._closed
+        self.discard()
+        return measured
+
+
+def samples_of(counts: Mapping[int, int]) -> int:
+    """How many samples a backward pass had: the leading dimension that most layers saw.
+
+    Some layers may fold places into it (windows of attention, tokens before a head), so one layer cannot be asked.
+    """
+    if not counts:
+        return 0
+    frequency = Counter(counts.values())
+    return min(frequency, key=lambda n: (-frequency[n], n))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws places, alike for the same (seed, layer, step, rank, call). `share` is this rank's part of a count."""
+
+    seed: int
+    step: int
+    rank: int
+    share: float
+
+    def draw(self, layer: int, call: int, device: torch.device) -> Draw:
+        """The draws of one call of one layer."""
+
+        def pick(total: int, wanted: int) -> Tensor | None:
+            wanted = max(1, round(wanted * self.share))
+            if wanted >= total:
+                return None
+            generator = torch.Generator(device).manual_seed(self._mix(layer, call, wanted))
+            return stratified(total, wanted, generator)
+
+        return pick
+
+    def _mix(self, *numbers: int) -> int:
+        value = 0x9E3779B97F4A7C15
+        for number in (self.seed, self.step, self.rank, *numbers):
+            value = ((value ^ (number + 0x632BE59BD9B4E019)) * 0xFF51AFD7ED558CCD) % 2**64
+            value ^= value >> 33
+        return value % 2**63
+
+
+def stratified(total: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """`wanted` of `total` places, one uniform draw in each of equal strata, ascending (specs/factors section 5)."""
+    device = generator.device
+    noise = torch.rand(wanted, generator=generator, dtype=torch.float64, device=device)
+    edges = torch.arange(wanted, dtype=torch.float64, device=device)
+    return ((edges + noise) * (total / wanted)).long().clamp_(max=total - 1)
+
+
+class _Hook:
+    """The forward hook of one layer. In a copy of the model (deepcopy, pickle, an average) it does nothing."""
+
+    def __init__(self, capture: Capture, index: int):
+        self.capture = weakref.ref(capture)
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        capture, index = self.capture(), self.index
+        if capture is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        start = time.perf_counter()
+        layer, watch = capture.layers[index], capture.watches.get(index)
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).detach()
+        samples, _ = layer.count(x)
+        draw = capture.sampler.draw(index, capture.calls[index], x.device)
+        capture.calls[index] += 1
+        with torch.no_grad():
+            kept = [(m, m.before(layer, x, draw)) for m in (watch.moments if watch else ())]
+        capture.seconds += time.perf_counter() - start
+
+        def arrived(dy: Tensor) -> None:
+            start = time.perf_counter()
+            with torch.no_grad():
+                parts = {m.key: m.after(layer, k, dy.detach(), draw) for m, k in kept}
+            capture.saw(index, samples, parts)
+            capture.seconds += time.perf_counter() - start
+
+        output.register_hook(arrived)
+
+    def __deepcopy__(self, memo: dict) -> Inert:
+        return Inert()
+
+    def __reduce__(self) -> tuple:
+        return Inert, ()
+
+
+class Inert:
+    """The hook in a copy of a watched model."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        return None
+
+
+_lock = threading.Lock()
+_watching = 0
+
+
+def _eager(change: int) -> None:
+    """Compiled models run eagerly while anybody watches."""
+    global _watching
+    with _lock:
+        _watching += change
+        torch.compiler.set_stance("force_eager" if _watching else "default")
+
+
+def _remove(handles: list[Any]) -> None:
+    if handles:
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+        _eager(-1)

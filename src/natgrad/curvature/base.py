@@ -1,0 +1,108 @@
+"""What curvature is made of: statistics that a backward pass leaves behind, and formulas over them.
+
+A Moment is a mean over samples. Micro-batches, ranks and time may average it. It is measured in two moves, because
+inputs are at hand in the forward pass and gradients in the backward pass: `before` looks at a layer's input and keeps
+what little it needs, `after` looks at the output's gradient, `close` ends a backward pass (a layer called twice in
+it hands in two parts).
+
+Gradients reach the hooks as the loss sends them, g_hook = w g with w the weight of a sample in the loss (1/n for a
+mean). A part is a sum over samples of w-scaled products; `order` says how often w is in it, so that whoever knows
+all samples of a step can turn sums into means: order 0 is a mean already, order 2 is to be multiplied by n.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from natgrad.layers.base import Layer, Shape
+
+EXACT_ROWS = 16_384  # up to so many rows the output moment is one cheap pass (specs/factors section 6)
+LEAST_ROWS = 4_096
+LEAST_SAMPLES = 64  # whole samples for norms (specs/factors section 2)
+
+Draw = Callable[[int, int], "Tensor | None"]
+"""draw(total, wanted): `wanted` places of `total`, one in each of equal strata, sorted; None means all of them."""
+
+
+class Cost(NamedTuple):
+    """What a curvature asks for, in multiplications and numbers held."""
+
+    measure: float
+    factor: float
+    precondition: float
+    numbers: int
+
+    @property
+    def work(self) -> float:
+        """Multiplications that fall to the layer's owner when everything is refreshed."""
+        return self.factor + self.precondition
+
+
+@dataclass(frozen=True)
+class Moment(ABC):
+    """One statistic of one layer. `samples`: rows measured per dimension; None measures every row."""
+
+    samples: int | None = None
+    key = "?"
+    order = 2
+    symmetric = True
+
+    @abstractmethod
+    def shape(self, layer: Layer) -> tuple[int, ...]:
+        """The statistic's fixed shape."""
+
+    @abstractmethod
+    def before(self, layer: Layer, x: Tensor, draw: Draw) -> Any:
+        """What to keep of the layer's input until the backward pass."""
+
+    @abstractmethod
+    def after(self, layer: Layer, kept: Any, dy: Tensor, draw: Draw) -> Tensor:
+        """The part of one call, from what was kept and the output's gradient."""
+
+    def close(self, parts: list[Tensor]) -> Tensor:
+        """The statistic of one backward pass from the parts of its calls."""
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+class Curvature(ABC):
+    """How one layer's Fisher looks: pure formulas over its statistics. Subclasses are frozen dataclasses."""
+
+    name: str
+    statistics: tuple[Moment, ...]
+
+    @abstractmethod
+    def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        """The damping [b] of each statistic, from the mean eigenvalues [b] of all of them."""
+
+    @abstractmethod
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+        """The damped inverse of one statistic, shaped like it, and how many retries it took."""
+
+    @abstractmethod
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        """The damped natural gradient [b, o, i] of a gradient [b, o, i]."""
+
+    @abstractmethod
+    def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
+        """The damped Fisher block that `precondition` inverts [numel, numel], for tests; W is flattened (b, o, i)."""
+
+    @abstractmethod
+    def cost(self, layer: Layer, rows: int) -> Cost:
+        """What a refresh over `rows` rows and a step cost."""
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """Blocks [b, d, d] as one matrix [b*d, b*d]."""
+    return torch.block_diag(*blocks)
+
+
+def wanted_rows(samples: int, dimension: int) -> int:
+    """Rows for an input moment of this dimension: their number sets its error, not the batch (specs/factors 5)."""
+    return math.ceil(samples * dimension)

@@ -1,0 +1,41 @@
+"""Diagonal curvature: the mean square of per-sample gradients, for layers too large for anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from natgrad.curvature.base import Cost, Curvature, Moment
+from natgrad.curvature.unitwise import SampleMoment
+from natgrad.layers.base import Layer, Shape
+
+
+@dataclass(frozen=True)
+class Diagonal(Curvature):
+    """F [b*o, i]: one number a weight, damped by addition."""
+
+    samples: int | None = None
+    name: str = field(default="diagonal", init=False)
+
+    @property
+    def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]
+        return (SampleMoment(self.samples, diagonal=True),)
+
+    def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        return {"F": torch.full_like(traces["F"], damping)}
+
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+        return 1 / (statistic + damping[:, None]), 0
+
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        return gradient * inverses["F"].reshape(gradient.shape)
+
+    def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
+        return torch.diag(statistics["F"].flatten() + damping)
+
+    def cost(self, layer: Layer, rows: int) -> Cost:
+        numel = layer.shape.numel
+        return Cost(float(rows * numel), float(numel), float(numel), numel)

@@ -1,0 +1,137 @@
+"""Kronecker-factored curvature, F ~ G (x) A for each block of a layer (SP-NGD section 3.3).
+
+A [b, i, i] = mean over samples and places of a a^T; G [b, o, o] = mean over samples of the sum over places of g g^T
+(1/(hw) sits on A, as in the paper). The damped inverse is (G + sqrt(l)/pi I)^-1 (x) (A + pi sqrt(l) I)^-1 with pi^2
+the ratio of the factors' mean eigenvalues (eq. 12). A side of more than `max_size` keeps only its diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from natgrad.curvature.base import (
+    EXACT_ROWS,
+    LEAST_ROWS,
+    Cost,
+    Curvature,
+    Draw,
+    Moment,
+    block_diagonal,
+    wanted_rows,
+)
+from natgrad.layers.base import Layer, Shape, moment
+from natgrad.linalg import damped_inverse
+
+
+@dataclass(frozen=True)
+class InputMoment(Moment):
+    """A. Bounded, it takes `samples` * i rows spread over all samples and places, or all rows if that is cheaper."""
+
+    diagonal: bool = False
+    key = "A"
+    order = 0
+
+    def shape(self, layer: Layer) -> tuple[int, ...]:
+        b, _, i = layer.shape
+        return (b, i) if self.diagonal else (b, i, i)
+
+    def before(self, layer: Layer, x: Tensor, draw: Draw) -> tuple[Tensor, int]:
+        samples, places = layer.count(x)
+        return self._measure(layer, x, samples * places, draw), samples
+
+    def _measure(self, layer: Layer, x: Tensor, total: int, draw: Draw) -> Tensor:
+        if self.diagonal:
+            return layer.mean_square(x)
+        if self.samples is None:
+            return layer.second_moment(x)
+        b, _, i = layer.shape
+        index = draw(total, wanted_rows(self.samples, i))
+        if index is None or layer.second_moment_cost(x) <= len(index) * b * i * i:
+            return layer.second_moment(x)
+        return moment(layer.rows(x, index), mean=True)
+
+    def after(self, layer: Layer, kept: tuple[Tensor, int], dy: Tensor, draw: Draw) -> Tensor:
+        mean, samples = kept
+        return mean * samples  # calls and micro-batches weigh by their samples
+
+
+@dataclass(frozen=True)
+class OutputMoment(Moment):
+    """G. It is cheap, so bounded it is exact up to EXACT_ROWS rows and takes max(LEAST_ROWS, 32 o) beyond."""
+
+    diagonal: bool = False
+    key = "G"
+
+    def shape(self, layer: Layer) -> tuple[int, ...]:
+        b, o, _ = layer.shape
+        return (b, o) if self.diagonal else (b, o, o)
+
+    def before(self, layer: Layer, x: Tensor, draw: Draw) -> int:
+        samples, places = layer.count(x)
+        return samples * places
+
+    def after(self, layer: Layer, kept: int, dy: Tensor, draw: Draw) -> Tensor:
+        index = None
+        if self.samples is not None and draw(kept, EXACT_ROWS) is not None:
+            index = draw(kept, max(LEAST_ROWS, 32 * layer.shape.out))
+        if self.diagonal:
+            total = layer.output_rows(dy, index).square().sum(0)
+        elif index is None:
+            return layer.output_moment(dy)
+        else:
+            total = moment(layer.output_rows(dy, index), mean=False)
+        return total if index is None else total * (kept / len(index))
+
+
+@dataclass(frozen=True)
+class Kronecker(Curvature):
+    """Two factors, each full or diagonal, divided by the trace-norm pi."""
+
+    samples: int | None = None
+    diagonal_a: bool = False
+    diagonal_g: bool = False
+    name: str = field(default="kronecker", init=False)
+
+    @property
+    def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]
+        return InputMoment(self.samples, self.diagonal_a), OutputMoment(self.samples, self.diagonal_g)
+
+    def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        a, g = traces["A"], traces["G"]
+        usable = (a > 0) & (g > 0)  # a layer without signal has no ratio to go by
+        pi = torch.where(usable, a / torch.where(usable, g, 1), 1).sqrt()
+        root = damping**0.5
+        return {"A": pi * root, "G": root / pi}
+
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+        if statistic.dim() == 2:
+            return 1 / (statistic + damping[:, None]), 0
+        return damped_inverse(statistic, damping)
+
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        a, g = inverses["A"], inverses["G"]
+        left = g @ gradient if g.dim() == 3 else g.unsqueeze(2) * gradient
+        return left @ a if a.dim() == 3 else left * a.unsqueeze(1)
+
+    def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
+        full = {k: v if v.dim() == 3 else torch.diag_embed(v) for k, v in statistics.items()}
+        traces = {k: v.diagonal(dim1=1, dim2=2).mean(1) for k, v in full.items()}
+        parts = self.split(traces, damping)
+        a, g = (full[k] + torch.diag_embed(parts[k][:, None].expand(full[k].shape[:2])) for k in ("A", "G"))
+        return block_diagonal(torch.stack([torch.kron(gb, ab) for ab, gb in zip(a, g)]))
+
+    def cost(self, layer: Layer, rows: int) -> Cost:
+        b, o, i = layer.shape
+        a_rows = rows if self.samples is None else min(rows, wanted_rows(self.samples, i))
+        g_rows = rows if self.samples is None or rows <= EXACT_ROWS else max(LEAST_ROWS, 32 * o)
+        a_side, g_side = (1 if self.diagonal_a else i), (1 if self.diagonal_g else o)
+        return Cost(
+            measure=b * (a_rows * i * a_side + g_rows * o * g_side),
+            factor=b * (a_side**3 + g_side**3),
+            precondition=b * o * i * (a_side + g_side),
+            numbers=b * (i * a_side + o * g_side),
+        )

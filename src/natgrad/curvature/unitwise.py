@@ -1,0 +1,106 @@
+"""Unit-wise curvature: one Fisher block an output unit, of that unit's own weights (SP-NGD section 4.2).
+
+F [b*o, i, i] = mean over samples of u u^T, u the unit's per-sample gradient [i]. For a normalisation a unit is a
+channel with (scale, shift), and the 2x2 block has a closed-form inverse (eq. 15-17).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from natgrad.curvature.base import LEAST_SAMPLES, Cost, Curvature, Draw, Moment, block_diagonal
+from natgrad.layers.base import Layer, Shape, promote
+from natgrad.layers.norm import Norm
+from natgrad.linalg import damped_inverse
+
+
+class Kept(NamedTuple):
+    """Input rows of the chosen samples, which they are (None: all), and the call's samples and places."""
+
+    rows: Tensor
+    chosen: Tensor | None
+    samples: int
+    places: int
+
+
+@dataclass(frozen=True)
+class SampleMoment(Moment):
+    """F from per-sample gradients. Bounded, it takes whole samples: a sample's gradient needs all of its places."""
+
+    diagonal: bool = False
+    key = "F"
+
+    def shape(self, layer: Layer) -> tuple[int, ...]:
+        b, o, i = layer.shape
+        return (b * o, i) if self.diagonal else (b * o, i, i)
+
+    def before(self, layer: Layer, x: Tensor, draw: Draw) -> Kept:
+        samples, places = layer.count(x)
+        chosen = None
+        if self.samples is not None:
+            chosen = draw(samples, max(LEAST_SAMPLES, self.samples * layer.shape.inner))
+        if isinstance(layer, Norm):  # its statistics come from all samples, its rows from the chosen ones
+            return Kept(layer.normalized(x, chosen), chosen, samples, places)
+        index = None if chosen is None else _places_of(chosen, places)
+        return Kept(layer.rows(x, index), chosen, samples, places)
+
+    def after(self, layer: Layer, kept: Kept, dy: Tensor, draw: Draw) -> Tensor:
+        rows, chosen, samples, places = kept
+        taken = samples if chosen is None else len(chosen)
+        if isinstance(layer, Norm):
+            gradient = promote(layer.places(dy if chosen is None else dy.index_select(0, chosen)))
+            parts = [torch.einsum("nsc,nsc->nc", gradient, rows)]
+            parts += [gradient.sum(1)] if layer.biased else []
+            units = torch.stack(parts, -1)  # [n, c, i]
+        else:
+            index = None if chosen is None else _places_of(chosen, places)
+            units = layer.sample_gradients(rows, layer.output_rows(dy, index), taken).flatten(1, 2)
+        return units * (samples / taken) ** 0.5
+
+    def close(self, parts: list[Tensor]) -> Tensor:
+        same = all(p.shape == parts[0].shape for p in parts)
+        units = torch.stack(parts).sum(0) if same else torch.cat(parts)  # a sample's calls add up before they square
+        if self.diagonal:
+            return units.square().sum(0)
+        return torch.einsum("nui,nuj->uij", units, units)
+
+
+def _places_of(chosen: Tensor, places: int) -> Tensor:
+    """Rows of all places of the chosen samples."""
+    return (chosen.unsqueeze(1) * places + torch.arange(places, device=chosen.device)).flatten()
+
+
+@dataclass(frozen=True)
+class UnitWise(Curvature):
+    """One damped block an output unit."""
+
+    samples: int | None = None
+    name: str = field(default="unit-wise", init=False)
+
+    @property
+    def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]
+        return (SampleMoment(self.samples),)
+
+    def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        return {"F": torch.full_like(traces["F"], damping)}
+
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+        return damped_inverse(statistic, damping)
+
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        units = gradient.flatten(0, 1).unsqueeze(1)
+        return (units @ inverses["F"]).reshape(gradient.shape)
+
+    def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
+        eye = torch.eye(shape.inner, dtype=statistics["F"].dtype)
+        return block_diagonal(statistics["F"] + damping * eye)
+
+    def cost(self, layer: Layer, rows: int) -> Cost:
+        b, o, i = layer.shape
+        units = b * o
+        return Cost(float(rows * units * i), float(units * i**3), float(units * i * i), units * i * i)

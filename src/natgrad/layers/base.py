@@ -1,0 +1,156 @@
+"""What a layer looks like to curvature: b independent blocks of weights, W[b, out, in], the bias as the last column.
+
+Whatever a module computes, here it is a linear map of rows: y[n, s, b, :] = W[b] a[n, s, b, :].
+
+    n  samples              b  independent blocks (1; groups of a convolution; channels of a norm)
+    s  places that share W  i  inputs of a block, the constant 1 of the bias included (homogeneous coordinate)
+    row = (sample, place)   o  outputs of a block
+
+A layer says how to read rows out of what its module saw (`rows`, `output_rows`), what their second moments are
+when there is a cheaper way than rows (`second_moment`, `output_moment`), and how gradients and weights are packed
+to W's form and back. It reads no `.grad` and knows no curvature.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Shape(NamedTuple):
+    """The form of a layer's weights, W[blocks, out, inner]."""
+
+    blocks: int
+    out: int
+    inner: int
+
+    @property
+    def numel(self) -> int:
+        return self.blocks * self.out * self.inner
+
+
+class Layer(ABC):
+    """One module as W[b, out, in]. Final classes say how; users may add their own with `layer_of.register`."""
+
+    kind: str
+    shape: Shape
+    parameters: tuple[nn.Parameter, ...]  # the weight first, then the bias if there is one
+    diagonal_inputs = False  # rows never overlap (an embedding's one-hot rows): A is exactly diagonal
+    scale: float  # the root mean square of a healthy weight, for lengths that divide by a weight's norm
+
+    def __init__(self, module: Any, shape: Shape, parameters: Sequence[Any], scale: float):
+        self.module = module
+        self.shape = shape
+        self.parameters = tuple(parameters)
+        self.scale = scale
+
+    @abstractmethod
+    def count(self, x: Tensor) -> tuple[int, int]:
+        """The number of samples n and of places s in one call on x."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """Input rows a [m, b, i] at the places `index` [m] of the flattened (sample, place) list; all without it."""
+
+    @abstractmethod
+    def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
+        """Rows of the output's gradient [m, b, o], as `rows`."""
+
+    @abstractmethod
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors shaped like `parameters` as one W[b, o, i]."""
+
+    @abstractmethod
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """W[b, o, i] as tensors shaped like `parameters`; the inverse of `pack`."""
+
+    def second_moment(self, x: Tensor) -> Tensor:
+        """The mean over all rows of a a^T [b, i, i]."""
+        return moment(self.rows(x), mean=True)
+
+    def second_moment_cost(self, x: Tensor) -> float:
+        """Multiplications that `second_moment` takes, to be weighed against a sample of rows."""
+        n, s = self.count(x)
+        return float(n * s * self.shape.blocks * self.shape.inner**2)
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """The diagonal of `second_moment` [b, i]."""
+        return self.rows(x).square().mean(0)
+
+    def output_moment(self, dy: Tensor) -> Tensor:
+        """The SUM over all rows of g g^T [b, o, o]."""
+        return moment(self.output_rows(dy), mean=False)
+
+    def sample_gradients(self, rows: Tensor, output_rows: Tensor, samples: int) -> Tensor:
+        """Per-sample gradients [n, b, o, i]: sums over a sample's places of g a^T.
+
+        `rows` [n*s, b, i] and `output_rows` [n*s, b, o] of `samples` = n whole samples.
+        """
+        a = rows.unflatten(0, (samples, -1))
+        g = output_rows.unflatten(0, (samples, -1))
+        return torch.einsum("nsbo,nsbi->nboi", g, a)
+
+
+def moment(rows: Tensor, mean: bool) -> Tensor:
+    """Sum or mean over rows [m, b, d] of r r^T, as [b, d, d], in at least single precision."""
+    rows = promote(rows)
+    if rows.shape[1] == 1:
+        flat = rows[:, 0]
+        total = (flat.T @ flat).unsqueeze(0)
+    else:
+        blocks = rows.transpose(0, 1)
+        total = blocks.transpose(1, 2) @ blocks
+    return total / rows.shape[0] if mean else total
+
+
+def promote(x: Tensor) -> Tensor:
+    """X in at least single precision: half-precision sums lose positivity."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def take(x: Tensor, index: Tensor | None) -> Tensor:
+    """Entries `index` along the first dimension, all of them without one."""
+    return x if index is None else x.index_select(0, index)
+
+
+def with_ones(rows: Tensor, wanted: bool) -> Tensor:
+    """Rows [m, b, d] with the bias's constant 1 as the last column."""
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1) if wanted else rows
+
+
+def pack_columns(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Weight [b, o, d] and bias [b*o] as W[b, o, i]."""
+    if bias is None:
+        return weight
+    return torch.cat([weight, bias.reshape(*weight.shape[:2], 1)], -1)
+
+
+def weight_and_bias(module: Any) -> tuple[Any, ...]:
+    """The weight of a module, and its bias if it has one."""
+    bias = getattr(module, "bias", None)
+    return (module.weight,) if bias is None else (module.weight, bias)
+
+
+def split_pair(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(weight,) or (weight, bias) as a pair."""
+    return tensors[0], tensors[1] if len(tensors) > 1 else None
+
+
+def he_scale(fan_in: int) -> float:
+    """The standard deviation of He's initialisation (He et al. 2015, eq. 10)."""
+    return math.sqrt(2 / max(fan_in, 1))
+
+
+@singledispatch
+def layer_of(module: nn.Module) -> Layer | str:
+    """The Layer of a module, or the reason why it has none. Register a type to teach natgrad a new layer.
+
+    Subclasses of a known type are that type unless they register something else.
+    """
+    return f"no layer is registered for {type(module).__name__}"

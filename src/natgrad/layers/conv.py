@@ -1,0 +1,201 @@
+"""Convolutions of any number of dimensions, stride, padding (and mode), dilation and groups, in one table.
+
+For an output place p and a kernel tap t, `taps` [places, taps] holds the flat index of the input pixel that the tap
+reads, or -1 for a zero of the padding. Every padding mode is just another map of coordinates, so a row of patches is
+one gather, and only the rows that are wanted are ever touched (specs/factors: no im2col).
+
+Columns are ordered (tap, channel), channel fastest: a gathered pixel is a run of memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.layers.base import (
+    Layer,
+    Shape,
+    he_scale,
+    layer_of,
+    moment,
+    pack_columns,
+    promote,
+    split_pair,
+    weight_and_bias,
+    with_ones,
+)
+
+CHUNK = 2**20  # floats of gathered patches at a time: larger temporaries pay page faults
+
+
+class Conv(Layer):
+    """nn.Conv1d/2d/3d: one block a group, W[groups, out/groups, taps * in/groups (+1)] (SP-NGD eq. 10-11)."""
+
+    kind = "conv"
+
+    def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        self.biased = module.bias is not None
+        self.groups = module.groups
+        self.kernel = tuple(module.kernel_size)
+        self.mode = module.padding_mode
+        self.geometry = tuple(zip(self.kernel, module.stride, _before(module), _total(module), module.dilation))
+        self.channels = module.in_channels // module.groups
+        inner = math.prod(self.kernel) * self.channels
+        shape = Shape(module.groups, module.out_channels // module.groups, inner + self.biased)
+        super().__init__(module, shape, weight_and_bias(module), he_scale(inner))
+
+    def _taps(self, x: Tensor) -> Tensor:
+        return tap_table(self.geometry, self.mode, tuple(x.shape[2:]), x.device)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return x if x.dim() == len(self.kernel) + 2 else x.unsqueeze(0)
+
+    def count(self, x: Tensor) -> tuple[int, int]:
+        x = self._batched(x)
+        return x.shape[0], self._taps(x).shape[0]
+
+    def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        x = self._batched(x)
+        taps = self._taps(x)
+        places = taps.shape[0]
+        if index is None:
+            index = torch.arange(x.shape[0] * places, device=x.device)
+        sample, place = index.div(places, rounding_mode="floor"), index.remainder(places)
+        pixel = taps[place]  # [m, taps]
+        patches = promote(_gather(x, sample, pixel.clamp_min(0)))  # [m, taps, channels]
+        if self.mode == "zeros":
+            patches = patches * (pixel >= 0).unsqueeze(-1)
+        patches = patches.unflatten(-1, (self.groups, self.channels)).transpose(1, 2).flatten(2)
+        return with_ones(patches, self.biased)
+
+    def second_moment(self, x: Tensor) -> Tensor:
+        x = self._batched(x)
+        if self.offsets_apply(x):
+            (k, _, _, _, _), (kw, _, _, _, _) = self.geometry
+            padding, dilation = tuple(g[2] for g in self.geometry), tuple(g[4] for g in self.geometry)
+            return offset_moment(promote(x), (k, kw), padding, dilation, self.biased).unsqueeze(0)
+        total = x.new_zeros((), dtype=promote(x).dtype)
+        step = max(1, CHUNK // max(1, self.shape.inner * self.groups * self._taps(x).shape[0]))
+        for part in x.split(step):
+            total = total + moment(self.rows(part), mean=False)
+        return total / math.prod(self.count(x))
+
+    def offsets_apply(self, x: Tensor) -> bool:
+        """Whether A is a correlation of the input with itself (specs/factors section 3)."""
+        return (
+            len(self.kernel) == 2
+            and self.groups == 1
+            and self.mode == "zeros"
+            and all(stride == 1 and 2 * before == total for _, stride, before, total, _ in self.geometry)
+            and all(size > dilation * (k - 1) for size, (k, _, _, _, dilation) in zip(x.shape[2:], self.geometry))
+            and self.channels >= 8
+        )
+
+    def second_moment_cost(self, x: Tensor) -> float:
+        x = self._batched(x)
+        if not self.offsets_apply(x):
+            return super().second_moment_cost(x)
+        k, kw = self.kernel
+        return float(k * (2 * kw - 1) * self.channels**2 * x.shape[0] * math.prod(x.shape[2:]))
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        x = self._batched(x)
+        taps = self._taps(x)
+        square = promote(x).square().sum(0).flatten(1)  # [channels, pixels]
+        read = square[:, taps.clamp_min(0)] * (taps >= 0)  # [channels, places, taps]
+        mean = read.sum(1).T / (x.shape[0] * taps.shape[0])  # [taps, channels]
+        mean = mean.unflatten(1, (self.groups, self.channels)).transpose(0, 1).flatten(1)
+        return torch.cat([mean, mean.new_ones(self.groups, 1)], 1) if self.biased else mean
+
+    def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
+        flat = self._batched(dy).flatten(2)  # [n, c, s]
+        if index is None:
+            rows = flat.transpose(1, 2).flatten(0, 1)
+        else:
+            places = flat.shape[2]
+            rows = flat[index.div(places, rounding_mode="floor"), :, index.remainder(places)]
+        return promote(rows).unflatten(1, (self.groups, -1))
+
+    def output_moment(self, dy: Tensor) -> Tensor:
+        dy = self._batched(dy)
+        if self.groups > 1 or not dy.is_contiguous():
+            return super().output_moment(dy)
+        flat = promote(dy.flatten(2))
+        return torch.bmm(flat, flat.transpose(1, 2)).sum(0, keepdim=True)  # no transposed copy of NCHW
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        weight, bias = split_pair(tensors)
+        matrix = weight.unflatten(0, (self.groups, -1)).flatten(3).transpose(2, 3).flatten(2)
+        return pack_columns(matrix, bias)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        weight = matrix[..., :-1] if self.biased else matrix
+        weight = weight.unflatten(2, (-1, self.channels)).transpose(2, 3)
+        weight = weight.reshape(self.parameters[0].shape)
+        return (weight, matrix[..., -1].flatten()) if self.biased else (weight,)
+
+
+def _gather(x: Tensor, sample: Tensor, pixel: Tensor) -> Tensor:
+    """Pixels [m, t] of samples [m] of x [n, c, ...], as [m, t, c]."""
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    runs = x.dim() in (4, 5) and x.is_contiguous(memory_format=last)
+    pixels = math.prod(x.shape[2:])
+    if not runs and pixel.numel() * 8 < x.shape[0] * pixels:
+        return x.flatten(2)[sample.unsqueeze(1), :, pixel]  # few pixels: not worth a copy of the whole input
+    flat = x.movedim(1, -1).reshape(-1, x.shape[1])
+    return torch.nn.functional.embedding(sample.unsqueeze(1) * pixels + pixel, flat)
+
+
+def _total(module) -> tuple[int, ...]:
+    """Padding of both sides together, per dimension."""
+    if module.padding == "same":
+        return tuple(d * (k - 1) for d, k in zip(module.dilation, module.kernel_size))
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    return tuple(2 * p for p in module.padding)
+
+
+def _before(module) -> tuple[int, ...]:
+    """Padding before the first pixel, per dimension; "same" puts the odd one behind."""
+    return tuple(total // 2 for total in _total(module))
+
+
+@lru_cache(maxsize=256)
+def tap_table(geometry: tuple, mode: str, size: tuple[int, ...], device: torch.device) -> Tensor:
+    """Flat input pixel [places, taps] that each tap reads at each output place; -1 where it reads padding."""
+    table = torch.zeros(1, 1, dtype=torch.long)
+    inside = torch.ones(1, 1, dtype=torch.bool)
+    for (k, stride, before, total, dilation), length in zip(geometry, size):
+        outputs = (length + total - dilation * (k - 1) - 1) // stride + 1
+        place = torch.arange(outputs)[:, None] * stride + torch.arange(k) * dilation - before  # [outputs, k]
+        valid = (place >= 0) & (place < length)
+        coordinate = _wrap(place, length, mode)
+        table = _outer(table * length, coordinate, torch.add)
+        inside = _outer(inside, valid if mode == "zeros" else torch.ones_like(valid), torch.logical_and)
+    return torch.where(inside, table, -1).to(device)
+
+
+def _outer(left: Tensor, right: Tensor, combine) -> Tensor:
+    """Every pair of places and every pair of taps: [p, t] with [o, k] gives [p*o, t*k]."""
+    pairs = combine(left[:, None, :, None], right[None, :, None, :])
+    return pairs.reshape(left.shape[0] * right.shape[0], -1)
+
+
+def _wrap(place: Tensor, length: int, mode: str) -> Tensor:
+    if mode == "circular":
+        return place.remainder(length)
+    if mode == "reflect":
+        folded = place.abs()
+        return torch.where(folded >= length, 2 * (length - 1) - folded, folded)
+    return place.clamp(0, length - 1)  # replicate; and zeros, which are masked
+
+
+@layer_of.register(nn.Conv1d)
+@layer_of.register(nn.Conv2d)
+@layer_of.register(nn.Conv3d)
+def _(module) -> Conv | str:
+    return Conv(module)

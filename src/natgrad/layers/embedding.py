@@ -1,0 +1,56 @@
+"""Embeddings: a linear layer of one-hot rows that are never written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.layers.base import Layer, Shape, layer_of, promote, take
+
+
+class Embedding(Layer):
+    """nn.Embedding: W^T, a linear layer of one-hot rows, so A is the diagonal of how often each index occurs."""
+
+    kind = "embedding"
+    diagonal_inputs = True
+
+    def __init__(self, module: nn.Embedding):
+        self.padding = module.padding_idx
+        shape = Shape(1, module.embedding_dim, module.num_embeddings)
+        super().__init__(module, shape, (module.weight,), 0.02)  # the usual initialisation of transformers
+
+    def count(self, x: Tensor) -> tuple[int, int]:
+        samples = x.shape[0] if x.dim() else 1
+        return samples, x.numel() // max(samples, 1)
+
+    def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        chosen = take(x.reshape(-1), index)
+        rows = torch.nn.functional.one_hot(chosen, self.shape.inner).to(promote(self.parameters[0]).dtype)
+        if self.padding is not None:
+            rows[:, self.padding] = 0  # the padding row gets no gradient, so it is no input either
+        return rows.unsqueeze(1)
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        counts = torch.bincount(x.reshape(-1), minlength=self.shape.inner)
+        share = counts.to(promote(self.parameters[0]).dtype) / max(x.numel(), 1)
+        if self.padding is not None:
+            share[self.padding] = 0
+        return share.unsqueeze(0)
+
+    def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
+        return promote(take(dy.reshape(-1, dy.shape[-1]), index)).unsqueeze(1)
+
+    def pack(self, tensors) -> Tensor:
+        return tensors[0].T.unsqueeze(0)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return (matrix[0].T,)
+
+
+@layer_of.register
+def _(module: nn.Embedding) -> Embedding | str:
+    if module.sparse:
+        return "its gradient is sparse (build it with sparse=False)"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq changes the gradient"
+    return Embedding(module)

@@ -1,0 +1,70 @@
+"""Which layers a model has: every trainable parameter lands in exactly one of them.
+
+Modules that a registered layer describes become that layer; everything else (unknown modules, weights shared between
+modules, parametrised or computed weights, half-frozen modules) becomes loose parameters with the reason beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from natgrad.layers.base import Layer, layer_of
+from natgrad.layers.loose import Loose
+
+
+class Found(NamedTuple):
+    """A layer, its name in the model, and why it is loose ("" if it is not)."""
+
+    name: str
+    layer: Layer
+    why: str
+
+
+def find_layers(model: nn.Module, chosen: Iterable[nn.Parameter] | None = None) -> list[Found]:
+    """Every layer of `model` with a parameter to train, in the model's order.
+
+    `chosen` limits which parameters train (those of `params=`); by default all that require a gradient.
+    """
+    train = {p for p in (model.parameters() if chosen is None else chosen) if p.requires_grad}
+    uses = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    found: list[Found] = []
+    seen: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module._parameters.items() if p is not None and p in train}
+        if not own:
+            continue
+        layer = _describe(model, name, module, own, uses)
+        if isinstance(layer, Layer):
+            found.append(Found(name, layer, ""))
+            seen.update(own.values())
+            continue
+        for key, parameter in own.items():
+            if parameter not in seen:
+                seen.add(parameter)
+                found.append(Found(f"{name}.{key}".lstrip("."), Loose(module, parameter), layer))
+    return found
+
+
+def _describe(model: nn.Module, name: str, module: nn.Module, own: dict, uses: Counter) -> Layer | str:
+    for key, parameter in own.items():
+        if is_lazy(parameter):
+            raise ValueError(f"{name}.{key} has no shape yet: run the model once before building the optimizer")
+    if any(uses[p] > 1 for p in own.values()):
+        return "its weight is shared with another module"
+    parent = model.get_submodule(name.rpartition(".")[0]) if name else model
+    if isinstance(parent, nn.MultiheadAttention) and parent is not module:
+        return "attention uses its weight without calling it"
+    layer = layer_of(module)
+    if isinstance(layer, str):
+        return layer
+    trained = set(own.values())
+    if any(p not in trained for p in layer.parameters):
+        return "some of its parameters are frozen or computed"
+    if len(trained) > len(set(layer.parameters)):
+        return f"{type(module).__name__} has more parameters than its kind of layer"
+    return layer

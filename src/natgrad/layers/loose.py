@@ -1,0 +1,31 @@
+"""Parameters that belong to no known layer: each trains on its own, without curvature."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from natgrad.layers.base import Layer, Shape
+
+
+class Loose(Layer):
+    """One parameter of any shape as W[1, 1, numel]. Nothing is watched, so it has no rows."""
+
+    kind = "loose"
+
+    def __init__(self, module: nn.Module, parameter: nn.Parameter):
+        super().__init__(module, Shape(1, 1, parameter.numel()), (parameter,), 0.02)
+
+    def count(self, x: Tensor) -> tuple[int, int]:
+        raise TypeError("a loose parameter is not watched")
+
+    def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        raise TypeError("a loose parameter is not watched")
+
+    def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
+        raise TypeError("a loose parameter is not watched")
+
+    def pack(self, tensors) -> Tensor:
+        return tensors[0].reshape(1, 1, -1)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return (matrix.reshape(self.parameters[0].shape),)

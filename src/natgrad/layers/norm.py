@@ -1,0 +1,143 @@
+"""Normalisations: c blocks of one unit each, W[c, 1, 2] = [scale, shift] over the rows [x_hat, 1].
+
+x_hat is the normalised input before scale and shift. Batch normalisation in training mode takes its statistics from
+the batch; the gradients of single samples then mean "with the batch's statistics held fixed" (as in SP-NGD section
+4.2, which sums dy * x_hat within a sample).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from natgrad.layers.base import Layer, Shape, layer_of, promote, take, weight_and_bias, with_ones
+
+
+class Norm(Layer):
+    """What all normalisations share: a row is x_hat of one place, a block is a channel."""
+
+    kind = "norm"
+
+    def __init__(self, module: Any):
+        parameters = weight_and_bias(module)
+        self.biased = len(parameters) == 2
+        super().__init__(module, Shape(parameters[0].numel(), 1, len(parameters)), parameters, 1.0)
+
+    @abstractmethod
+    def normalized(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+        """x_hat [m, s, c] of the samples `samples` (all without it), in x's own statistics."""
+
+    @abstractmethod
+    def places(self, x: Tensor) -> Tensor:
+        """X as [n, s, c]; a view where strides allow."""
+
+    def count(self, x: Tensor) -> tuple[int, int]:
+        n, s, _ = self.places(x).shape
+        return n, s
+
+    def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        rows = self.normalized(x).flatten(0, 1)
+        return with_ones(take(rows, index).unsqueeze(-1), self.biased)
+
+    def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
+        return promote(take(self.places(dy).flatten(0, 1), index)).unsqueeze(-1)
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([t.reshape(-1) for t in tensors], -1).unsqueeze(1)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return tuple(matrix[:, 0, k].reshape(p.shape) for k, p in enumerate(self.parameters))
+
+
+class BatchNorm(Norm):
+    """nn.BatchNorm1d/2d/3d: statistics over samples and places (training) or the running ones (eval)."""
+
+    def places(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
+
+    def normalized(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+        module = self.module
+        rows = self.places(x)
+        if module.training or module.running_mean is None:
+            variance, mean = torch.var_mean(promote(rows), (0, 1), correction=0)
+        else:
+            variance, mean = module.running_var, module.running_mean
+        return (promote(take(rows, samples)) - mean) * (variance + module.eps).rsqrt()
+
+
+class GroupNorm(Norm):
+    """nn.GroupNorm and affine nn.InstanceNorm: statistics within a sample, over the channels of a group."""
+
+    def __init__(self, module: Any, groups: int):
+        super().__init__(module)
+        self.groups = groups
+
+    def places(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2) if x.dim() > 2 else x.unsqueeze(1)
+
+    def normalized(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+        x = promote(take(x, samples))
+        grouped = x.reshape(x.shape[0], self.groups, -1)
+        variance, mean = torch.var_mean(grouped, 2, keepdim=True, correction=0)
+        return self.places(((grouped - mean) * (variance + self.module.eps).rsqrt()).view_as(x))
+
+
+class LayerNorm(Norm):
+    """nn.LayerNorm and nn.RMSNorm: statistics over the trailing dimensions, each of which is a block of its own."""
+
+    def __init__(self, module: Any, centered: bool):
+        super().__init__(module)
+        self.centered = centered
+
+    def places(self, x: Tensor) -> Tensor:
+        samples = x.shape[0] if x.dim() > len(self.module.normalized_shape) else 1
+        return x.reshape(samples, -1, math.prod(self.module.normalized_shape))
+
+    def normalized(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+        rows = promote(take(self.places(x), samples))
+        eps = self.module.eps if self.module.eps is not None else torch.finfo(x.dtype).eps
+        if not self.centered:
+            return rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt()
+        variance, mean = torch.var_mean(rows, -1, keepdim=True, correction=0)
+        return (rows - mean) * (variance + eps).rsqrt()
+
+
+@layer_of.register
+def _(module: _BatchNorm) -> Norm | str:
+    return BatchNorm(module) if module.weight is not None else "it has no scale and shift"
+
+
+@layer_of.register
+def _(module: nn.SyncBatchNorm) -> str:
+    return "its batch statistics are spread over ranks"
+
+
+@layer_of.register
+def _(module: _InstanceNorm) -> Norm | str:
+    if module.weight is None:
+        return "it has no scale and shift"
+    if module.track_running_stats:
+        return "instance normalisation with running statistics is not known"
+    return GroupNorm(module, module.num_features)
+
+
+@layer_of.register
+def _(module: nn.GroupNorm) -> Norm | str:
+    return GroupNorm(module, module.num_groups) if module.weight is not None else "it has no scale and shift"
+
+
+@layer_of.register
+def _(module: nn.LayerNorm) -> Norm | str:
+    return LayerNorm(module, centered=True) if module.weight is not None else "it has no scale and shift"
+
+
+@layer_of.register
+def _(module: nn.RMSNorm) -> Norm | str:
+    return LayerNorm(module, centered=False) if module.weight is not None else "it has no scale"

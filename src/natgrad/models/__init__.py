@@ -1,0 +1,7 @@
+"""Networks as plain torch modules, each described by a small frozen dataclass."""
+
+from natgrad.models.base import Architecture
+from natgrad.models.mlp import Mlp
+from natgrad.models.resnet import CifarResNet
+
+__all__ = ["Architecture", "CifarResNet", "Mlp"]

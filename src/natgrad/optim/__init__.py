@@ -1,0 +1,26 @@
+"""Optimizers: each a choice of curvature, staleness, direction, length and ranks."""
+
+from natgrad.optim.base import SecondOrder
+from natgrad.optim.checks import NatgradWarning
+from natgrad.optim.fallback import Adam, adam
+from natgrad.optim.kfac import KFAC
+from natgrad.optim.lengths import PredictedChange, plain, predicted_change, trust
+from natgrad.optim.rules import Momentum, corrected, heavy_ball, tied
+from natgrad.optim.spngd import SPNGD
+
+__all__ = [
+    "KFAC",
+    "SPNGD",
+    "Adam",
+    "Momentum",
+    "NatgradWarning",
+    "PredictedChange",
+    "SecondOrder",
+    "adam",
+    "corrected",
+    "heavy_ball",
+    "plain",
+    "predicted_change",
+    "tied",
+    "trust",
+]

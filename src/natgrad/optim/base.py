@@ -1,0 +1,249 @@
+"""SecondOrder: the torch.optim.Optimizer of which every method here is a choice on five axes.
+
+One step:  hooks have measured what is stale -> gradients and moments go to their owners (`_gradients`, `refresh`)
+-> owners average, factor and precondition -> the rule -> owners update -> new weights go to everyone (`_update`).
+Everything moves one way. With nothing stale, nothing but gradients and weights travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from natgrad.cell import Cell
+from natgrad.curvature import Curvature
+from natgrad.layers import Found, Loose, find_layers
+from natgrad.optim import checks
+from natgrad.optim.blocks import Blocks
+from natgrad.optim.coverage import Coverage, coverage
+from natgrad.optim.fallback import Fallback, adam
+from natgrad.optim.gradients import Gradients
+from natgrad.optim.lengths import Length
+from natgrad.optim.rescale import Rescale
+from natgrad.optim.rules import Rule
+from natgrad.optim.state import check_state, exact_copies, whole_state
+from natgrad.optim.unseen import look_after, loosen
+from natgrad.optim.update import update
+from natgrad.parallel import Parcel, World, place
+from natgrad.preconditioner import Preconditioner
+from natgrad.staleness import Every, Staleness
+
+PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
+
+
+class SecondOrder(Optimizer):
+    """Trains every trainable parameter of `model`. See SPNGD and KFAC for what the arguments mean."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        curvature: Blocks,
+        rule: Rule,
+        length: Length,
+        refresh: int | Staleness,
+        momentum: float,
+        damping: float,
+        weight_decay: float,
+        decay: float = 0.0,
+        samples: int | None = 8,
+        rescale: Rescale | None = None,
+        params: Iterable | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        max_norm: float | None = None,
+        scaler: Any = None,
+        fallback: Fallback = adam,
+        max_size: int = 8192,
+        strict: bool = False,
+        seed: int = 0,
+        world: Any = None,
+    ):
+        model = checks.plain_model(model)
+        groups = checks.groups_of(model, params)
+        checks.check_start(lr, model, groups)
+        checks.one_of("reduction", reduction, ("mean", "sum"))
+        checks.one_of("rescale", rescale, ("always", "shrink", None))
+        checks.whole("samples", samples, 1, none=True)
+        checks.whole("max_size", max_size, 1)
+        checks.between("decay", decay, 0, 1)
+        if max_norm is not None:
+            checks.above("max_norm", max_norm, 0)
+        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            checks.check_group(group)
+        self._places: dict[nn.Parameter, int] = {}
+        self.staleness = Every(refresh) if isinstance(refresh, int) else refresh
+        self.rule, self.length, self.fallback = rule, length, fallback
+        self.rescale: Rescale | None = rescale
+        self.reduction, self.scaler, self.decay, self.skipped = reduction, scaler, decay, 0
+        self._step_supports_amp_scaling = scaler is None
+        self.world = world if isinstance(world, World) else World(world)
+        self.gradients = Gradients(self.world, max_norm)
+        found = find_layers(model, [p for group in groups for p in group["params"]])
+        checks.no_loose(found, strict)
+        self.strict = strict
+        blocks = [curvature(f.layer, samples, max_size) for f in found]
+        owners = place([c.cost(f.layer, PLACEMENT_ROWS).work for f, c in zip(found, blocks)], self.world.size)
+        cells = [self.make_cell(f, c, owner) for f, c, owner in zip(found, blocks, owners)]
+        self.whys = [f.why for f in found]
+        for cell in cells:
+            for parameter, state in self.fresh_state(cell, cell.owner == self.world.rank).items():
+                self.state[parameter] = state
+        self.engine = Preconditioner(cells, self.world, seed)
+        tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        self.world.gather([Parcel(t, 0) for t in tensors], "start")
+        self.engine.arm(self._steps() + 1)
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def cells(self) -> list[Cell]:
+        return self.engine.cells
+
+    def make_cell(self, found: Found, curvature: Curvature, owner: int) -> Cell:
+        """The cell of a layer that was found."""
+        weight = found.layer.parameters[0]
+        return Cell(
+            found.name,
+            found.layer,
+            curvature,
+            owner,
+            state=lambda: self.state[weight],
+            staleness=lambda: self._staleness(weight),
+            decay=self.decay,
+        )
+
+    def _staleness(self, weight: nn.Parameter) -> Staleness:
+        own = self.group_of(weight).get("refresh")
+        return self.staleness if own is None else Every(own)
+
+    def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The param_group that a parameter is in."""
+        place = self._places.get(parameter)
+        if place is None:  # groups have been added or loaded since
+            self._places = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
+            place = self._places[parameter]
+        return self.param_groups[place]
+
+    def fresh_state(self, cell: Cell, mine: bool) -> dict[nn.Parameter, dict[str, Any]]:
+        """What a rank holds of a cell at the start, by parameter."""
+        states: dict[nn.Parameter, dict[str, Any]] = {p: {"step": torch.tensor(0.0)} for p in cell.layer.parameters}
+        own = states[cell.layer.parameters[0]]
+        cell.allocate(own, mine)
+        if mine and isinstance(cell.layer, Loose):
+            self.fallback.allocate(cell.layer, own)
+        elif mine:
+            self.rule.allocate(cell.layer, own)
+        return states
+
+    def _steps(self) -> int:
+        return int(next(iter(self.state.values()))["step"])
+
+    def coverage(self) -> list[Coverage]:
+        """A row for every layer: its curvature, why, its size and cost."""
+        return coverage(self.cells, self.whys, self.fallback.name)
+
+    def intervals(self) -> dict[str, int]:
+        """The present refresh interval of every statistic, by layer and statistic."""
+        return {f"{c.name}.{m.key}": c.clock(m.key)[1] for c in self.cells for m in c.curvature.statistics}
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes of payload in the last step by kind: gradients, statistics, weights, scalars."""
+        return dict(self.world.sent)
+
+    @property
+    def refreshed(self) -> float:
+        """The share of all statistics that was measured in the last step."""
+        return self.engine.share
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds on this rank's clock by stage, over all steps."""
+        return self.engine.seconds
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.engine.capture.discard()  # a step that was given up leaves nothing to the next one
+        super().zero_grad(set_to_none)
+
+    def reduce(self) -> None:
+        """Average gradients over ranks now, to look at them or to clip them before `step()`."""
+        self.gradients.average([p for g in self.param_groups for p in g["params"]])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One update. With a closure, it is called once and its loss returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.world.sent.clear()
+        for group in self.param_groups:
+            checks.check_group(group)
+        step, scale, bad = self._steps() + 1, *self._loss_scale()
+        with self.engine.timed("messages"):
+            present = self.gradients.agree(self.cells, bad, self.engine.capture.armed)
+        if present is None:
+            self.skipped += 1
+            self.engine.capture.discard()
+            return loss
+        with self.engine.timed("messages"):
+            gradients = self.gradients.to_owners(self.cells, present, scale)
+        unseen = self.engine.refresh(step, self._hook_scale(scale), self.reduction)
+        self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
+        update(self, present, gradients)
+        look_after(self, unseen, present, step)
+        for state in self.state.values():
+            state["step"] += 1
+        self.engine.arm(step + 1)
+        return loss
+
+    def _loss_scale(self) -> tuple[float, bool]:
+        """By what the gradients are still to be divided, and whether GradScaler found them infinite."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return (1.0 if scale is None else float(scale)), (found is not None and bool(found))
+
+    def _hook_scale(self, scale: float) -> float:
+        """The factor on the gradients that the hooks saw: they came before any unscaling."""
+        if self.scaler is not None:
+            return float(self.scaler.get_scale())
+        if scale == 1.0 and hasattr(self, "found_inf") and self.engine.capture.armed:
+            raise ValueError(
+                "the gradients were unscaled before step(), so the statistics' scale is not known: "
+                "build the optimizer with scaler=, the GradScaler"
+            )
+        return scale
+
+    # -- saving and loading --------------------------------------------------------------------------------------
+
+    def gather_state_dict(self) -> dict[str, Any]:
+        """The whole state on every rank, to be loaded by any number of ranks. All ranks must call it."""
+        saved = self.state_dict()
+        saved["state"] = whole_state(self)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` or `gather_state_dict` gave; values keep their precision, this rank keeps its part."""
+        check_state(state_dict, self.param_groups, self.state)
+        fresh = exact_copies(state_dict, self.param_groups, self.state)
+        super().load_state_dict(state_dict)
+        self.state.clear()
+        self.state.update(fresh)
+        never = [k for k, c in enumerate(self.cells) if not isinstance(c.layer, Loose) and "adam_count" in c.state()]
+        if never:
+            loosen(self, never)
+            self.state.update({p: fresh[p] for k in never for p in self.cells[k].layer.parameters})
+        self.engine.arm(self._steps() + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a natgrad optimizer holds hooks on its model and cannot be copied or pickled: "
+            "build it again on the copy of the model and load state_dict()"
+        )

@@ -1,0 +1,118 @@
+"""What users hand in, checked: one line that names the value and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from natgrad.layers import Found
+from natgrad.parallel import sharded_by
+
+
+class NatgradWarning(UserWarning):
+    """Something that natgrad does other than a user might think."""
+
+
+def plain_model(model: Any) -> nn.Module:
+    """The user's module, without the wrappers of DistributedDataParallel and torch.compile."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"got {type(model).__name__} where the model belongs: pass the model itself, as in SPNGD(model, lr=...); "
+            "parameter groups go in params="
+        )
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            break
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which natgrad does not support yet: "
+                "use DistributedDataParallel or the plain model"
+            )
+    for name, parameter in model.named_parameters():
+        if sharding := sharded_by(parameter):
+            raise ValueError(
+                f"parameter {name} is a {sharding}, which natgrad does not support yet: "
+                "use DistributedDataParallel or the plain model"
+            )
+    return model
+
+
+def groups_of(model: nn.Module, params: Iterable | None) -> list[dict[str, Any]]:
+    """`params` (parameters or torch's groups; None: all of the model's) as groups of trainable parameters."""
+    given: list[Any] = list(model.parameters()) if params is None else list(params)
+    groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
+    known = set(model.parameters())
+    result = []
+    for group in groups:
+        own = group["params"]
+        own = [own] if isinstance(own, Tensor) else list(own)
+        if any(p not in known for p in own):
+            raise ValueError("params= has a parameter that is not the model's: take them from the model that is passed")
+        trained = [p for p in own if p.requires_grad]
+        if trained:
+            result.append({**group, "params": trained})
+    return result
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """The numbers of one parameter group."""
+    for key, below in (("lr", math.inf), ("weight_decay", math.inf), ("momentum", 1.0)):
+        between(key, group[key], 0, below)
+    above("damping", group["damping"], 0)
+    if group.get("refresh") is not None:
+        whole("refresh", group["refresh"], 1)
+
+
+def check_start(lr: Any, model: nn.Module, groups: list) -> None:
+    """What must hold when an optimizer is built. Later a schedule may take lr to 0, at the start it may not be."""
+    above("lr", lr, 0)
+    if not groups:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameters: set requires_grad=True on what is to be trained"
+        )
+
+
+def no_loose(found: Iterable[Found], strict: bool) -> None:
+    """With `strict`, every parameter must have curvature."""
+    loose = [f"{f.name} ({f.why})" for f in found if f.why]
+    if strict and loose:
+        raise ValueError(
+            f"strict=True, but no curvature is known for {'; '.join(loose)}: register their layers or leave strict off"
+        )
+
+
+def above(name: str, value: Any, least: float) -> None:
+    """A finite number above `least`."""
+    if not isinstance(value, (int, float)) or not least < value < math.inf:
+        raise ValueError(f"{name}={value!r}: give a number above {least:g}")
+
+
+def between(name: str, value: Any, least: float, below: float) -> None:
+    """A number of at least `least` and below `below`."""
+    if not isinstance(value, (int, float)) or not least <= value < below:
+        raise ValueError(
+            f"{name}={value!r}: give a number of at least {least:g}"
+            + (f" and below {below:g}" if below < math.inf else "")
+        )
+
+
+def one_of(name: str, value: Any, allowed: tuple) -> None:
+    """A value of a closed set."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, allowed))}")
+
+
+def whole(name: str, value: Any, least: int, none: bool = False) -> None:
+    """A whole number of at least `least`, or None where that is allowed."""
+    if (none and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        return
+    raise ValueError(f"{name}={value!r}: give a whole number of at least {least}{' or None' if none else ''}")

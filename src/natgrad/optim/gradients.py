@@ -1,0 +1,95 @@
+"""Gradients on their way to the owners: who has one, are they finite, are they averaged already, how long are they."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.cell import Cell
+from natgrad.parallel import Parcel, World
+
+
+class Gradients:
+    """Knows how this model's gradients relate to the world: every rank its own, or averaged by a wrapper."""
+
+    def __init__(self, world: World, max_norm: float | None):
+        self.world = world
+        self.max_norm = max_norm
+        self.mode = world.gradients if world.size > 1 else "averaged"
+        self._reduced = False
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average `.grad` over ranks in place, unless a wrapper has done so."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not self._reduced and self._are_local(gradients):
+            self.world.mean(gradients, "gradients")
+        self._reduced = True
+
+    def agree(self, cells: Sequence[Cell], bad: bool, look: bool) -> list[bool] | None:
+        """Which cells have a gradient on any rank; None if a gradient is not finite on any.
+
+        With `look`, "auto" is decided again: whoever averages gradients does it in every step.
+        """
+        gradients = [p.grad for c in cells for p in c.layer.parameters if p.grad is not None]
+        if not gradients:
+            norms = torch.zeros(1)
+        else:
+            norms = torch.stack([n.double().cpu() for n in torch._foreach_norm(gradients)])
+        bad = bad or not bool(torch.isfinite(norms).all())
+        here = [any(p.grad is not None for p in c.layer.parameters) for c in cells]
+        flags = torch.tensor([float(bad), *map(float, here)], dtype=torch.float64)
+        self.world.max([flags], "scalars")
+        if flags[0] > 0:
+            self._reduced = False
+            return None
+        if look and not self._reduced:
+            self._are_local(gradients)
+        return [bool(f) for f in flags[1:]]
+
+    def _are_local(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether ranks still hold their own gradients. Bit-equal ones were averaged before we saw them."""
+        if self.world.size == 1 or self.world.gradients != "auto":
+            return self.mode == "local"
+        check = sum((g.double().sum().cpu() for g in gradients), torch.zeros((), dtype=torch.float64))
+        ends = torch.stack([check, -check])
+        self.world.max([ends], "scalars")
+        mode = "averaged" if ends[0] == -ends[1] else "local"
+        if self.mode not in ("auto", mode):
+            raise ValueError(
+                f"gradients were {self.mode} in earlier steps and look {mode} now: say which they are with "
+                f'world=World(gradients="local") for a plain model or World(gradients="averaged") for a wrapped one'
+            )
+        self.mode = mode
+        return mode == "local"
+
+    def to_owners(self, cells: Sequence[Cell], present: Sequence[bool], scale: float) -> dict[int, Tensor]:
+        """The mean gradients [b, o, i] of the cells that this rank owns, unscaled and clipped."""
+        chosen = [k for k, here in enumerate(present) if here]
+        local = self.mode == "local" and not self._reduced
+        self._reduced = False
+        parcels = [Parcel(_gradient(p), cells[k].owner) for k in chosen for p in cells[k].layer.parameters]
+        received = iter(self.world.reduce(parcels, "gradients") if local else [p.tensor for p in parcels])
+        divisor = scale * (self.world.size if local else 1)
+        mine: dict[int, Tensor] = {}
+        for k in chosen:
+            layer = cells[k].layer
+            tensors = [next(received) for _ in layer.parameters]
+            if cells[k].owner == self.world.rank:
+                dtype = torch.promote_types(layer.parameters[0].dtype, torch.float32)
+                gradient = layer.pack([t for t in tensors if t is not None]).to(dtype)
+                mine[k] = gradient if divisor == 1 else gradient / divisor
+        return self._clip(mine)
+
+    def _clip(self, mine: dict[int, Tensor]) -> dict[int, Tensor]:
+        if self.max_norm is None:
+            return mine
+        square = torch.tensor([sum(float(g.double().square().sum()) for g in mine.values())], dtype=torch.float64)
+        self.world.sum([square], "scalars")
+        factor = self.max_norm / (square.sqrt().item() + 1e-6)
+        return mine if factor >= 1 else {k: g * factor for k, g in mine.items()}
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

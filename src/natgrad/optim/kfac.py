@@ -1,0 +1,52 @@
+"""K-FAC: Kronecker-factored approximate curvature (Martens and Grosse 2015; distributed: arXiv 1811.12019)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from natgrad.optim.base import SecondOrder
+from natgrad.optim.blocks import Blocks, kfac_blocks
+from natgrad.optim.lengths import Length, plain
+from natgrad.optim.rules import Momentum, Rule
+from natgrad.staleness import Staleness
+
+
+class KFAC(SecondOrder):
+    """Natural gradients with Kronecker factors averaged over time and measured every `refresh` steps.
+
+    Normalisations take the plain gradient; pass `curvature=spngd_blocks` for unit-wise blocks. The other arguments
+    are those of SPNGD.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        weight_decay: float = 0.0,
+        refresh: int | Staleness = 10,
+        samples: int | None = 8,
+        decay: float = 0.95,
+        curvature: Blocks = kfac_blocks,
+        length: Length = plain,
+        rule: Rule = Momentum(before=False),  # noqa: B008
+        **shared: Any,
+    ):
+        super().__init__(
+            model,
+            lr,
+            momentum=momentum,
+            damping=damping,
+            weight_decay=weight_decay,
+            refresh=refresh,
+            samples=samples,
+            decay=decay,
+            curvature=curvature,
+            length=length,
+            rule=rule,
+            **shared,
+        )

@@ -1,0 +1,87 @@
+"""How far a step goes, given its direction: a factor a layer, functions of (steps, world)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.layers.base import Layer
+from natgrad.parallel import World
+
+LEAST_WEIGHT = 0.1  # of a healthy weight: a layer that starts at zero must be able to leave it
+
+
+@dataclass
+class Step:
+    """What one layer is about to do, at its owner. All tensors have the layer's form [b, o, i].
+
+    `groups` are the param_groups of the layer's parameters, in their order.
+    """
+
+    layer: Layer
+    gradient: Tensor
+    precondition: Callable[[Tensor], Tensor]
+    state: dict[str, Any]
+    groups: list[dict[str, Any]]
+    direction: Tensor
+    curved: bool = True  # False: the fallback's direction, which has no natural length
+
+    @property
+    def lr(self) -> float:
+        return self.groups[0]["lr"]
+
+    def weight(self) -> Tensor:
+        """The layer's weights in its form."""
+        return self.layer.pack([p.detach() for p in self.layer.parameters])
+
+
+Length = Callable[[Sequence[Step], World], "list[Tensor | float]"]
+
+
+def plain(steps: Sequence[Step], world: World) -> list[Tensor | float]:
+    """The direction as it is."""
+    return [1.0] * len(steps)
+
+
+def trust(steps: Sequence[Step], world: World) -> list[Tensor | float]:
+    """|w| / |d|: the step is lr times the norm of the layer's weight (You et al. 2017, eq. 6, without its constant)."""
+    return [trust_ratio(step) for step in steps]
+
+
+def trust_ratio(step: Step) -> Tensor:
+    """|w| / |d| of one layer, with a floor for layers that start at or near zero."""
+    weight, direction = torch.linalg.vector_norm(step.weight()), torch.linalg.vector_norm(step.direction)
+    floor = LEAST_WEIGHT * step.layer.scale * math.sqrt(step.layer.shape.numel)
+    weight = weight.to(direction).clamp_min(floor)
+    return torch.where(direction > 0, weight / direction.clamp_min(torch.finfo(direction.dtype).tiny), 0)
+
+
+@dataclass(frozen=True)
+class PredictedChange:
+    """All layers together shortened so that lr^2 d . g, the predicted change of the output (KL), stays below `limit`.
+
+    d . g = d^T F d for an exact natural gradient, so this is the KL clip of Ba, Grosse and Martens (2017, section
+    5.3). One number travels.
+    """
+
+    limit: float = 1e-2
+
+    def __post_init__(self):
+        if not self.limit > 0:
+            raise ValueError(f"PredictedChange(limit={self.limit}): give a change above 0")
+
+    def __call__(self, steps: Sequence[Step], world: World) -> list[Tensor | float]:
+        change = torch.zeros(1, dtype=torch.float64)
+        for step in steps:
+            change += step.lr**2 * float((step.direction * step.gradient).sum())
+        world.sum([change], "scalars")
+        factor = min(1.0, math.sqrt(self.limit / max(abs(change.item()), 1e-300)))
+        return [factor] * len(steps)
+
+
+predicted_change = PredictedChange()

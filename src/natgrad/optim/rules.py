@@ -1,0 +1,86 @@
+"""Where a step goes, given gradients and curvature: rules of (steps, world) that fill in directions.
+
+A rule keeps its vectors in the state of each layer's weight, in the layer's form [b, o, i].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from natgrad.layers.base import Layer, promote
+from natgrad.optim.lengths import Step
+from natgrad.parallel import World
+
+Coefficient = Callable[[float, float, float, float], float]
+"""coefficient(momentum, lr, last lr, first lr) -> what the buffer of directions is multiplied by."""
+
+
+def corrected(momentum: float, lr: float, last: float, first: float) -> float:
+    """The same momentum at every learning rate.
+
+    In terms of displacements it is momentum * lr / last, the correction of Goyal et al. (2017, section 3) that
+    SP-NGD's release applies.
+    """
+    return momentum
+
+
+def tied(momentum: float, lr: float, last: float, first: float) -> float:
+    """Momentum that falls with the learning rate, m(e) = m0 / eta0 * eta(e) on displacements (SP-NGD eq. 22-23)."""
+    return momentum * last / first if first > 0 else momentum
+
+
+def heavy_ball(momentum: float, lr: float, last: float, first: float) -> float:
+    """The same momentum on displacements, whatever the learning rate does (Polyak 1964)."""
+    return momentum * last / lr if lr > 0 else 0.0
+
+
+class Rule(Protocol):
+    """A rule of direction."""
+
+    def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Make the rule's tensors for one layer."""
+
+    def __call__(self, steps: Sequence[Step], world: World) -> None:
+        """Fill in every step's direction."""
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """A buffer of gradients that is then preconditioned (before=True), or of preconditioned gradients (False).
+
+    Weight decay is added to the preconditioned gradient: it is not curved. `before=False` is SP-NGD's order (eq. 23);
+    momentum on gradients sees today's curvature in all of its past.
+    """
+
+    before: bool = False
+    coefficient: Coefficient = corrected
+
+    def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
+        weight = layer.parameters[0]
+        state["momentum"] = torch.zeros(layer.shape, dtype=promote(weight).dtype, device=weight.device)
+
+    def __call__(self, steps: Sequence[Step], world: World) -> None:
+        for step in steps:
+            group, buffer = step.groups[0], step.state["momentum"]
+            lr = group["lr"]
+            keep = self.coefficient(
+                group["momentum"], lr, group.get("lr_last", lr), group.get("initial_lr", group.get("lr_first", lr))
+            )
+            if self.before:
+                buffer.mul_(keep).add_(step.gradient)
+                step.direction = with_decay(step, step.precondition(buffer))
+            else:
+                buffer.mul_(keep).add_(with_decay(step, step.precondition(step.gradient)))
+                step.direction = buffer
+
+
+def with_decay(step: Step, direction: torch.Tensor) -> torch.Tensor:
+    """The direction plus each parameter's weight_decay times the parameter."""
+    if not any(group["weight_decay"] for group in step.groups):
+        return direction
+    pairs = zip(step.groups, step.layer.parameters)
+    return direction + step.layer.pack([g["weight_decay"] * promote(p.detach()) for g, p in pairs])

@@ -1,0 +1,74 @@
+"""SP-NGD: scalable and practical natural gradient descent (Osawa et al. 2020, arXiv 2002.06015)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from natgrad.optim.base import SecondOrder
+from natgrad.optim.blocks import Blocks, spngd_blocks
+from natgrad.optim.lengths import Length, plain
+from natgrad.optim.rescale import Rescale
+from natgrad.optim.rules import Momentum, Rule
+from natgrad.staleness import Adaptive, Staleness
+
+
+class SPNGD(SecondOrder):
+    """Natural gradients with Kronecker factors, unit-wise blocks for norms, and statistics measured when they move.
+
+    Args:
+        model: the network itself, on one rank, on several, or wrapped in DistributedDataParallel.
+        lr: learning rate, above 0.
+        momentum: of `rule`, in [0, 1).
+        damping: lambda > 0 of F + lambda I, in units of squared per-sample gradients (paper section 3.3.3).
+        weight_decay: coefficient of the weights added to the preconditioned gradient.
+        refresh: a Staleness, or a whole number of steps between measurements.
+        samples: rows measured per dimension of a factor, drawn over all samples and places; None measures all.
+        decay: of a running mean over measurements; 0 replaces, as the paper does.
+        curvature: a function of a layer that gives its curvature.
+        length: how far a step goes: plain, trust, predicted_change or a function of yours.
+        rule: where it goes: Momentum(before=..., coefficient=corrected | tied | heavy_ball) or a Rule of yours.
+        rescale: "always" (the paper, eq. 24) or "shrink" (its release) holds weights at their He norm.
+        **shared: params (torch's groups; a group may set lr, momentum, weight_decay, damping, refresh), reduction of
+            the loss ("mean" or "sum"), max_norm, scaler (a GradScaler, if you unscale yourself), fallback (direction of
+            parameters without curvature), max_size (sides above it stay diagonal), strict (refuse such parameters),
+            seed, world.
+
+    Raises:
+        ValueError: names the value that cannot be and the way out.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        weight_decay: float = 0.0,
+        refresh: int | Staleness = Adaptive(),  # noqa: B008  (frozen)
+        samples: int | None = 8,
+        decay: float = 0.0,
+        curvature: Blocks = spngd_blocks,
+        length: Length = plain,
+        rule: Rule = Momentum(before=False),  # noqa: B008
+        rescale: Rescale | None = None,
+        **shared: Any,
+    ):
+        super().__init__(
+            model,
+            lr,
+            momentum=momentum,
+            damping=damping,
+            weight_decay=weight_decay,
+            refresh=refresh,
+            samples=samples,
+            decay=decay,
+            curvature=curvature,
+            length=length,
+            rule=rule,
+            rescale=rescale,
+            **shared,
+        )

@@ -1,0 +1,79 @@
+"""Saving and loading: state dictionaries of the form that torch's trainers expect, checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from natgrad.parallel import Parcel
+
+if TYPE_CHECKING:
+    from natgrad.optim.base import SecondOrder
+
+
+def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict]) -> None:
+    """Refuse a state of another model, or a part of one, before anything is changed."""
+    if not {"state", "param_groups"} <= saved.keys():
+        raise ValueError(f"not an optimizer's state_dict: it has {sorted(map(str, saved))}, not state and param_groups")
+    sizes = [len(g["params"]) for g in saved["param_groups"]], [len(g["params"]) for g in groups]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"this state_dict is of another model or other groups: it has groups of {sizes[0]} parameters, "
+            f"this optimizer of {sizes[1]}"
+        )
+    for parameter, mine, theirs in pairs(saved, groups, state):
+        missing = sorted(key for key in mine if key not in theirs)
+        if missing:
+            raise ValueError(
+                f"this state_dict lacks {', '.join(missing)} of a parameter of shape {tuple(parameter.shape)}: it is "
+                "of another optimizer, or one rank's part (save gather_state_dict() to load on other ranks)"
+            )
+        for key, value in mine.items():
+            if isinstance(value, Tensor) and value.shape != theirs[key].shape:
+                raise ValueError(
+                    f"this state_dict is of another model: its {key} has shape {tuple(theirs[key].shape)}, "
+                    f"here it is {tuple(value.shape)}"
+                )
+
+
+def pairs(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict]):
+    """(parameter, its state here, its saved state) for every parameter."""
+    ids = [k for g in saved["param_groups"] for k in g["params"]]
+    parameters = [p for g in groups for p in g["params"]]
+    for parameter, k in zip(parameters, ids):
+        yield parameter, state.get(parameter, {}), saved["state"].get(k, {})
+
+
+def exact_copies(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict]):
+    """New state tensors of this rank with the saved values, each in the type and on the device it has here.
+
+    torch's own loading casts everything to the parameter's type, which would round curvature in bf16 models and turn
+    clocks into floats.
+    """
+    fresh = {}
+    for parameter, mine, theirs in pairs(saved, groups, state):
+        extra = {k: v for k, v in theirs.items() if k.startswith("adam_")}  # a layer that was found to be never called
+        fresh[parameter] = {
+            key: theirs[key].detach().to(device=like.device, dtype=like.dtype, copy=True)
+            if isinstance(like := mine.get(key, theirs[key]), Tensor)
+            else theirs[key]
+            for key in {**mine, **extra}
+        }
+    return fresh
+
+
+def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:
+    """Every parameter's state as its owner holds it, on every rank. All ranks must call it."""
+    whole: dict[nn.Parameter, dict[str, Any]] = {}
+    parcels = []
+    for cell in optimizer.cells:
+        for parameter, fresh in optimizer.fresh_state(cell, mine=True).items():
+            whole[parameter] = fresh
+            for key, value in fresh.items():
+                if cell.owner == optimizer.world.rank:
+                    value.copy_(optimizer.state[parameter][key])
+                parcels.append(Parcel(value, cell.owner))
+    optimizer.world.gather(parcels)
+    return {k: whole[p] for k, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}

@@ -1,0 +1,8 @@
+"""The only place that talks to other ranks."""
+
+from natgrad.parallel.join import join, leave, sharded_by
+from natgrad.parallel.placement import place
+from natgrad.parallel.threads import run_threads
+from natgrad.parallel.world import Parcel, World
+
+__all__ = ["Parcel", "World", "join", "leave", "place", "run_threads", "sharded_by"]

@@ -1,0 +1,33 @@
+"""Entering and leaving the world that a launcher has made."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from natgrad.parallel.world import World
+
+
+def join() -> World:
+    """The world that torchrun's environment describes (gloo on CPUs, NCCL on GPUs); a world of one without it."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return World()
+
+
+def leave() -> None:
+    """Close the process group, if one is open."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sharded_by(tensor: torch.Tensor) -> str | None:
+    """The name of the sharding that a tensor belongs to, None for a plain tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return "DTensor (fully_shard or tensor parallelism)" if isinstance(tensor, DTensor) else None

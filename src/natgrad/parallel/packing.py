@@ -1,0 +1,78 @@
+"""Many tensors as one buffer, symmetric matrices as their triangles.
+
+A symmetric matrix [n, n] has n (n + 1) / 2 numbers. They fill a rectangle without any index: split the matrix at
+k = ceil(n / 2); the lower triangle of the first block and the upper triangle of the second do not overlap when the
+one is shifted past the other, and the square between them goes below (rectangular full packed format, Gustavson,
+Wasniewski, Dongarra and Langou 2010).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def packed_numel(shape: Sequence[int], symmetric: bool) -> int:
+    """How many numbers a tensor of this shape is on the wire."""
+    numel = 1
+    for length in shape:
+        numel *= length
+    if symmetric and len(shape) >= 2 and shape[-1] == shape[-2]:
+        return numel // shape[-1] * (shape[-1] + 1) // 2
+    return numel
+
+
+def pack_triangle(matrix: Tensor) -> Tensor:
+    """Symmetric [..., n, n] as [..., n (n + 1) / 2]."""
+    n = matrix.shape[-1]
+    k = (n + 1) // 2
+    first, second = matrix[..., :k, :k].tril(), matrix[..., k:, k:].triu()
+    odd = n % 2
+    head = matrix.new_zeros(*matrix.shape[:-2], k + 1 - odd, k)
+    head[..., 1 - odd :, :] = first
+    head[..., : n - k, odd:] += second
+    return torch.cat([head.flatten(-2), matrix[..., k:, :k].flatten(-2)], -1)
+
+
+def unpack_triangle(packed: Tensor, n: int) -> Tensor:
+    """The inverse of `pack_triangle`."""
+    k = (n + 1) // 2
+    odd = n % 2
+    size = (k + 1 - odd) * k
+    head = packed[..., :size].unflatten(-1, (k + 1 - odd, k))
+    square = packed[..., size:].unflatten(-1, (n - k, k)) if n > k else packed.new_zeros(*packed.shape[:-1], 0, k)
+    first = head[..., 1 - odd :, :].tril()
+    second = head[..., : n - k, odd:].triu()
+    matrix = packed.new_empty(*packed.shape[:-1], n, n)
+    matrix[..., :k, :k] = first + first.tril(-1).transpose(-1, -2)
+    matrix[..., k:, k:] = second + second.triu(1).transpose(-1, -2)
+    matrix[..., k:, :k] = square
+    matrix[..., :k, k:] = square.transpose(-1, -2)
+    return matrix
+
+
+def pack(tensors: Sequence[Tensor], symmetric: Sequence[bool], length: int) -> Tensor:
+    """Tensors of one dtype one behind the other in a buffer of `length`, zeros at the end."""
+    parts = [
+        (pack_triangle(t) if s and packed_numel(t.shape, s) != t.numel() else t).reshape(-1)
+        for t, s in zip(tensors, symmetric)
+    ]
+    used = sum(p.numel() for p in parts)
+    reference = tensors[0] if tensors else torch.empty(0)
+    return torch.cat([*parts, reference.new_zeros(length - used)])
+
+
+def unpack(buffer: Tensor, shapes: Sequence[Sequence[int]], symmetric: Sequence[bool]) -> list[Tensor]:
+    """The tensors of a buffer made by `pack`, as views where no triangle is unfolded."""
+    tensors, start = [], 0
+    for shape, s in zip(shapes, symmetric):
+        numel, full = packed_numel(shape, s), packed_numel(shape, False)
+        part = buffer[start : start + numel]
+        start += numel
+        if numel == full:
+            tensors.append(part.reshape(shape))
+        else:
+            tensors.append(unpack_triangle(part.reshape(*shape[:-2], -1), shape[-1]))
+    return tensors

@@ -1,0 +1,64 @@
+"""Ranks as threads of one process: the same collectives without processes, so many ranks are tested in a second."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.parallel.world import World
+
+
+class Threads:
+    """One rank among threads that meet at a barrier and read each other's tensors."""
+
+    def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier):
+        self.rank, self.size = rank, size
+        self._board, self._barrier = board, barrier
+
+    def _exchange(self, tensor: Tensor) -> list[Tensor]:
+        self._board[self.rank] = tensor.detach().clone()
+        self._barrier.wait()
+        everyone = list(self._board)
+        self._barrier.wait()  # nobody writes again before all have read
+        return everyone
+
+    def all_reduce(self, buffer: Tensor, op: str = "sum") -> Tensor:
+        stacked = torch.stack(self._exchange(buffer))
+        return buffer.copy_(stacked.sum(0) if op == "sum" else stacked.amax(0))
+
+    def reduce_scatter(self, chunks: Tensor) -> Tensor:
+        return torch.stack([c[self.rank] for c in self._exchange(chunks)]).sum(0)
+
+    def all_gather(self, chunk: Tensor) -> Tensor:
+        return torch.stack(self._exchange(chunk))
+
+
+def run_threads(size: int, work: Callable[[World], Any], **options: Any) -> list[Any]:
+    """Run work(world) on `size` threads, each a rank of one world, and return their results in order.
+
+    `options` go to every World. The first exception of any rank is raised here.
+    """
+    barrier = threading.Barrier(size, timeout=120)
+    board: list = [None] * size
+    results: list = [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(World(Threads(rank, size, board, barrier), **options))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()  # the others must not wait for a rank that is gone
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return results

@@ -1,0 +1,129 @@
+"""The ranks in five calls: reduce to owners, gather from owners, and the mean, sum and maximum of small things.
+
+What travels: `reduce` is one reduce-scatter (each rank receives the sums of what it owns), `gather` one all-gather
+(each rank sends what it owns). Both are one message a data type, tensors one behind the other, symmetric matrices as
+triangles. A world of one sends nothing and takes the same path.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from natgrad.parallel.packing import pack, packed_numel, unpack
+from natgrad.parallel.transport import Alone, Processes, Transport
+
+Gradients = Literal["auto", "local", "averaged"]
+
+
+class Parcel(NamedTuple):
+    """A tensor (the same shape on every rank), the rank that owns it, and whether it is a symmetric matrix."""
+
+    tensor: Tensor
+    owner: int
+    symmetric: bool = False
+
+
+class World:
+    """The ranks that train together.
+
+    group: a process group, a Transport, or None for torch.distributed's default group (alone if there is none).
+    gradients: whether `.grad` holds this rank's gradient ("local") or already the mean over ranks ("averaged", as
+    DistributedDataParallel leaves it). "auto" looks: averaged gradients are equal to the last bit on all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | Transport | None = None, gradients: Gradients = "auto"):
+        if gradients not in ("auto", "local", "averaged"):
+            raise ValueError(f'World(gradients={gradients!r}): give "auto", "local" or "averaged"')
+        self.gradients = gradients
+        if group is None:
+            group = Processes() if dist.is_available() and dist.is_initialized() else Alone()
+        elif isinstance(group, dist.ProcessGroup):
+            group = Processes(group)
+        self.transport: Transport = group
+        self.rank, self.size = group.rank, group.size
+        self.sent: dict[str, int] = defaultdict(int)  # bytes of payload by kind, until somebody clears it
+
+    def _count(self, kind: str, parcels: Sequence[Parcel]) -> None:
+        if self.size > 1:
+            self.sent[kind] += sum(packed_numel(p.tensor.shape, p.symmetric) * p.tensor.element_size() for p in parcels)
+
+    def reduce(self, parcels: Sequence[Parcel], kind: str = "other") -> list[Tensor | None]:
+        """The sum over ranks of every parcel at its owner, None elsewhere."""
+        if self.size == 1:
+            return [p.tensor for p in parcels]
+        self._count(kind, parcels)
+        results: list[Tensor | None] = [None] * len(parcels)
+        for chunks, length in self._by_owner(parcels):
+            buffer = torch.stack([self._pack(parcels, chunk, length, chunks) for chunk in chunks])
+            mine = chunks[self.rank]
+            received = self.transport.reduce_scatter(buffer)
+            shapes = [parcels[k].tensor.shape for k in mine]
+            for k, tensor in zip(mine, unpack(received, shapes, [parcels[k].symmetric for k in mine])):
+                results[k] = tensor
+        return results
+
+    def gather(self, parcels: Sequence[Parcel], kind: str = "other") -> None:
+        """Every parcel's tensor takes its owner's value on all ranks, in place."""
+        if self.size == 1:
+            return
+        self._count(kind, parcels)
+        for chunks, length in self._by_owner(parcels):
+            received = self.transport.all_gather(self._pack(parcels, chunks[self.rank], length, chunks))
+            for owner, chunk in enumerate(chunks):
+                if owner == self.rank:
+                    continue
+                shapes = [parcels[k].tensor.shape for k in chunk]
+                values = unpack(received[owner], shapes, [parcels[k].symmetric for k in chunk])
+                for k, value in zip(chunk, values):
+                    parcels[k].tensor.copy_(value)
+
+    def _by_owner(self, parcels: Sequence[Parcel]) -> list[tuple[list[list[int]], int]]:
+        """For each dtype: the parcels of each owner, and the length of the longest owner's buffer."""
+        kinds: dict[torch.dtype, list[list[int]]] = {}
+        for k, parcel in enumerate(parcels):
+            chunks = kinds.setdefault(parcel.tensor.dtype, [[] for _ in range(self.size)])
+            chunks[parcel.owner].append(k)
+
+        def length(chunk: list[int]) -> int:
+            return sum(packed_numel(parcels[k].tensor.shape, parcels[k].symmetric) for k in chunk)
+
+        return [(chunks, max(length(chunk) for chunk in chunks)) for chunks in kinds.values()]
+
+    @staticmethod
+    def _pack(parcels: Sequence[Parcel], chunk: list[int], length: int, chunks: list[list[int]]) -> Tensor:
+        if chunk:
+            return pack([parcels[k].tensor for k in chunk], [parcels[k].symmetric for k in chunk], length)
+        reference = next(parcels[k].tensor for other in chunks for k in other)
+        return reference.new_zeros(length)
+
+    def mean(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
+        """Every tensor becomes its mean over ranks, in place on all ranks."""
+        self.sum(tensors, kind)
+        if self.size > 1:
+            for tensor in tensors:
+                tensor.div_(self.size)
+
+    def sum(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
+        """Every tensor becomes its sum over ranks, in place on all ranks."""
+        self._everyone(tensors, "sum", kind)
+
+    def max(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
+        """Every tensor becomes its maximum over ranks, in place on all ranks."""
+        self._everyone(tensors, "max", kind)
+
+    def _everyone(self, tensors: Sequence[Tensor], op: str, kind: str) -> None:
+        if self.size == 1 or not tensors:
+            return
+        self._count(kind, [Parcel(t, 0) for t in tensors])
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            same = [t for t in tensors if t.dtype == dtype]
+            length = sum(t.numel() for t in same)
+            buffer = self.transport.all_reduce(pack(same, [False] * len(same), length), op)
+            for tensor, value in zip(same, unpack(buffer, [t.shape for t in same], [False] * len(same))):
+                tensor.copy_(value)

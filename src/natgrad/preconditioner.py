@@ -1,0 +1,135 @@
+"""All layers over all ranks: what is measured next, and how measurements become inverses at their owners.
+
+One refresh:  sums on every rank -> one small sum of counts (how many samples everyone saw) -> moments to their owners
+(triangles) -> owners average, decide when to measure again, factor -> one small sum tells all ranks the intervals.
+With nothing stale nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+
+from natgrad.capture import Capture, Key, Measured, Sampler, Watch
+from natgrad.cell import DORMANT, Cell
+from natgrad.parallel import Parcel, World
+
+
+class Preconditioner:
+    """The cells of a model with the hooks that feed them."""
+
+    def __init__(self, cells: Sequence[Cell], world: World, seed: int):
+        self.replace(cells)
+        self.world = world
+        self.seed = seed
+        self.seconds: dict[str, float] = {}
+        self.retries = 0  # factorisations that needed more damping
+        self.dropped = 0  # statistics that were not finite
+        self.share = 0.0  # of the statistics, measured in the last step
+
+    def replace(self, cells: Sequence[Cell]) -> None:
+        """Take these cells from now on, unwatched until `arm`."""
+        if hasattr(self, "capture"):
+            self.capture.disarm()
+        self.cells = list(cells)
+        self.capture = Capture([cell.layer for cell in cells])
+        self._plan: list[Key] = []
+        self._fresh: dict[int, set[str]] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds spent inside to `stage`."""
+        start = perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+
+    def arm(self, step: int) -> None:
+        """Attach hooks for the coming step `step` if anything is due in it, remove them otherwise."""
+        watches = {k: Watch(c.layer, due) for k, c in enumerate(self.cells) if (due := c.due(step))}
+        self._plan = [(k, moment.key) for k, watch in watches.items() for moment in watch.moments]
+        if watches:
+            self.capture.arm(watches, Sampler(self.seed, step, self.world.rank, 1 / self.world.size))
+        else:
+            self.capture.disarm()
+
+    def refresh(self, step: int, scale: float, reduction: str) -> set[int]:
+        """Take in what this step's passes measured. Returns the cells that were watched but never called.
+
+        `scale` is the factor by which the loss was multiplied for mixed precision.
+        """
+        plan, total = self._plan, sum(len(c.curvature.statistics) for c in self.cells)
+        self.share = len(plan) / max(total, 1)
+        if not plan:
+            return set()
+        self.seconds["measure"] = self.capture.seconds
+        measured = self.capture.collect()
+        with self.timed("messages"):
+            counts = torch.tensor(
+                [measured.samples, *(float(measured.weights.get(key, 0) > 0) for key in plan)], dtype=torch.float64
+            )
+            self.world.sum([counts], "scalars")
+            samples, *ranks = counts.tolist()
+            seen = [(key, n) for key, n in zip(plan, ranks) if n > 0]
+            parcels = [self._parcel(key, measured, n, scale, reduction) for key, n in seen]
+            received = self.world.reduce(parcels, "statistics")
+        intervals = torch.zeros(len(seen), dtype=torch.int64)
+        fresh: dict[int, set[str]] = {}
+        with self.timed("factor"):
+            for place, ((index, key), value) in enumerate(zip((key for key, _ in seen), received)):
+                if value is not None:
+                    intervals[place] = self.cells[index].absorb(key, value, round(samples))
+                    fresh.setdefault(index, set()).add(key)
+        with self.timed("messages"):
+            self.world.sum([intervals], "scalars")
+        for ((index, key), _), interval in zip(seen, intervals.tolist()):
+            self._advance(index, key, step, interval)
+        self._fresh = fresh
+        return {index for (index, _), n in zip(plan, ranks) if n == 0}
+
+    def _parcel(self, key: Key, measured: Measured, ranks: float, scale: float, reduction: str) -> Parcel:
+        """A rank's share of a mean over all ranks' samples."""
+        cell = self.cells[key[0]]
+        moment = next(m for m in cell.curvature.statistics if m.key == key[1])
+        value = measured.sums.get(key)
+        if value is None:
+            weight = cell.layer.parameters[0]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            value = torch.zeros(moment.shape(cell.layer), dtype=dtype, device=weight.device)
+        elif moment.order == 0:
+            value = value / (measured.weights[key] * ranks)
+        else:
+            weigh = measured.samples if reduction == "mean" else 1 / measured.samples
+            value = value * (weigh / (self.world.size * scale**2))
+        return Parcel(value, cell.owner, moment.symmetric)
+
+    def _advance(self, index: int, key: str, step: int, interval: int) -> None:
+        cell = self.cells[index]
+        _, current, previous, refreshes = cell.clock(key)
+        if interval == 0:  # the statistic was not finite: keep the old one, measure again at once
+            self.dropped += 1
+            cell.set_clock(key, [step + 1, current, previous, refreshes])
+        else:
+            cell.set_clock(key, [step + interval, interval, current, refreshes + 1])
+
+    def factor(self, dampings: Sequence[float]) -> None:
+        """Invert, at the owners, what is fresh or was damped otherwise."""
+        fresh, self._fresh = self._fresh, {}
+        with self.timed("factor"):
+            for index, (cell, damping) in enumerate(zip(self.cells, dampings)):
+                if cell.owner == self.world.rank:
+                    self.retries += cell.factor(damping, fresh.get(index, set()))
+
+    def sleep(self, index: int) -> None:
+        """Do not watch a layer that is not in use."""
+        for moment in self.cells[index].curvature.statistics:
+            _, *rest = self.cells[index].clock(moment.key)
+            self.cells[index].set_clock(moment.key, [DORMANT, *rest])
+
+    def wake(self, index: int, step: int) -> None:
+        """Watch a layer again from `step` on."""
+        for moment in self.cells[index].curvature.statistics:
+            _, *rest = self.cells[index].clock(moment.key)
+            self.cells[index].set_clock(moment.key, [step, *rest])

@@ -1,0 +1,117 @@
+"""Numbers that change as training goes: each schedule is a frozen function of progress, and nothing else.
+
+Progress t is a fraction of the run (0 at the first step, 1 after the last one), or any other unit as long as
+a schedule's own fields use the same. A schedule gives a multiplier: the value is (start value) x schedule(t).
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A multiplier that depends on progress alone."""
+
+    def __call__(self, t: float) -> float:
+        raise NotImplementedError(f"{type(self).__name__} has no rule")
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """One all the way."""
+
+    def __call__(self, t: float) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Polynomial(Schedule):
+    """(1 - (t - begin) / (end - begin))^power: 1 before begin, 0 after end (SP-NGD, equation 21).
+
+    The papers stop before `end`: 35 of 53 epochs is end=53/35 in fractions of the run.
+    """
+
+    power: float = 2.0
+    """Exponent p of the decay."""
+    begin: float = 0.0
+    """Progress at which the decay starts."""
+    end: float = 1.0
+    """Progress at which the value is zero; may lie behind the end of the run."""
+
+    def __post_init__(self) -> None:
+        _ordered(self.begin, self.end)
+        if self.power <= 0:
+            raise ValueError(f"power={self.power:g} must be positive; 1 is a straight line")
+
+    def __call__(self, t: float) -> float:
+        return (1.0 - _share(t, self.begin, self.end)) ** self.power
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine from 1 down to `final`: flat at both ends."""
+
+    begin: float = 0.0
+    """Progress at which the decay starts."""
+    end: float = 1.0
+    """Progress at which `final` is reached."""
+    final: float = 0.0
+    """The multiplier at the end."""
+
+    def __post_init__(self) -> None:
+        _ordered(self.begin, self.end)
+
+    def __call__(self, t: float) -> float:
+        height = 0.5 * (1.0 + math.cos(math.pi * _share(t, self.begin, self.end)))
+        return self.final + (1.0 - self.final) * height
+
+
+@dataclass(frozen=True)
+class Piecewise(Schedule):
+    """Constant between the boundaries: `values` has one entry more than `boundaries`."""
+
+    boundaries: tuple[float, ...] = (0.5, 0.75)
+    """Progress at which the next value begins, rising."""
+    values: tuple[float, ...] = (1.0, 0.1, 0.01)
+    """The multiplier before, between and after the boundaries."""
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"{len(self.values)} values for {len(self.boundaries)} boundaries; give one value more"
+            )
+        if list(self.boundaries) != sorted(self.boundaries):
+            raise ValueError(f"boundaries={self.boundaries} must rise")
+
+    def __call__(self, t: float) -> float:
+        return self.values[sum(t >= boundary for boundary in self.boundaries)]
+
+
+@dataclass(frozen=True)
+class WarmUp(Schedule):
+    """A straight line from `start` up to 1 over `length`, times another schedule from t = 0 on."""
+
+    then: Schedule = Constant()
+    """The schedule that the warm-up multiplies."""
+    length: float = 0.05
+    """Progress at which the warm-up is over."""
+    start: float = 0.0
+    """The multiplier at t = 0."""
+
+    def __post_init__(self) -> None:
+        _ordered(0.0, self.length)
+
+    def __call__(self, t: float) -> float:
+        return (self.start + (1.0 - self.start) * _share(t, 0.0, self.length)) * self.then(t)
+
+
+def _share(t: float, begin: float, end: float) -> float:
+    """How much of [begin, end] lies behind t, from 0 to 1."""
+    return min(1.0, max(0.0, (t - begin) / (end - begin)))
+
+
+def _ordered(begin: float, end: float) -> None:
+    if not begin < end:
+        raise ValueError(
+            f"a schedule from {begin:g} to {end:g} has no length; its end must come after its begin"
+        )

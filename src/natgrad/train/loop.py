@@ -1,0 +1,182 @@
+"""The training loop for any recipe, on one rank or many: each takes its share of every batch.
+
+    share of the batch -> loss -> gradient -> optimizer.step() -> one record
+
+What travels between ranks: gradients (and what a second-order optimizer needs) within `optimizer.step()`, and
+two numbers a step, the loss and whether anyone wants to stop; so all ranks stop after the same step.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from natgrad.data import Sampler, Splits
+from natgrad.data.sampler import Batch
+from natgrad.parallel import World
+from natgrad.train.evaluate import Score, estimate_norms, evaluate
+from natgrad.train.recipe import Recipe
+
+
+@dataclass
+class Job:
+    """A recipe made ready to run on this rank."""
+
+    recipe: Recipe
+    world: World
+    splits: Splits
+    model: nn.Module
+    optimizer: Optimizer
+    sampler: Sampler
+    steps: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.splits.train.device
+
+    def score(self, split: str = "test") -> Score:
+        """Judge the model as it is now on one split, BatchNorm's statistics estimated anew."""
+        estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples)
+        return evaluate(self.model, getattr(self.splits, split), self.world)
+
+
+@dataclass
+class Step:
+    """What is known after a step; seconds count training alone, not what happens between two steps."""
+
+    step: int
+    epoch: float
+    loss: float
+    """Mean over the batch on all ranks."""
+    lr: float
+    seconds: float
+    elapsed: float
+    """Seconds of training so far."""
+    images_per_second: float
+    stages: dict[str, float]
+    """Seconds by stage of the step."""
+    second_order: dict[str, Any] = field(default_factory=dict)
+    """Share of statistics refreshed, intervals and traffic by stage, where the optimizer has them."""
+    stop: bool = False
+    """Whether any rank was asked to stop."""
+
+
+def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
+    """Build model, optimizer and sampler; raise ValueError for values that do not fit each other."""
+    train = splits.train
+    sampler = Sampler(len(train), recipe.batch, recipe.seed, world.rank, world.size, recipe.drop_last)
+    steps = recipe.steps if recipe.steps is not None else round(recipe.epochs * len(sampler))
+    if steps < 1:
+        raise ValueError(
+            f"epochs={recipe.epochs:g} of {len(sampler)} steps make no step; raise epochs or set steps"
+        )
+    model = build_model(recipe).to(train.device)
+    return Job(recipe, world, splits, model, recipe.optimizer.build(model, world), sampler, steps)
+
+
+def build_model(recipe: Recipe) -> nn.Module:
+    """Initialise the recipe's network from its seed: the same on every rank."""
+    torch.manual_seed(recipe.seed)
+    return recipe.model.build(recipe.data.shape(), recipe.data.classes())
+
+
+def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
+    """Train, yielding a record after each step; the job's model may be judged in between."""
+    rates = [group["lr"] for group in job.optimizer.param_groups]
+    elapsed = 0.0
+    for step, batch in zip(range(1, job.steps + 1), job.sampler.stream()):
+        factor = job.recipe.schedule((step - 1) / job.steps)
+        for group, rate in zip(job.optimizer.param_groups, rates):
+            group["lr"] = rate * factor
+        before, clock = _second_order_seconds(job.optimizer), Clock(job.device)
+        loss = descend(job, batch, step, clock)
+        news = torch.stack((loss, loss.new_tensor(float(stop()))))
+        job.world.mean([news])
+        value, stopping = news.tolist()
+        clock.lap("other")
+        elapsed += clock.total
+        yield Step(
+            step=step,
+            epoch=step / len(job.sampler),
+            loss=value,
+            lr=rates[0] * factor,
+            seconds=clock.total,
+            elapsed=elapsed,
+            images_per_second=batch.total / clock.total,
+            stages=_split(clock.laps, before, _second_order_seconds(job.optimizer)),
+            second_order=_second_order(job.optimizer),
+            stop=stopping > 0,
+        )
+        if stopping > 0:
+            return
+
+
+def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
+    """Take one step on this rank's share of a batch; return the share's part of the loss, such that ranks'
+    mean it.
+
+    Shares may differ by one sample, so a rank's loss is its sum over (samples in the batch / ranks).
+    """
+    inputs, labels = job.splits.train.batch(batch.index)
+    seed = (job.recipe.seed * 1_000_003 + step) * job.world.size + job.world.rank
+    inputs = job.splits.augment(inputs, torch.Generator().manual_seed(seed))
+    clock.lap("data")
+    loss = F.cross_entropy(job.model(inputs), labels, reduction="sum") * (job.world.size / batch.total)
+    clock.lap("forward")
+    loss.backward()
+    clock.lap("backward")
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    clock.lap("update")
+    return loss.detach()
+
+
+class Clock:
+    """Seconds by stage; waits for the device, so that a stage's work counts where it was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap to a stage."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self.last
+        self.last = now
+
+    @property
+    def total(self) -> float:
+        return sum(self.laps.values())
+
+
+def _second_order_seconds(optimizer: Optimizer) -> dict[str, float]:
+    return dict(getattr(optimizer, "seconds", {}))
+
+
+def _split(laps: dict[str, float], before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Split the optimizer's lap into the stages that it has counted itself."""
+    inner = {stage: seconds - before.get(stage, 0.0) for stage, seconds in after.items()}
+    told = sum(inner.values()) - inner.get("update", 0.0)
+    rest = max(0.0, laps["update"] - told)
+    return {**laps, **inner, "update": rest}
+
+
+def _second_order(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what a second-order optimizer tells of its last step; nothing for others."""
+    if not hasattr(optimizer, "intervals"):
+        return {}
+    told: Any = optimizer
+    return {
+        "refreshed": told.refreshed,
+        "skipped": told.skipped,
+        "intervals": told.intervals(),
+        "traffic": told.traffic(),
+    }

@@ -1,0 +1,72 @@
+"""What a run was made on: hardware, versions, the commit, the command; written beside the results."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from natgrad.parallel import World
+
+PACKAGES = ("natgrad", "torch", "numpy", "scikit-learn", "datasets", "matplotlib")
+
+
+def describe(world: World, device: torch.device) -> dict[str, Any]:
+    """Return plain values for a run's record."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(),
+        "commit": commit(),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+    }
+
+
+def command() -> str:
+    """Return the command line that started this process, as a user would type it."""
+    return shlex.join(["natgrad", *sys.argv[1:]])
+
+
+def installed(name: str) -> str | None:
+    """Return a package's version, None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Return the commit of the source that runs, marked where files differ; None outside of git."""
+    folder = Path(__file__).parent
+    try:
+        call = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", "machine.py"]
+        subprocess.run(tracked, capture_output=True, timeout=10, check=True)
+        return (
+            subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            or None
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,55 @@
+"""A recipe is one training run as plain values: data, model, optimizer, schedule, length. It does nothing."""
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from natgrad.data import Source
+from natgrad.models import Architecture
+from natgrad.schedules import Cosine, Schedule
+from natgrad.train.optimizers import Settings, positive
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's result."""
+
+    data: Source
+    """What to learn from, what to be judged by."""
+    model: Architecture
+    """The network."""
+    optimizer: Settings
+    """The optimizer and its numbers."""
+    schedule: Schedule = field(default_factory=Cosine)
+    """Multiplies the learning rate, by progress from 0 to 1."""
+    batch: int = 128
+    """Samples in a step, over all ranks."""
+    epochs: float = 10.0
+    """Passes over the training data."""
+    steps: int | None = None
+    """Steps to take; counts instead of epochs where given."""
+    drop_last: bool = False
+    """Leave out the last batch of an epoch where it is not full."""
+    seed: int = 0
+    """Decides the initial weights, the order of the samples and their augmentation."""
+    evaluate_every: int | None = None
+    """Steps between two evaluations; None: once an epoch."""
+    norm_samples: int = 4096
+    """Training samples from which BatchNorm's statistics are estimated anew before an evaluation."""
+
+    def check(self) -> None:
+        """Raise a ValueError for values that no run could use, before anything is read or written."""
+        positive("lr", self.optimizer.lr)
+        for name in ("batch", "epochs", "steps", "evaluate_every", "norm_samples"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value:g} must be positive; set --{name.replace('_', '-')}")
+        self.data.check()
+
+
+def described(value: Any) -> Any:
+    """Turn nested settings into plain JSON values, each with the name of its kind."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    plain = {entry.name: described(getattr(value, entry.name)) for entry in fields(value)}
+    return {"kind": type(value).__name__, **plain}

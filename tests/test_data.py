@@ -1,0 +1,170 @@
+"""Data: splits, batches on every rank, augmentation, and folders that are not what they should be."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from natgrad.data import Cifar100, Digits, ImageFolder, Images, Sampler, Splits, hold_out
+from natgrad.data.augment import crop_and_flip, flip, pad_crop
+
+DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits().load()
+
+
+def test_digits_are_split_stratified_and_always_alike(digits):
+    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    shares = digits.test.labels.bincount() / (digits.test.labels.bincount() + digits.train.labels.bincount())
+    assert (shares - 360 / 1797).abs().max() < 0.01
+    again = Digits().load()
+    assert torch.equal(again.test.images, digits.test.images)
+    assert not torch.equal(Digits(split_seed=1).load().test.images, digits.test.images)
+
+
+def test_digits_inputs_have_mean_zero_and_deviation_one(digits):
+    inputs, labels = digits.train.batch(torch.arange(1437))
+    assert inputs.shape == (1437, 1, 8, 8)
+    assert inputs.mean().abs() < 0.02
+    assert abs(inputs.std() - 1) < 0.02
+    assert labels.dtype == torch.int64
+
+
+def test_held_out_images_are_no_longer_trained_on():
+    labels = torch.arange(100) % 5
+    everything = Images(torch.arange(100.0).view(-1, 1, 1, 1), labels, 5, (0.0,), (1.0,))
+    test = everything.take(torch.arange(3))
+    splits = hold_out(Splits(everything, test), 0.2, seed=3)
+    assert splits.test.labels.bincount().tolist() == [4] * 5
+    both = torch.cat([splits.train.images, splits.test.images]).flatten()
+    assert both.sort().values.tolist() == list(range(100))
+    with pytest.raises(ValueError, match="share=1"):
+        hold_out(Splits(everything, test), 1.0, seed=3)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 7), st.integers(0, 3), st.booleans())
+def test_all_ranks_together_see_each_sample_once_an_epoch(size, batch, ranks, epoch, drop_last):
+    if not ranks <= batch <= size:
+        with pytest.raises(ValueError, match="batch="):
+            Sampler(size, batch, ranks=ranks)
+        return
+    samplers = [Sampler(size, batch, 5, rank, ranks, drop_last) for rank in range(ranks)]
+    shares = [list(sampler.epoch(epoch)) for sampler in samplers]
+    assert {len(share) for share in shares} == {len(samplers[0])}
+    seen = []
+    for parts in zip(*shares):
+        sizes = [len(part.index) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= 1
+        assert {part.total for part in parts} == {sum(sizes)}
+        assert sum(sizes) <= batch
+        seen += [place for part in parts for place in part.index.tolist()]
+    assert len(set(seen)) == len(seen)
+    left_out = size - len(seen)
+    assert left_out == (size % batch if drop_last or size % batch < ranks else 0)
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    first = [part.index.tolist() for part in Sampler(50, 20, seed=1).epoch(0)]
+    assert first == [part.index.tolist() for part in Sampler(50, 20, seed=1).epoch(0)]
+    assert first != [part.index.tolist() for part in Sampler(50, 20, seed=1).epoch(1)]
+    assert first != [part.index.tolist() for part in Sampler(50, 20, seed=2).epoch(0)]
+    stream = Sampler(50, 20, seed=1).stream()
+    assert [next(stream).epoch for _ in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_pad_crop_shifts_whole_images():
+    image = torch.arange(1.0, 65.0).view(1, 1, 8, 8).expand(200, 2, 8, 8)
+    shifted = pad_crop(image, torch.Generator().manual_seed(0), padding=2)
+    padded = torch.nn.functional.pad(image[:1], (2, 2, 2, 2))
+    windows = {
+        tuple(padded[0, 0, r : r + 8, c : c + 8].flatten().tolist()) for r in range(5) for c in range(5)
+    }
+    found = {tuple(one[0].flatten().tolist()) for one in shifted}
+    assert found == windows
+    assert torch.equal(shifted[:, 0], shifted[:, 1])
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    images = torch.randn(1000, 1, 4, 4)
+    mirrored = flip(images, torch.Generator().manual_seed(0))
+    same = (mirrored == images).flatten(1).all(1)
+    assert torch.equal(mirrored[~same], images[~same].flip(-1))
+    assert 400 < int(same.sum()) < 600
+
+
+def test_augmentation_depends_on_its_generator_alone():
+    images = torch.randn(16, 3, 8, 8)
+    one, same, other = (crop_and_flip(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def write_images(folder: Path, classes=("cat", "dog"), count=2):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((10, 14, 3), 100 * label + number, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+
+
+def test_a_folder_of_images_is_read_at_one_size(tmp_path):
+    write_images(tmp_path)
+    source = ImageFolder(str(tmp_path), size=6)
+    splits = source.load()
+    assert splits.train.images.shape == (4, 3, 6, 6)
+    assert splits.train.images.dtype == torch.uint8
+    assert splits.train.labels.tolist() == [0, 0, 1, 1]
+    assert splits.test.images.flatten(1).float().mean(1).tolist() == [0, 1, 100, 101]
+    assert (source.shape(), source.classes()) == ((3, 6, 6), 2)
+
+
+def test_an_unreadable_picture_is_named(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / "broken.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"broken\.jpg"):
+        ImageFolder(str(tmp_path)).load()
+
+
+@pytest.mark.parametrize("source", [Cifar100(path="no/such/place"), ImageFolder(path="no/such/place")])
+def test_a_missing_path_is_named_with_what_is_expected(source):
+    with pytest.raises(ValueError, match=r"no/such/place.*--data\.path") as refused:
+        source.check()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_without_validation_images_is_refused(tmp_path):
+    write_images(tmp_path)
+    for picture in (tmp_path / "val").rglob("*.png"):
+        picture.unlink()
+    with pytest.raises(ValueError, match="val/CLASS"):
+        ImageFolder(str(tmp_path)).check()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "cifar100").is_dir(), reason="no CIFAR-100 in NATGRAD_DATA")
+def test_cifar100_is_decoded_once_to_uint8():
+    splits = Cifar100(str(DATA / "cifar100")).load()
+    assert splits.train.images.shape == (50_000, 3, 32, 32)
+    assert splits.train.images.dtype == torch.uint8
+    assert splits.test.labels.bincount().tolist() == [100] * 100
+    inputs, _ = splits.train.batch(torch.arange(0, 50_000, 50))
+    assert inputs.mean().abs() < 0.05
+    assert abs(inputs.std() - 1) < 0.05
+
+
+@pytest.mark.skipif(not (DATA / "tinyimagenet10").is_dir(), reason="no tinyimagenet10 in NATGRAD_DATA")
+def test_real_pictures_in_class_folders_are_read():
+    splits = ImageFolder(str(DATA / "tinyimagenet10"), size=16).load()
+    assert (len(splits.train), len(splits.test), splits.train.classes) == (5000, 500, 10)
+    assert splits.train.images.float().std() > 30

@@ -1,0 +1,65 @@
+"""Recipes: all are found, describe themselves, and build what they name."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from natgrad.parallel import World
+from natgrad.recipes import every, find, in_module
+from natgrad.train.loop import build_model
+from natgrad.train.recipe import Recipe, described
+
+NAMES = sorted(every())
+
+
+def test_the_recipes_of_this_issue_are_there():
+    assert {"digits_sgd", "digits_spngd", "digits_kfac", "cifar100_sgd", "cifar100_spngd"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_states_its_command_its_cost_and_its_result(name):
+    text = find(name).__doc__ or ""
+    assert f"Command: natgrad train {name}" in text
+    assert "Cost: " in text
+    assert "Result: " in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_builds_the_network_and_optimizer_that_it_names(name):
+    recipe = find(name)()
+    model = build_model(recipe)
+    optimizer = recipe.optimizer.build(model, World())
+    assert len([p for group in optimizer.param_groups for p in group["params"]]) == len(
+        list(model.parameters())
+    )
+    assert model(torch.randn(2, *recipe.data.shape())).shape == (2, recipe.data.classes())
+    assert json.loads(json.dumps(described(recipe)))["kind"] == "Recipe"
+
+
+def test_two_builds_from_a_seed_are_alike():
+    one, other = (build_model(find("digits_sgd")()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+
+
+def test_a_function_that_promises_a_recipe_is_one(monkeypatch):
+    module = ModuleType("my_recipes")
+    code = (
+        "from natgrad.recipes.digits import digits_sgd\nfrom natgrad.train.recipe import Recipe\n"
+        "def mine() -> Recipe: return digits_sgd()\ndef _hidden() -> Recipe: return digits_sgd()\n"
+        "def helper() -> int: return 1\n"
+    )
+    exec(code, module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_recipes", module)
+    found = in_module("my_recipes")
+    assert list(found) == ["mine"]
+    assert isinstance(found["mine"](), Recipe)
+
+
+def test_a_misspelt_recipe_is_answered_with_its_neighbours():
+    with pytest.raises(ValueError, match=r"no recipe 'digits_spgnd'; did you mean .*digits_spngd"):
+        find("digits_spgnd")
+    with pytest.raises(ValueError, match="natgrad train --list"):
+        find("zzz")

@@ -1,0 +1,290 @@
+"""The loop, evaluation, and the run folder."""
+
+import copy
+import json
+import math
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from natgrad.data import Digits, Images
+from natgrad.models import CifarResNet, Mlp
+from natgrad.parallel import World, run_threads
+from natgrad.schedules import Cosine, Polynomial
+from natgrad.train import loop
+from natgrad.train.evaluate import estimate_norms, evaluate
+from natgrad.train.log import RunFolder, write_json
+from natgrad.train.loop import prepare, steps
+from natgrad.train.machine import describe
+from natgrad.train.optimizers import AdamW, KFac, Settings, Sgd, SpNgd
+from natgrad.train.recipe import Recipe, described
+from natgrad.train.run import Options, check, run
+from natgrad.train.stop import Stop
+
+MLP = Recipe(Digits(), Mlp((16,)), Sgd(lr=0.1), batch=101, steps=4, seed=3)
+OPTIMIZERS = [Sgd(lr=0.1, nesterov=True), AdamW(), SpNgd(lr=0.1), KFac(lr=0.1, refresh=2)]
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return Digits().load()
+
+
+def weights(job):
+    return torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
+
+
+def trained(recipe, world, splits):
+    job = prepare(recipe, world, splits)
+    return job, list(steps(job))
+
+
+@pytest.mark.parametrize("optimizer", [Sgd(lr=0.1), AdamW()])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_uneven_shares_over_ranks_are_the_step_of_the_whole_batch(splits, optimizer, ranks, monkeypatch):
+    recipe = replace(MLP, optimizer=optimizer)
+    built = loop.build_model(recipe)
+    monkeypatch.setattr(
+        loop, "build_model", lambda _: copy.deepcopy(built)
+    )  # threads share one random generator
+    alone, records = trained(recipe, World(), splits)
+    for job, others in run_threads(ranks, lambda world: trained(recipe, world, splits)):
+        torch.testing.assert_close(weights(job), weights(alone), rtol=1e-4, atol=1e-5)
+        for one, other in zip(records, others):
+            assert other.loss == pytest.approx(one.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda settings: type(settings).__name__)
+def test_every_optimizer_learns_and_tells(splits, optimizer):
+    model = CifarResNet(8, (4, 8, 8))
+    recipe = Recipe(Digits(), model, optimizer, batch=240, steps=12)
+    job, records = trained(recipe, World(), splits)
+    assert records[-1].loss < 0.75 * records[0].loss
+    assert job.score().accuracy > 0.3
+    for record in records:
+        json.dumps(record.second_order)
+        assert all(seconds >= 0 for seconds in record.stages.values())
+        assert record.images_per_second > 0
+    if isinstance(optimizer, SpNgd | KFac):
+        assert 0 <= records[-1].second_order["refreshed"] <= 1
+        assert records[-1].second_order["intervals"]
+        assert {"measure", "factor", "precondition"} <= set(records[-1].stages)
+        assert records[0].second_order["refreshed"] == 1
+    else:
+        assert records[-1].second_order == {}
+
+
+def test_the_schedule_multiplies_the_learning_rate_by_progress(splits):
+    _, records = trained(replace(MLP, schedule=Cosine()), World(), splits)
+    assert [record.lr for record in records] == pytest.approx(
+        [0.1 * Cosine()(t) for t in (0, 0.25, 0.5, 0.75)]
+    )
+
+
+def test_epochs_count_batches_and_steps_count_instead_where_given(splits):
+    assert prepare(replace(MLP, steps=None, epochs=2, batch=1000), World(), splits).steps == 4
+    assert prepare(replace(MLP, steps=None, epochs=2, batch=1000, drop_last=True), World(), splits).steps == 2
+    assert prepare(replace(MLP, steps=3, epochs=2), World(), splits).steps == 3
+    with pytest.raises(ValueError, match=r"epochs=0\.1 of 2 steps"):
+        prepare(replace(MLP, steps=None, epochs=0.1, batch=1000), World(), splits)
+
+
+def test_evaluation_counts_every_image_once_on_any_number_of_ranks(splits):
+    model = Mlp((16,)).build((1, 8, 8), 10)
+    inputs, labels = splits.test.batch(torch.arange(360))
+    logits = model(inputs)
+    expected = nn.functional.cross_entropy(logits, labels).item()
+    right = (logits.argmax(1) == labels).float().mean().item()
+    for score in [
+        evaluate(model, splits.test, World()),
+        *run_threads(3, lambda w: evaluate(model, splits.test, w)),
+    ]:
+        assert score.loss == pytest.approx(expected, rel=1e-5)
+        assert score.accuracy == pytest.approx(right)
+
+
+def norm_net():
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4, momentum=0.3), nn.Dropout(0.5))
+
+
+def test_norm_statistics_are_those_of_the_training_images():
+    torch.manual_seed(0)
+    images = Images(torch.randn(600, 1, 2, 2) * 3 + 5, torch.zeros(600, dtype=torch.int64), 2, (1.0,), (2.0,))
+    inputs, _ = images.batch(torch.arange(600))
+    model = norm_net()
+    estimate_norms(model, images, World())
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm1d)
+    torch.testing.assert_close(norm.running_mean, inputs.flatten(1).mean(0))
+    torch.testing.assert_close(norm.running_var, inputs.flatten(1).var(0))
+    assert norm.momentum == 0.3
+    assert all(module.training for module in model.modules())
+
+
+def test_norm_statistics_are_the_mean_over_ranks_and_equal_on_all():
+    torch.manual_seed(0)
+    images = Images(torch.randn(600, 1, 2, 2), torch.zeros(600, dtype=torch.int64), 2, (0.0,), (1.0,))
+    shares = [images.take(torch.arange(rank, 600, 2)).images.flatten(1) for rank in range(2)]
+
+    def estimated(world):
+        model = norm_net().eval()
+        estimate_norms(model, images, world)
+        assert not any(module.training for module in model.modules())
+        return model[1]
+
+    for norm in run_threads(2, estimated):
+        torch.testing.assert_close(norm.running_mean, (shares[0].mean(0) + shares[1].mean(0)) / 2)
+        torch.testing.assert_close(norm.running_var, (shares[0].var(0) + shares[1].var(0)) / 2)
+
+
+def test_an_error_while_estimating_leaves_mode_and_momentum_as_they_were():
+    images = Images(torch.randn(8, 1, 3, 3), torch.zeros(8, dtype=torch.int64), 2, (0.0,), (1.0,))
+    model = norm_net()
+    with pytest.raises(RuntimeError):
+        estimate_norms(model, images, World())
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.momentum == 0.3
+
+
+@pytest.mark.parametrize("optimizer", [SpNgd(lr=0.05, refresh=1), KFac(lr=0.05, refresh=1)])
+def test_judging_between_two_steps_changes_no_step(splits, optimizer):
+    """Evaluation passes data through a model that is being watched; nothing of it may be measured."""
+    recipe = replace(MLP, optimizer=optimizer, model=CifarResNet(8, (4, 4, 4)), batch=64)
+    quiet, _ = trained(recipe, World(), splits)
+    judged = prepare(recipe, World(), splits)
+    for _ in steps(judged):
+        judged.score()
+    torch.testing.assert_close(weights(judged), weights(quiet), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_leaves_a_folder_that_tells_everything(tmp_path):
+    out = tmp_path / "run"
+    recipe = replace(MLP, evaluate_every=2, optimizer=SpNgd(lr=0.1))
+    assert run("mine", recipe, Options(out=str(out), train_loss=True), World()) == "finished"
+    about = json.loads((out / "recipe.json").read_text())
+    assert about["recipe"]["optimizer"]["kind"] == "SpNgd"
+    assert about["recipe"]["seed"] == 3
+    assert {"commit", "versions", "device", "ranks", "command"} <= set(about["machine"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [2, 4]
+    assert {"refreshed", "intervals", "traffic", "stages", "lr", "seconds"} <= set(lines[0])
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] == 4
+    assert {"test_accuracy", "train_loss", "skipped"} <= set(summary)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_leaves_a_readable_folder(tmp_path, monkeypatch, number):
+    descend, taken = loop.descend, []
+
+    def descend_and_signal(*arguments):
+        taken.append(1)
+        if len(taken) == 3:
+            signal.raise_signal(number)
+        return descend(*arguments)
+
+    monkeypatch.setattr(loop, "descend", descend_and_signal)
+    before = signal.getsignal(number)
+    assert run("mine", replace(MLP, steps=9), Options(out=str(tmp_path / "run")), World()) == "interrupted"
+    assert signal.getsignal(number) is before
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if line["kind"] == "step"]) == 3
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
+
+
+def test_a_second_signal_stops_at_once():
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_all_ranks_stop_after_the_step_in_which_one_is_asked(splits):
+    def work(world):
+        job = prepare(replace(MLP, steps=9), world, splits)
+        asked = iter([False, world.rank == 1, False])
+        return [record.step for record in steps(job, lambda: next(asked))]
+
+    assert run_threads(2, work) == [[1, 2], [1, 2]]
+
+
+def test_a_crash_is_told_in_the_summary(tmp_path, monkeypatch):
+    def crash(*arguments):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(loop, "descend", crash)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run("mine", MLP, Options(out=str(tmp_path / "run")), World())
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "failed"
+
+
+def test_a_used_folder_is_refused_unless_told_to_overwrite(tmp_path):
+    (tmp_path / "other").write_text("kept")
+    with pytest.raises(ValueError, match="--overwrite"):
+        RunFolder(tmp_path, {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["other"]
+    RunFolder(tmp_path, {"first": 1}, overwrite=True).close("finished")
+    RunFolder(tmp_path, {"second": 2}, overwrite=True)
+    assert not (tmp_path / "summary.json").exists()
+    assert (tmp_path / "other").read_text() == "kept"
+    assert json.loads((tmp_path / "recipe.json").read_text()) == {"second": 2}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "says"),
+    [
+        (replace(MLP, optimizer=Sgd(lr=0.0)), Options(), "lr=0"),
+        (replace(MLP, optimizer=Sgd(lr=math.nan)), Options(), "lr=nan"),
+        (replace(MLP, optimizer=Sgd(momentum=0.0, nesterov=True)), Options(), "nesterov"),
+        (replace(MLP, optimizer=SpNgd(damping=-1.0)), Options(), "damping"),
+        (replace(MLP, batch=0), Options(), "batch=0"),
+        (replace(MLP, steps=-3), Options(), "steps=-3"),
+        (replace(MLP, epochs=math.inf), Options(), "epochs=inf"),
+        (MLP, Options(ranks=0), "ranks=0"),
+        (MLP, Options(device="tpu"), "device='tpu'"),
+    ],
+)
+def test_impossible_values_are_refused_before_anything_is_written(recipe, options, says, tmp_path):
+    options = replace(options, out=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=says) as refused:
+        check("mine", recipe, options)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="batch=2000 must be between 1 and the 1437"):
+        run("mine", replace(MLP, batch=2000), Options(out=str(tmp_path / "run")), World())
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_are_described_with_their_kinds():
+    plain = described(replace(MLP, schedule=Polynomial(3.5)))
+    assert plain["schedule"] == {"kind": "Polynomial", "power": 3.5, "begin": 0.0, "end": 1.0}
+    assert json.loads(json.dumps(plain))["model"] == {"kind": "Mlp", "hidden": [16]}
+
+
+def test_the_machine_is_described_in_plain_values():
+    about = json.loads(json.dumps(describe(World(), torch.device("cpu"))))
+    assert about["versions"]["torch"]
+    assert about["ranks"] == 1
+
+
+def test_a_kind_without_a_build_says_so():
+    with pytest.raises(NotImplementedError, match="Settings"):
+        Settings().build(nn.Linear(1, 1), World())
