@@ -187,7 +187,7 @@ class _Hook:
         draw = capture.sampler.draw(index, capture.calls[index], x.device)
         capture.calls[index] += 1
         with torch.no_grad():
-            kept = [(m, m.before(layer, x, draw)) for m in (watch.moments if watch else ())]
+            kept = [(m, m.before(layer, x, draw, output)) for m in (watch.moments if watch else ())]
         capture.seconds += time.perf_counter() - start
 
         def arrived(dy: Tensor) -> None:

@@ -72,7 +72,7 @@ class Cell:
 
     def absorb(self, key: str, value: Tensor, samples: int) -> int:
         """Take in a fresh statistic at its owner. Returns the steps until the next one, 0 if the value is unusable."""
-        if not bool(torch.isfinite(value).all()):
+        if not bool(torch.isfinite(value.sum())):
             return 0
         state = self.state()
         _, interval, previous, refreshes = self.clock(key)

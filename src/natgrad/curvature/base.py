@@ -59,8 +59,8 @@ class Moment(ABC):
         """The statistic's fixed shape."""
 
     @abstractmethod
-    def before(self, layer: Layer, x: Tensor, draw: Draw) -> Any:
-        """What to keep of the layer's input until the backward pass."""
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Any:
+        """What to keep of the layer's input until the backward pass (and may be read off its output's graph)."""
 
     @abstractmethod
     def after(self, layer: Layer, kept: Any, dy: Tensor, draw: Draw) -> Tensor:

@@ -39,7 +39,7 @@ class InputMoment(Moment):
         b, _, i = layer.shape
         return (b, i) if self.diagonal else (b, i, i)
 
-    def before(self, layer: Layer, x: Tensor, draw: Draw) -> tuple[Tensor, int]:
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> tuple[Tensor, int]:
         samples, places = layer.count(x)
         return self._measure(layer, x, samples * places, draw), samples
 
@@ -70,7 +70,7 @@ class OutputMoment(Moment):
         b, o, _ = layer.shape
         return (b, o) if self.diagonal else (b, o, o)
 
-    def before(self, layer: Layer, x: Tensor, draw: Draw) -> int:
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> int:
         samples, places = layer.count(x)
         return samples * places
 

@@ -39,13 +39,13 @@ class SampleMoment(Moment):
         b, o, i = layer.shape
         return (b * o, i) if self.diagonal else (b * o, i, i)
 
-    def before(self, layer: Layer, x: Tensor, draw: Draw) -> Kept:
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Kept:
         samples, places = layer.count(x)
         chosen = None
         if self.samples is not None:
             chosen = draw(samples, max(LEAST_SAMPLES, self.samples * layer.shape.inner))
         if isinstance(layer, Norm):  # its statistics come from all samples, its rows from the chosen ones
-            return Kept(layer.normalized(x, chosen), chosen, samples, places)
+            return Kept(layer.normalized(x, chosen, output), chosen, samples, places)
         index = None if chosen is None else _places_of(chosen, places)
         return Kept(layer.rows(x, index), chosen, samples, places)
 
@@ -54,7 +54,7 @@ class SampleMoment(Moment):
         taken = samples if chosen is None else len(chosen)
         if isinstance(layer, Norm):
             gradient = promote(layer.places(dy if chosen is None else dy.index_select(0, chosen)))
-            parts = [torch.einsum("nsc,nsc->nc", gradient, rows)]
+            parts = [(gradient * rows).sum(1)]
             parts += [gradient.sum(1)] if layer.biased else []
             units = torch.stack(parts, -1)  # [n, c, i]
         else:

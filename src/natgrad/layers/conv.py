@@ -28,6 +28,7 @@ from natgrad.layers.base import (
     weight_and_bias,
     with_ones,
 )
+from natgrad.layers.offsets import offset_moment
 
 CHUNK = 2**20  # floats of gathered patches at a time: larger temporaries pay page faults
 

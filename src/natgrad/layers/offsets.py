@@ -63,25 +63,29 @@ def _outside(first: int, outputs: int, length: int) -> list[int]:
 
 def _column_level(x: Tensor, r: Tensor, a: int, kw: int, q: int, e: int, out_w: int) -> Tensor:
     """B(a)[j, :, m, :]: correlations at row offset a, less first pixels in columns that tap j does not read."""
-    c, h, w = x.shape[1:]
-    result = x.new_empty(kw, c, kw, c)
-    top, bottom = x[:, :, : h - a], x[:, :, a:]
+    h, w = x.shape[2:]
+    tap = torch.arange(kw, device=x.device)
+    result = r[tap - tap[:, None] + kw - 1].permute(0, 2, 1, 3).contiguous()  # [j, c, m, c]
     for j in range(kw):
-        for m in range(kw):
-            b = (m - j) * e
-            block = r[m - j + kw - 1]
-            for column in _outside(j * e - q, out_w, w):
-                if 0 <= column + b < w:
-                    first, second = top[:, :, :, column], bottom[:, :, :, column + b]
-                    block = block - torch.einsum("nch,ndh->cd", first, second)
-            result[j, :, m] = block
+        for column in _outside(j * e - q, out_w, w):
+            for m in range(kw):
+                if 0 <= column + (m - j) * e < w:
+                    first, second = x[:, :, : h - a, column], x[:, :, a:, column + (m - j) * e]
+                    result[j, :, m] -= _correlate(first, second)
     return result
+
+
+def _correlate(first: Tensor, second: Tensor) -> Tensor:
+    """Sum over samples and pixels of x y^T [c, d] of two lines [n, c, h], [n, d, h]."""
+    return first.transpose(0, 1).flatten(1) @ second.transpose(0, 1).flatten(1).T
 
 
 def _strip(first: Tensor, second: Tensor, kw: int, q: int, e: int, out_w: int) -> Tensor:
     """S[j, :, m, :]: products of two lines [n, c, w] over the columns that the taps read."""
     left, right = (pad(line, (q, q)).unfold(2, out_w, 1)[:, :, ::e][:, :, :kw] for line in (first, second))
-    return torch.einsum("ncjw,ndmw->jcmd", left, right)
+    size = kw * left.shape[1]
+    rows = (line.permute(2, 1, 0, 3).reshape(size, -1) for line in (left, right))  # [(tap, channel), (sample, place)]
+    return (next(rows) @ next(rows).T).reshape(kw, -1, kw, left.shape[1])
 
 
 def _with_bias(moment: Tensor, x: Tensor, starts: tuple[list[int], list[int]], outputs: tuple[int, int]) -> Tensor:
