@@ -162,7 +162,7 @@ class Sampler:
 
 
 def stratified(total: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """`wanted` of `total` places, one uniform draw in each of equal strata, ascending (specs/factors section 5)."""
+    """`wanted` of `total` places, one uniform draw in each of equal strata, ascending (docs/math.md)."""
     device = generator.device
     noise = torch.rand(wanted, generator=generator, dtype=torch.float64, device=device)
     edges = torch.arange(wanted, dtype=torch.float64, device=device)

@@ -128,6 +128,12 @@ class Preconditioner:
             _, *rest = self.cells[index].clock(moment.key)
             self.cells[index].set_clock(moment.key, [DORMANT, *rest])
 
+    def wait(self, index: int, step: int) -> None:
+        """Try again after the present interval: this time there was nothing to measure."""
+        for moment in self.cells[index].curvature.statistics:
+            _, interval, *rest = self.cells[index].clock(moment.key)
+            self.cells[index].set_clock(moment.key, [step + interval, interval, *rest])
+
     def wake(self, index: int, step: int) -> None:
         """Watch a layer again from `step` on."""
         for moment in self.cells[index].curvature.statistics:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from natgrad.layers.base import Layer, Shape
 
-EXACT_ROWS = 16_384  # up to so many rows the output moment is one cheap pass (specs/factors section 6)
+EXACT_ROWS = 16_384  # up to so many rows the output moment is one cheap pass (docs/math.md)
 LEAST_ROWS = 4_096
-LEAST_SAMPLES = 64  # whole samples for norms (specs/factors section 2)
+LEAST_SAMPLES = 64  # whole samples for norms (docs/math.md)
 
 Draw = Callable[[int, int], "Tensor | None"]
 """draw(total, wanted): `wanted` places of `total`, one in each of equal strata, sorted; None means all of them."""
@@ -104,5 +104,5 @@ def block_diagonal(blocks: Tensor) -> Tensor:
 
 
 def wanted_rows(samples: int, dimension: int) -> int:
-    """Rows for an input moment of this dimension: their number sets its error, not the batch (specs/factors 5)."""
+    """Rows for an input moment of this dimension: their number sets its error, not the batch (docs/math.md)."""
     return math.ceil(samples * dimension)

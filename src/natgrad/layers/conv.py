@@ -2,7 +2,7 @@
 
 For an output place p and a kernel tap t, `taps` [places, taps] holds the flat index of the input pixel that the tap
 reads, or -1 for a zero of the padding. Every padding mode is just another map of coordinates, so a row of patches is
-one gather, and only the rows that are wanted are ever touched (specs/factors: no im2col).
+one gather, and only the rows that are wanted are ever touched (docs/math.md: no im2col).
 
 Columns are ordered (tap, channel), channel fastest: a gathered pixel is a run of memory.
 """
@@ -86,7 +86,7 @@ class Conv(Layer):
         return total / math.prod(self.count(x))
 
     def offsets_apply(self, x: Tensor) -> bool:
-        """Whether A is a correlation of the input with itself (specs/factors section 3)."""
+        """Whether A is a correlation of the input with itself (docs/math.md)."""
         return (
             len(self.kernel) == 2
             and self.groups == 1

@@ -18,7 +18,7 @@ def offset_moment(
     """Mean over samples and places of a a^T for zero-padded stride-1 convolution of x [n, c, h, w].
 
     Columns are ordered (tap, channel); with `biased` a constant 1 is appended. Returns [i, i].
-    Derived in specs/factors section 3; its two levels of border corrections are kept apart below.
+    Derived in docs/math.md; its two levels of border corrections are kept apart below.
     """
     (k, kw), (p, q), (d, e) = kernel, padding, dilation
     n, c, h, w = x.shape

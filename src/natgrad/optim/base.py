@@ -25,8 +25,8 @@ from natgrad.optim.gradients import Gradients
 from natgrad.optim.lengths import Length
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule
-from natgrad.optim.state import check_state, exact_copies, whole_state
-from natgrad.optim.unseen import look_after, loosen
+from natgrad.optim.state import exact_copies, restore, whole_state
+from natgrad.optim.unseen import look_after
 from natgrad.optim.update import update
 from natgrad.parallel import Parcel, World, place
 from natgrad.preconditioner import Preconditioner
@@ -167,6 +167,15 @@ class SecondOrder(Optimizer):
         """Seconds on this rank's clock by stage, over all steps."""
         return self.engine.seconds
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer stands: layers, owners and state are laid out for the parameters it began with."""
+        if hasattr(self, "engine"):
+            raise ValueError(
+                "add_param_group after construction is not supported: build the optimizer again with params=, "
+                "its state can be carried over with state_dict()"
+            )
+        super().add_param_group(param_group)
+
     # -- one step ------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -231,15 +240,9 @@ class SecondOrder(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` or `gather_state_dict` gave; values keep their precision, this rank keeps its part."""
-        check_state(state_dict, self.param_groups, self.state)
         fresh = exact_copies(state_dict, self.param_groups, self.state)
         super().load_state_dict(state_dict)
-        self.state.clear()
-        self.state.update(fresh)
-        never = [k for k, c in enumerate(self.cells) if not isinstance(c.layer, Loose) and "adam_count" in c.state()]
-        if never:
-            loosen(self, never)
-            self.state.update({p: fresh[p] for k in never for p in self.cells[k].layer.parameters})
+        restore(self, fresh)
         self.engine.arm(self._steps() + 1)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from natgrad.layers import Loose
+from natgrad.optim.unseen import loosen
 from natgrad.parallel import Parcel
 
 if TYPE_CHECKING:
@@ -50,8 +52,9 @@ def exact_copies(saved: Mapping[str, Any], groups: Sequence[dict], state: Mappin
     """New state tensors of this rank with the saved values, each in the type and on the device it has here.
 
     torch's own loading casts everything to the parameter's type, which would round curvature in bf16 models and turn
-    clocks into floats.
+    clocks into floats. Refuses what cannot be loaded before anything is changed.
     """
+    check_state(saved, groups, state)
     fresh = {}
     for parameter, mine, theirs in pairs(saved, groups, state):
         extra = {k: v for k, v in theirs.items() if k.startswith("adam_")}  # a layer that was found to be never called
@@ -62,6 +65,18 @@ def exact_copies(saved: Mapping[str, Any], groups: Sequence[dict], state: Mappin
             for key in {**mine, **extra}
         }
     return fresh
+
+
+def restore(optimizer: SecondOrder, fresh: dict[Any, dict[str, Any]]) -> None:
+    """Put the copies in place; layers that had been found never to be called are so again."""
+    optimizer.state.clear()
+    optimizer.state.update(fresh)
+    cells = optimizer.cells
+    never = [k for k, c in enumerate(cells) if not isinstance(c.layer, Loose) and "adam_count" in c.state()]
+    if never:
+        parameters = [p for k in never for p in cells[k].layer.parameters]
+        loosen(optimizer, never)
+        optimizer.state.update({p: fresh[p] for p in parameters})
 
 
 def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:

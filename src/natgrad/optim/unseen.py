@@ -24,6 +24,8 @@ def look_after(optimizer: SecondOrder, unseen: set[int], present: Sequence[bool]
     for k in unseen:
         if not present[k]:
             engine.sleep(k)
+        elif engine.cells[k].ready:
+            engine.wait(k, step)
     for k, cell in enumerate(engine.cells):
         if present[k] and k not in unseen and any(cell.clock(m.key)[0] >= DORMANT for m in cell.curvature.statistics):
             engine.wake(k, step + 1)
