@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import LEAST_SAMPLES, Cost, Curvature, Draw, Moment, block_diagonal
-from natgrad.layers.base import Layer, Shape, promote
+from natgrad.layers.base import Layer, Shape, promote, take
 from natgrad.layers.norm import Norm
 from natgrad.linalg import damped_inverse
 
@@ -53,7 +53,7 @@ class SampleMoment(Moment):
         rows, chosen, samples, places = kept
         taken = samples if chosen is None else len(chosen)
         if isinstance(layer, Norm):
-            gradient = promote(layer.places(dy if chosen is None else dy.index_select(0, chosen)))
+            gradient = promote(take(layer.places(dy), chosen))
             parts = [(gradient * rows).sum(1)]
             parts += [gradient.sum(1)] if layer.biased else []
             units = torch.stack(parts, -1)  # [n, c, i]

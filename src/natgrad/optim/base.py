@@ -100,8 +100,6 @@ class SecondOrder(Optimizer):
         self.world.gather([Parcel(t, 0) for t in tensors], "start")
         self.engine.arm(self._steps() + 1)
 
-    # -- what there is -------------------------------------------------------------------------------------------
-
     @property
     def cells(self) -> list[Cell]:
         return self.engine.cells
@@ -176,8 +174,6 @@ class SecondOrder(Optimizer):
             )
         super().add_param_group(param_group)
 
-    # -- one step ------------------------------------------------------------------------------------------------
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.engine.capture.discard()  # a step that was given up leaves nothing to the next one
         super().zero_grad(set_to_none)
@@ -229,8 +225,6 @@ class SecondOrder(Optimizer):
                 "build the optimizer with scaler=, the GradScaler"
             )
         return scale
-
-    # -- saving and loading --------------------------------------------------------------------------------------
 
     def gather_state_dict(self) -> dict[str, Any]:
         """The whole state on every rank, to be loaded by any number of ranks. All ranks must call it."""
