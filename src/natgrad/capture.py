@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature.base import Draw, Moment
-from natgrad.layers.base import Layer
+from natgrad.curvature.base import Moment
+from natgrad.layers.base import Layer, promote
+from natgrad.sampling import Sampler
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
 
@@ -59,6 +60,9 @@ class Capture:
         self.sampler = Sampler(0, 0, 0, 1.0)
         self.calls: Counter[int] = Counter()
         self.seconds = 0.0
+        self.edges: list[Any] | None = None  # with sampled labels: where watched outputs enter the graph
+        self.inside = False  # the backward pass of sampled labels is running
+        self.seen: dict[int, int] = {}  # samples of each layer in the forward pass
         self._handles: list[Any] = []
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._passes: dict[int, _Pass] = {}
@@ -85,7 +89,31 @@ class Capture:
     def discard(self) -> None:
         """Forget what has been measured."""
         self._passes.clear()
+        if self.edges is not None:
+            self.edges.clear()
         self._closed = Measured({}, {}, 0)
+
+    def sample(self, output: Tensor) -> None:
+        """Run a backward pass of labels drawn from the model's own prediction, towards the watched outputs only.
+
+        output: logits [n, classes, ...]. A sample's loss is the mean over its places, as in the training loss; parts
+        come out with weight 1 a sample.
+        """
+        if not self.armed or not self.edges:
+            return
+        with torch.enable_grad():
+            rows = promote(output).movedim(1, -1).flatten(0, -2)
+            seed = self.sampler.mix(-1, len(self._passes) + self._closed.samples)
+            noise = torch.rand(rows.shape, generator=torch.Generator(rows.device).manual_seed(seed), device=rows.device)
+            labels = (rows.detach() - noise.log().neg().log()).argmax(-1)  # Gumbel's way of drawing from a softmax
+            loss = torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
+            loss = loss * (samples_of(self.seen) / len(rows))
+            self.inside = True
+            try:
+                torch.autograd.grad(loss, self.edges, retain_graph=True, allow_unused=True)
+            finally:
+                self.inside = False
+        self.edges.clear()
 
     def saw(self, index: int, samples: int, parts: Mapping[str, Tensor]) -> None:
         """One call's gradient has arrived."""
@@ -132,43 +160,6 @@ def samples_of(counts: Mapping[int, int]) -> int:
     return min(frequency, key=lambda n: (-frequency[n], n))
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Draws places, alike for the same (seed, layer, step, rank, call). `share` is this rank's part of a count."""
-
-    seed: int
-    step: int
-    rank: int
-    share: float
-
-    def draw(self, layer: int, call: int, device: torch.device) -> Draw:
-        """The draws of one call of one layer."""
-
-        def pick(total: int, wanted: int) -> Tensor | None:
-            wanted = max(1, round(wanted * self.share))
-            if wanted >= total:
-                return None
-            generator = torch.Generator(device).manual_seed(self._mix(layer, call, wanted))
-            return stratified(total, wanted, generator)
-
-        return pick
-
-    def _mix(self, *numbers: int) -> int:
-        value = 0x9E3779B97F4A7C15
-        for number in (self.seed, self.step, self.rank, *numbers):
-            value = ((value ^ (number + 0x632BE59BD9B4E019)) * 0xFF51AFD7ED558CCD) % 2**64
-            value ^= value >> 33
-        return value % 2**63
-
-
-def stratified(total: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """`wanted` of `total` places, one uniform draw in each of equal strata, ascending (docs/math.md)."""
-    device = generator.device
-    noise = torch.rand(wanted, generator=generator, dtype=torch.float64, device=device)
-    edges = torch.arange(wanted, dtype=torch.float64, device=device)
-    return ((edges + noise) * (total / wanted)).long().clamp_(max=total - 1)
-
-
 class _Hook:
     """The forward hook of one layer. In a copy of the model (deepcopy, pickle, an average) it does nothing."""
 
@@ -191,6 +182,8 @@ class _Hook:
         capture.seconds += time.perf_counter() - start
 
         def arrived(dy: Tensor) -> None:
+            if capture.edges is not None and not capture.inside:
+                return
             start = time.perf_counter()
             with torch.no_grad():
                 parts = {m.key: m.after(layer, k, dy.detach(), draw) for m, k in kept}
@@ -198,6 +191,9 @@ class _Hook:
             capture.seconds += time.perf_counter() - start
 
         output.register_hook(arrived)
+        if capture.edges is not None:
+            capture.edges.append(torch.autograd.graph.get_gradient_edge(output))
+            capture.seen[index] = samples
 
     def __deepcopy__(self, memo: dict) -> Inert:
         return Inert()

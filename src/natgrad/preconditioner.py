@@ -21,7 +21,8 @@ from natgrad.parallel import Parcel, World
 class Preconditioner:
     """The cells of a model with the hooks that feed them."""
 
-    def __init__(self, cells: Sequence[Cell], world: World, seed: int):
+    def __init__(self, cells: Sequence[Cell], world: World, seed: int, sampled: bool = False):
+        self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
         self.replace(cells)
         self.world = world
         self.seed = seed
@@ -36,6 +37,7 @@ class Preconditioner:
             self.capture.disarm()
         self.cells = list(cells)
         self.capture = Capture([cell.layer for cell in cells])
+        self.capture.edges = [] if self.sampled else None
         self._plan: list[Key] = []
         self._fresh: dict[int, set[str]] = {}
 
@@ -72,6 +74,8 @@ class Preconditioner:
             )
             self.world.sum([counts], "scalars")
             samples, *ranks = counts.tolist()
+            if self.sampled and not samples:
+                raise ValueError('fisher="sampled": call sample(output) before backward(), so that labels can be drawn')
             seen = [(key, n) for key, n in zip(plan, ranks) if n > 0]
             parcels = [self._parcel(key, measured, n, scale, reduction) for key, n in seen]
             received = self.world.reduce(parcels, "statistics")
@@ -101,6 +105,8 @@ class Preconditioner:
         elif moment.order == 0:
             value = value / (measured.weights[key] * ranks)
         else:
+            if self.sampled:
+                reduction, scale = "sum", 1.0  # our own loss, unscaled
             weigh = measured.samples if reduction == "mean" else 1 / measured.samples
             value = value * (weigh / (self.world.size * scale**2))
         return Parcel(value, cell.owner, moment.symmetric)

@@ -19,7 +19,6 @@ from natgrad.curvature import Curvature
 from natgrad.layers import Found, Loose, find_layers
 from natgrad.optim import checks
 from natgrad.optim.blocks import Blocks
-from natgrad.optim.coverage import Coverage, coverage
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.lengths import Length
@@ -27,7 +26,8 @@ from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule
 from natgrad.optim.state import exact_copies, restore, whole_state
 from natgrad.optim.unseen import look_after
-from natgrad.optim.update import update
+from natgrad.optim.update import master, update
+from natgrad.optim.views import Views
 from natgrad.parallel import Parcel, World, place
 from natgrad.preconditioner import Preconditioner
 from natgrad.staleness import Every, Staleness
@@ -35,7 +35,7 @@ from natgrad.staleness import Every, Staleness
 PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
 
 
-class SecondOrder(Optimizer):
+class SecondOrder(Views, Optimizer):
     """Trains every trainable parameter of `model`. See SPNGD and KFAC for what the arguments mean."""
 
     def __init__(
@@ -53,6 +53,7 @@ class SecondOrder(Optimizer):
         decay: float = 0.0,
         samples: int | None = 8,
         rescale: Rescale | None = None,
+        fisher: Literal["empirical", "sampled"] = "empirical",
         params: Iterable | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         max_norm: float | None = None,
@@ -68,6 +69,7 @@ class SecondOrder(Optimizer):
         checks.check_start(lr, model, groups)
         checks.one_of("reduction", reduction, ("mean", "sum"))
         checks.one_of("rescale", rescale, ("always", "shrink", None))
+        checks.one_of("fisher", fisher, ("empirical", "sampled"))
         checks.whole("samples", samples, 1, none=True)
         checks.whole("max_size", max_size, 1)
         checks.between("decay", decay, 0, 1)
@@ -95,14 +97,10 @@ class SecondOrder(Optimizer):
         for cell in cells:
             for parameter, state in self.fresh_state(cell, cell.owner == self.world.rank).items():
                 self.state[parameter] = state
-        self.engine = Preconditioner(cells, self.world, seed)
+        self.engine = Preconditioner(cells, self.world, seed, fisher == "sampled")
         tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
         self.world.gather([Parcel(t, 0) for t in tensors], "start")
         self.engine.arm(self._steps() + 1)
-
-    @property
-    def cells(self) -> list[Cell]:
-        return self.engine.cells
 
     def make_cell(self, found: Found, curvature: Curvature, owner: int) -> Cell:
         """The cell of a layer that was found."""
@@ -131,7 +129,9 @@ class SecondOrder(Optimizer):
 
     def fresh_state(self, cell: Cell, mine: bool) -> dict[nn.Parameter, dict[str, Any]]:
         """What a rank holds of a cell at the start, by parameter."""
-        states: dict[nn.Parameter, dict[str, Any]] = {p: {"step": torch.tensor(0.0)} for p in cell.layer.parameters}
+        states: dict[nn.Parameter, dict[str, Any]] = {
+            p: {"step": torch.tensor(0.0), **(master(p) if mine else {})} for p in cell.layer.parameters
+        }
         own = states[cell.layer.parameters[0]]
         cell.allocate(own, mine)
         if mine and isinstance(cell.layer, Loose):
@@ -142,28 +142,6 @@ class SecondOrder(Optimizer):
 
     def _steps(self) -> int:
         return int(next(iter(self.state.values()))["step"])
-
-    def coverage(self) -> list[Coverage]:
-        """A row for every layer: its curvature, why, its size and cost."""
-        return coverage(self.cells, self.whys, self.fallback.name)
-
-    def intervals(self) -> dict[str, int]:
-        """The present refresh interval of every statistic, by layer and statistic."""
-        return {f"{c.name}.{m.key}": c.clock(m.key)[1] for c in self.cells for m in c.curvature.statistics}
-
-    def traffic(self) -> dict[str, int]:
-        """Bytes of payload in the last step by kind: gradients, statistics, weights, scalars."""
-        return dict(self.world.sent)
-
-    @property
-    def refreshed(self) -> float:
-        """The share of all statistics that was measured in the last step."""
-        return self.engine.share
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds on this rank's clock by stage, over all steps."""
-        return self.engine.seconds
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the optimizer stands: layers, owners and state are laid out for the parameters it began with."""
@@ -181,6 +159,18 @@ class SecondOrder(Optimizer):
     def reduce(self) -> None:
         """Average gradients over ranks now, to look at them or to clip them before `step()`."""
         self.gradients.average([p for g in self.param_groups for p in g["params"]])
+
+    def sample(self, output: Tensor) -> None:
+        """With fisher="sampled", before `backward()`: measure curvature on labels drawn from the model's prediction.
+
+        output: the model's logits [n, classes, ...]. One more backward pass, towards watched layers only, and only in
+        steps in which something is due (SP-NGD section 3.2, one Monte Carlo sample).
+        """
+        if not self.engine.sampled:
+            raise ValueError(
+                'sample(output) needs fisher="sampled"; with fisher="empirical" the data\'s labels are used'
+            )
+        self.engine.capture.sample(output)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]

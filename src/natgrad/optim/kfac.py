@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -31,6 +31,7 @@ class KFAC(SecondOrder):
         refresh: int | Staleness = 10,
         samples: int | None = 8,
         decay: float = 0.95,
+        fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = kfac_blocks,
         length: Length = plain,
         rule: Rule = Momentum(before=False),  # noqa: B008
@@ -45,6 +46,7 @@ class KFAC(SecondOrder):
             refresh=refresh,
             samples=samples,
             decay=decay,
+            fisher=fisher,
             curvature=curvature,
             length=length,
             rule=rule,

@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from natgrad.layers.base import Layer
 
@@ -17,14 +18,12 @@ def he_norm(outputs: int) -> float:
     return math.sqrt(2 * outputs)
 
 
-def rescale_weights(layer: Layer, how: Rescale) -> None:
+def rescale(weight: Tensor, layer: Layer, how: Rescale) -> None:
     """Bring a linear or convolutional weight to `he_norm`; with "shrink" (the release) only if it is above it.
 
     Biases, normalisations, embeddings and loose parameters stay as they are.
     """
     if layer.kind not in ("linear", "conv"):
         return
-    weight = layer.parameters[0].detach()
-    target = he_norm(layer.shape.blocks * layer.shape.out)
-    factor = target / (torch.linalg.vector_norm(weight) + 1e-9)
+    factor = he_norm(layer.shape.blocks * layer.shape.out) / (torch.linalg.vector_norm(weight) + 1e-9)
     weight.mul_(factor if how == "always" else factor.clamp_max(1))

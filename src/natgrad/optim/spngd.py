@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -26,6 +26,8 @@ class SPNGD(SecondOrder):
         refresh: a Staleness, or a whole number of steps between measurements.
         samples: rows measured per dimension of a factor, drawn over all samples and places; None measures all.
         decay: of a running mean over measurements; 0 replaces, as the paper does.
+        fisher: "empirical" takes the data's labels, in the same backward pass; "sampled" draws them from the model's
+            prediction: call `sample(output)` before `backward()`.
         curvature: a function of a layer that gives its curvature.
         length: how far a step goes: plain, trust, predicted_change or a function of yours.
         rule: where it goes: Momentum(before=..., coefficient=corrected | tied | heavy_ball) or a Rule of yours.
@@ -51,6 +53,7 @@ class SPNGD(SecondOrder):
         refresh: int | Staleness = Adaptive(),  # noqa: B008  (frozen)
         samples: int | None = 8,
         decay: float = 0.0,
+        fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = spngd_blocks,
         length: Length = plain,
         rule: Rule = Momentum(before=False),  # noqa: B008
@@ -66,6 +69,7 @@ class SPNGD(SecondOrder):
             refresh=refresh,
             samples=samples,
             decay=decay,
+            fisher=fisher,
             curvature=curvature,
             length=length,
             rule=rule,

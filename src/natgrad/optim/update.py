@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from natgrad.cell import Cell
 from natgrad.layers import Loose
 from natgrad.optim.lengths import Step, trust_ratio
-from natgrad.optim.rescale import rescale_weights
+from natgrad.optim.rescale import rescale
 from natgrad.optim.rules import with_decay
 from natgrad.parallel import Parcel
 
@@ -28,9 +29,8 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
         factors = {id(s): f for s, f in zip(curved, optimizer.length(curved, optimizer.world))}
     with timed("update"):
         for step in steps:
-            move(step, factors[id(step)] if step.curved else trust_ratio(step))
-            if optimizer.rescale is not None:
-                rescale_weights(step.layer, optimizer.rescale)
+            factor = factors[id(step)] if step.curved else trust_ratio(step)
+            move(step, factor, [optimizer.state[p] for p in step.layer.parameters], optimizer.rescale)
         for group in optimizer.param_groups:
             group["lr_last"] = group["lr"]
             group.setdefault("lr_first", group["lr"])
@@ -46,12 +46,34 @@ def prepare(optimizer: SecondOrder, cell: Cell, gradient: Tensor) -> Step:
     step = Step(cell.layer, gradient, cell.precondition, cell.state(), groups, gradient)
     if isinstance(cell.layer, Loose):
         step.curved = False
-        step.direction = with_decay(step, optimizer.fallback.direction(step.state, gradient, groups[0]["momentum"]))
+        direction = optimizer.fallback.direction(step.state, gradient, groups[0]["momentum"])
+        step.direction = with_decay(step, direction)
     return step
 
 
-def move(step: Step, factor: Tensor | float) -> None:
-    """W <- w - lr * factor * direction, each parameter with the lr of its own group."""
+def move(step: Step, factor: Tensor | float, states: Sequence[dict[str, Any]], how: Any) -> None:
+    """W <- w - lr * factor * direction, each parameter with the lr of its own group, and rescaled if asked for."""
     parts = step.layer.unpack(step.direction * factor)
-    for parameter, part, group in zip(step.layer.parameters, parts, step.groups):
-        parameter.add_(part.to(parameter.dtype), alpha=-group["lr"])
+    for parameter, part, group, state in zip(step.layer.parameters, parts, step.groups, states):
+        weight = latest(parameter, state)
+        weight.add_(part.to(weight.dtype), alpha=-group["lr"])
+        if how is not None and parameter is step.layer.parameters[0]:
+            rescale(weight, step.layer, how)
+        if weight is not parameter:
+            parameter.copy_(weight)
+
+
+def master(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What an owner keeps of a half-precision parameter: its value in single precision, where small steps add up."""
+    if torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype:
+        return {}
+    return {"master": parameter.detach().float()}
+
+
+def latest(parameter: nn.Parameter, state: dict[str, Any]) -> Tensor:
+    """The tensor to update: the parameter itself, or its master wherever nobody has changed the parameter since."""
+    kept = state.get("master")
+    if kept is None:
+        return parameter
+    ours = kept.to(parameter.dtype) == parameter
+    return kept.copy_(torch.where(ours, kept, parameter.float()))

@@ -1,0 +1,46 @@
+"""What an optimizer tells of itself: coverage, intervals, traffic and times."""
+
+from __future__ import annotations
+
+from natgrad.cell import Cell
+from natgrad.optim.coverage import Coverage, coverage
+from natgrad.optim.fallback import Fallback
+from natgrad.parallel import World
+from natgrad.preconditioner import Preconditioner
+
+
+class Views:
+    """Read-only views on a running optimizer."""
+
+    engine: Preconditioner
+    world: World
+    fallback: Fallback
+    whys: list[str]
+    skipped: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The layers in the model's order."""
+        return self.engine.cells
+
+    def coverage(self) -> list[Coverage]:
+        """A row for every layer: its curvature, why, its size and cost."""
+        return coverage(self.cells, self.whys, self.fallback.name)
+
+    def intervals(self) -> dict[str, int]:
+        """The present refresh interval of every statistic, by layer and statistic."""
+        return {f"{c.name}.{m.key}": c.clock(m.key)[1] for c in self.cells for m in c.curvature.statistics}
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes of payload in the last step by kind: gradients, statistics, weights, scalars."""
+        return dict(self.world.sent)
+
+    @property
+    def refreshed(self) -> float:
+        """The share of all statistics that was measured in the last step."""
+        return self.engine.share
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds on this rank's clock by stage, over all steps."""
+        return self.engine.seconds
