@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.curvature.base import Moment
-from natgrad.layers.base import Layer, promote
+from natgrad.layers import Layer, Loose
+from natgrad.layers.base import promote
 from natgrad.sampling import Sampler
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
@@ -79,6 +80,8 @@ class Capture:
         if self.armed:
             return
         for index, layer in enumerate(self.layers):
+            if isinstance(layer, Loose):
+                continue  # nothing to read, and its module may take what it likes
             self._handles.append(layer.module.register_forward_hook(_Hook(self, index), with_kwargs=True))
         _eager(+1)  # a compiled graph has no place for these hooks
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from natgrad.layers import Loose
 from natgrad.optim.unseen import loosen
 from natgrad.parallel import Parcel
 
@@ -26,6 +25,8 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
             f"this optimizer of {sizes[1]}"
         )
     for parameter, mine, theirs in pairs(saved, groups, state):
+        if was_loosened(mine, theirs):
+            continue
         missing = sorted(key for key in mine if key not in theirs)
         if missing:
             raise ValueError(
@@ -48,6 +49,15 @@ def pairs(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, 
         yield parameter, state.get(parameter, {}), saved["state"].get(k, {})
 
 
+def was_loosened(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether the saved layer had been found never to be called: it has no clocks, but the fallback's state (or,
+    where another rank owns it, nothing but its steps).
+    """
+    clocks = [key for key in mine if key.endswith("_clock")]
+    loose = theirs.keys() <= {"step", "master"} or any(key.startswith("adam_") for key in theirs)
+    return bool(clocks) and "step" in theirs and not any(key in theirs for key in clocks) and loose
+
+
 def exact_copies(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict]):
     """New state tensors of this rank with the saved values, each in the type and on the device it has here.
 
@@ -57,12 +67,12 @@ def exact_copies(saved: Mapping[str, Any], groups: Sequence[dict], state: Mappin
     check_state(saved, groups, state)
     fresh = {}
     for parameter, mine, theirs in pairs(saved, groups, state):
-        extra = {k: v for k, v in theirs.items() if k.startswith("adam_")}  # a layer that was found to be never called
+        keys = theirs if was_loosened(mine, theirs) else mine
         fresh[parameter] = {
             key: theirs[key].detach().to(device=like.device, dtype=like.dtype, copy=True)
             if isinstance(like := mine.get(key, theirs[key]), Tensor)
             else theirs[key]
-            for key in {**mine, **extra}
+            for key in keys
         }
     return fresh
 
@@ -72,7 +82,11 @@ def restore(optimizer: SecondOrder, fresh: dict[Any, dict[str, Any]]) -> None:
     optimizer.state.clear()
     optimizer.state.update(fresh)
     cells = optimizer.cells
-    never = [k for k, c in enumerate(cells) if not isinstance(c.layer, Loose) and "adam_count" in c.state()]
+    never = [
+        k
+        for k, cell in enumerate(cells)
+        if cell.curvature.statistics and f"{cell.curvature.statistics[0].key}_clock" not in cell.state()
+    ]
     if never:
         parameters = [p for k in never for p in cells[k].layer.parameters]
         loosen(optimizer, never)

@@ -14,9 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 import natgrad
-from natgrad.optim import lengths
+from natgrad.optim import lengths, rules
+from natgrad.optim.rules import Momentum
 from natgrad.parallel import Parcel, World
+from natgrad.staleness import Adaptive
 
+COEFFICIENTS = {"corrected": rules.corrected, "tied": rules.tied, "heavy_ball": rules.heavy_ball}
 LENGTHS = {"plain": lengths.plain, "trust": lengths.trust, "predicted_change": lengths.predicted_change}
 
 
@@ -85,7 +88,7 @@ class SpNgd(Settings):
     """SP-NGD: natural gradient with Kronecker factors, refreshed when they have changed."""
 
     momentum: float = 0.9
-    """Momentum at the start; tied to the learning rate."""
+    """Share of the last direction that is repeated."""
     damping: float = 1e-3
     """Added to the curvature before it is inverted, split between the two factors."""
     weight_decay: float = 0.0
@@ -98,12 +101,14 @@ class SpNgd(Settings):
     """Rows measured for each dimension of a statistic; None: every row."""
     length: Literal["plain", "trust", "predicted_change"] = "plain"
     """How far a step goes along its direction."""
+    coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
+    """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike (the paper)."""
+    before: bool = False
+    """Average gradients and precondition the average, instead of averaging preconditioned gradients."""
     rescale: Literal["always", "shrink"] | None = None
     """Hold each weight at the norm it had at initialisation (always, or only when it has grown)."""
 
     def build(self, model: nn.Module, world: World) -> Optimizer:
-        from natgrad.staleness import Adaptive
-
         return natgrad.SPNGD(
             model,
             self.lr,
@@ -113,6 +118,7 @@ class SpNgd(Settings):
             refresh=Adaptive(self.tolerance) if self.refresh is None else self.refresh,
             samples=self.samples,
             length=LENGTHS[self.length],
+            rule=Momentum(self.before, COEFFICIENTS[self.coefficient]),
             rescale=self.rescale,
             world=world,
         )

@@ -1,0 +1,129 @@
+"""What the engine's tests share: small models, a training loop, and the classes that are to be found."""
+
+import copy
+import gc
+import warnings
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import natgrad
+from natgrad.curvature import Curvature
+from natgrad.optim import SecondOrder
+
+
+def subclasses(base):
+    """Every concrete subclass of `base`, at any depth, in the package."""
+    found = []
+    for child in base.__subclasses__():
+        found += subclasses(child)
+        if child.__module__.startswith("natgrad.") and not getattr(child, "__abstractmethods__", None):
+            found.append(child)
+    return list(dict.fromkeys(found))
+
+
+OPTIMIZERS = subclasses(SecondOrder)
+CURVATURES = subclasses(Curvature)
+
+
+class Mixed(nn.Module):
+    """An embedding, a convolution, norms, a linear layer and a loose parameter; no layer looks across samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.norm = nn.LayerNorm(6)
+        self.conv = nn.Conv1d(6, 4, 3, stride=2, padding=1)
+        self.group = nn.GroupNorm(2, 4)
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 4).unsqueeze(1))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, tokens):
+        hidden = torch.tanh(self.conv(self.norm(self.embed(tokens)).transpose(1, 2)))
+        return self.head((self.group(hidden) * self.gain).flatten(1))
+
+    @staticmethod
+    def batch(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(7, (n, 6), generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+class Net(nn.Module):
+    """A small network without loose parameters or cross-sample layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.head = nn.Linear(4 * 16, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+    @staticmethod
+    def batch(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, 2, 4, 4, generator=generator, dtype=torch.float64)
+        return x, torch.randint(3, (n,), generator=generator)
+
+
+def mlp(bias=True):
+    return nn.Sequential(nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3, bias=bias))
+
+
+def points(n, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(3, (n,), generator=generator)
+
+
+def backward(model, batch, **options):
+    """The gradient of the cross entropy of a batch; returns the loss."""
+    x, y = batch
+    loss = F.cross_entropy(model(x).float() if x.dtype == torch.bfloat16 else model(x), y, **options)
+    loss.backward()
+    return loss.detach()
+
+
+def train(optimizer, model, batches):
+    """One step a batch; returns the losses."""
+    losses = []
+    for batch in batches:
+        losses.append(float(backward(model, batch)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def weights(model):
+    """All parameters as one vector, a copy."""
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def clone(model):
+    """A copy that shares nothing."""
+    return copy.deepcopy(model)
+
+
+def hooks(model):
+    """How many forward hooks a model has."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def statistic(optimizer, name, key):
+    """A statistic of the layer `name`."""
+    cell = next(c for c in optimizer.cells if c.name == name)
+    return cell.state()[key]
+
+
+def quiet(build, *args, **options):
+    """Call with natgrad's warnings off."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", natgrad.NatgradWarning)
+        return build(*args, **options)
+
+
+def forget():
+    """Let dropped optimizers take their hooks with them."""
+    gc.collect()
