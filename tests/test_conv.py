@@ -40,7 +40,7 @@ def convolutions(draw):
     return module, (draw(st.integers(1, 3)), c_in, *size), draw(st.booleans())
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(convolutions())
 def test_rows_reproduce_gradients_of_any_geometry(case):
     module, shape, last = case
@@ -64,7 +64,7 @@ def test_rows_reproduce_gradients_of_any_geometry(case):
     assert_close(layer.output_rows(dy, index), g[index], **EXACT)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.tuples(st.integers(1, 4), st.integers(1, 3)),
     st.tuples(st.integers(0, 3), st.integers(0, 3)),

@@ -78,7 +78,7 @@ class Preconditioner:
                 raise ValueError('fisher="sampled": call sample(output) before backward(), so that labels can be drawn')
             seen = [(key, n) for key, n in zip(plan, ranks) if n > 0]
             parcels = [self._parcel(key, measured, n, scale, reduction) for key, n in seen]
-            received = self.world.reduce(parcels, "statistics")
+            received = self.world.reduce_narrow(parcels, "statistics")
         intervals = torch.zeros(len(seen), dtype=torch.int64)
         fresh: dict[int, set[str]] = {}
         with self.timed("factor"):

@@ -40,5 +40,5 @@ def digits_kfac() -> Recipe:
 
 
 def _digits(optimizer: Settings) -> Recipe:
-    model = CifarResNet(depth=8, widths=(8, 16, 32))
-    return Recipe(Digits(), model, optimizer, batch=480, epochs=8)
+    model = CifarResNet(depth=14, widths=(8, 16, 32))
+    return Recipe(Digits(), model, optimizer, batch=479, epochs=8)

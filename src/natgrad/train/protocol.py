@@ -25,7 +25,7 @@ class Protocol:
     """Processes to start on this machine; under torchrun its own ranks count."""
     out: str | None = None
     """Folder for the results; None: runs/compare- and the task's name."""
-    trials: int = 12
+    trials: int = 30
     """Points of its grid that each contender may try."""
     seeds: int = 3
     """Fresh seeds for the final runs."""

@@ -75,20 +75,20 @@ def _numbers(values: tuple[Any, ...]) -> bool:
 SGD = Contender(
     "SGD",
     Sgd(),
-    {"lr": (0.03, 0.1, 0.3, 1.0), "momentum": (0.8, 0.9, 0.95), "nesterov": (False, True)},
+    {"lr": (0.05, 0.1, 0.2, 0.4, 0.8), "momentum": (0.8, 0.9, 0.95), "nesterov": (False, True)},
 )
 
 SP_NGD = Contender(
     "SP-NGD",
     SpNgd(),
-    {"lr": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "damping": (1e-4, 1e-3, 1e-2, 1e-1)},
+    {"lr": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "damping": (1e-3, 1e-2, 3e-2, 1e-1, 1.0)},
 )
 
 DIGITS = Task(
     name="digits",
-    about="scikit-learn's digits on a small ResNet, batch a third of the training images, 24 steps",
+    about="scikit-learn's digits on a narrow ResNet-14, batch a third of the training images, 24 steps",
     data=Digits(),
-    model=CifarResNet(depth=8, widths=(16, 32, 64)),
+    model=CifarResNet(depth=14, widths=(8, 16, 32)),
     contenders=(SGD, SP_NGD),
     steps=24,
     batch_share=1 / 3,

@@ -1,0 +1,254 @@
+"""Any number of ranks is one rank on all their samples. Ranks are threads here; test_gloo.py has processes."""
+
+import pytest
+import torch
+from helpers import OPTIMIZERS, Mixed, Net, backward, clone, train, weights
+from torch import nn
+from torch.testing import assert_close
+
+import natgrad
+from natgrad.parallel import World, run_threads
+
+SAME = {"rtol": 1e-6, "atol": 1e-9}
+ADAPTIVE = natgrad.Adaptive(tolerance=0.5, at=24)
+
+
+def share(batch, world):
+    return tuple(t.chunk(world.size)[world.rank] for t in batch)
+
+
+def run(ranks, model, batches, build, before=lambda opt: None, **world_options):
+    """The final weights, and the optimizer, of every rank."""
+
+    def work(world):
+        mine = clone(model)
+        if world.rank:
+            for p in mine.parameters():
+                p.data.add_(1.0)  # construction must bring rank 0's weights
+        opt = build(mine, world)
+        for batch in batches:
+            backward(mine, share(batch, world))
+            before(opt)
+            opt.step()
+            opt.zero_grad()
+        return weights(mine), opt
+
+    return run_threads(ranks, work, **world_options)
+
+
+def check(ranks, model, batches, build, **options):
+    (expected, alone), *_ = run(1, model, batches, build)
+    results = run(ranks, model, batches, build, **options)
+    for final, opt in results:
+        assert torch.equal(final, results[0][0])
+        assert opt.intervals() == alone.intervals()
+    assert_close(results[0][0], expected, **SAME)
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
+def test_ranks_end_with_the_weights_of_one(optimizer, ranks, double):
+    batches = [Mixed.batch(24, k) for k in range(8)]
+
+    def build(model, world):
+        return optimizer(model, lr=0.02, damping=0.03, samples=None, refresh=ADAPTIVE, weight_decay=1e-3, world=world)
+
+    results = check(ranks, Mixed(), batches, build)
+    assert {c.owner for c in results[0][1].cells} == set(range(ranks))
+    assert max(results[0][1].intervals().values()) > 1  # staleness took part
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
+def test_without_loose_parameters(optimizer, double):
+    batches = [Net.batch(24, k) for k in range(8)]
+
+    def build(model, world):
+        return optimizer(model, lr=0.02, damping=0.03, samples=None, refresh=ADAPTIVE, world=world)
+
+    check(3, Net(), batches, build)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length": natgrad.trust},
+        {"length": natgrad.PredictedChange(1e-3)},
+        {"rule": natgrad.Momentum(before=True, coefficient=natgrad.tied)},
+        {"rescale": "always"},
+        {"max_norm": 0.1},
+        {"decay": 0.5, "refresh": 2},
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_directions_and_lengths_over_ranks(options, double):
+    batches = [Net.batch(24, k) for k in range(5)]
+
+    def build(model, world):
+        return natgrad.SPNGD(model, **{"lr": 0.02, "damping": 0.03, "samples": None, "world": world, **options})
+
+    check(2, Net(), batches, build)
+
+
+class Branches(nn.Module):
+    """The sign of the first input says which of two layers a sample takes; either may be without samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.left, self.right, self.head = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        out = torch.zeros_like(h)
+        for side, layer in ((x[:, 0] < 0, self.left), (x[:, 0] >= 0, self.right)):
+            if side.any():
+                out = out.index_put((side.nonzero()[:, 0],), layer(h[side]))
+        return self.head(out)
+
+
+def sided(n, seed):
+    """The first half of the samples go left, the second half right."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=generator)
+    x[:, 0] = x[:, 0].abs() * torch.where(torch.arange(n) < n // 2, -1, 1)
+    return x, torch.randint(4, (n,), generator=generator)
+
+
+def test_layers_unused_on_some_ranks(double):
+    batches = [sided(16, k) for k in range(6)]
+
+    def build(model, world):
+        return natgrad.SPNGD(model, lr=0.05, damping=0.03, samples=None, refresh=1, world=world)
+
+    check(2, Branches(), batches, build)
+    check(4, Branches(), batches, build)
+
+
+def test_more_ranks_than_layers(double):
+    batches = [(torch.randn(12, 4), torch.randint(3, (12,))) for _ in range(4)]
+
+    def build(model, world):
+        return natgrad.SPNGD(model, lr=0.05, samples=None, world=world)
+
+    check(3, nn.Sequential(nn.Linear(4, 3)), batches, build)
+
+
+@pytest.mark.parametrize("build_model", [lambda: nn.Bilinear(4, 4, 3), lambda: nn.LayerNorm(4)], ids=["loose", "norm"])
+def test_models_with_nothing_to_measure(build_model, double):
+    """No hook is ever attached, and gradients are averaged all the same."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.only = build_model()
+
+        def forward(self, x):
+            return self.only(x, x) if isinstance(self.only, nn.Bilinear) else self.only(x)
+
+    batches = [(torch.randn(12, 4), torch.randint(3, (12,))) for _ in range(4)]
+    check(2, Twice(), batches, lambda model, world: natgrad.KFAC(model, lr=0.05, world=world))
+
+
+def test_a_head_that_starts_at_zero(double):
+    """Its gradients sum to zero exactly on every rank, and are unlike all the same."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    batches = [(torch.randn(16, 4).round(), torch.randint(4, (16,))) for _ in range(4)]
+    check(2, model, batches, lambda model, world: natgrad.SPNGD(model, lr=0.05, samples=None, world=world))
+
+
+def test_reduce_then_clip_equals_max_norm(double):
+    batches = [Net.batch(24, k) for k in range(4)]
+
+    def plain(model, world, **options):
+        return natgrad.SPNGD(model, lr=0.02, samples=None, world=world, **options)
+
+    def clip(opt):
+        opt.reduce()
+        norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 0.1)
+        assert norm > 0.1  # it clips
+
+    expected = run(2, Net(), batches, lambda m, w: plain(m, w, max_norm=0.1))[0][0]
+    torch.manual_seed(0)
+    model = Net()
+    inside = run(2, model, batches, lambda m, w: plain(m, w, max_norm=0.1))[0][0]
+    outside = run(2, model, batches, plain, clip)[0][0]
+    alone = run(1, model, batches, plain, clip)[0][0]
+    assert_close(outside, inside, **SAME)
+    assert_close(alone, inside, **SAME)
+    assert not torch.equal(expected, outside)
+
+
+@pytest.mark.parametrize("said", ["auto", "averaged"])
+def test_gradients_that_somebody_averaged_are_left_alone(said, double):
+    """What DistributedDataParallel does, by hand."""
+    model, batches = Net(), [Net.batch(24, k) for k in range(5)]
+    (expected, _), *_ = run(1, model, batches, build_plain)
+
+    def average(opt):
+        opt.world.mean([p.grad for g in opt.param_groups for p in g["params"]])
+
+    for final, opt in run(3, model, batches, build_plain, average, gradients=said):
+        assert_close(final, expected, **SAME)
+        assert "gradients" not in opt.traffic()
+
+
+def build_plain(model, world):
+    return natgrad.SPNGD(model, lr=0.02, samples=None, world=world)
+
+
+def test_a_change_of_mind_about_averaging_is_refused(double):
+    batches = [Net.batch(24, k) for k in range(3)]
+    steps = {}
+
+    def now_and_then(opt):
+        steps[opt.world.rank] = steps.get(opt.world.rank, 0) + 1
+        if steps[opt.world.rank] == 1:
+            opt.world.mean([p.grad for g in opt.param_groups for p in g["params"]])
+
+    with pytest.raises(ValueError, match=r'World\(gradients="local"\)'):
+        run(2, Net(), batches, build_plain, now_and_then)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_on_all(first, double):
+    def work(world):
+        torch.manual_seed(0)
+        model = Net()
+        opt = natgrad.SPNGD(model, lr=0.02, samples=None, world=world)
+        if not first:
+            train(opt, model, [share(Net.batch(8, 0), world)])
+        before, steps = weights(model), [float(s["step"]) for s in opt.state.values()]
+        x, y = share(Net.batch(8, 1), world)
+        if world.rank == 1:
+            x = x * float("inf")
+        backward(model, (x, y))
+        opt.step()
+        opt.zero_grad()
+        assert torch.equal(weights(model), before)
+        assert opt.skipped == 1
+        assert [float(s["step"]) for s in opt.state.values()] == steps
+        train(opt, model, [share(Net.batch(8, k), world) for k in (2, 3)])
+        assert not torch.equal(weights(model), before)
+        return weights(model)
+
+    results = run_threads(2, work)
+    assert torch.equal(results[0], results[1])
+    assert bool(torch.isfinite(results[0]).all())
+
+
+def test_buffers_start_alike():
+    def work(world):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        model[1].running_mean.fill_(world.rank)
+        model[1].num_batches_tracked.fill_(world.rank)
+        natgrad.SPNGD(model, lr=0.1, world=world)
+        return model[1].running_mean.sum().item(), int(model[1].num_batches_tracked)
+
+    assert run_threads(3, work) == [(0.0, 0)] * 3
+
+
+def test_a_world_says_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"gradients='ddp'.*\"local\""):
+        World(gradients="ddp")
