@@ -19,7 +19,12 @@ curvlinops = pytest.importorskip("curvlinops")
 
 def networks():
     conv = nn.Sequential(
-        nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)
+        nn.Conv2d(2, 3, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(3, 3, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(12, 4),
     )
     dense = nn.Sequential(nn.Flatten(), nn.Linear(72, 5, bias=False), nn.Tanh(), nn.Linear(5, 4))
     return {"conv": conv, "dense": dense}

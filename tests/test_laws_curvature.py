@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from helpers import CURVATURES
 from torch import nn
 from torch.testing import assert_close
 
+from helpers import CURVATURES
 from natgrad.capture import Sampler
 from natgrad.layers import layer_of
 from natgrad.linalg import mean_eigenvalue
@@ -104,7 +104,7 @@ def test_more_damping_gives_a_shorter_step(curvature, layer):
 @every_layer
 @every_curvature
 def test_the_order_of_samples_does_not_matter(curvature, layer):
-    layer, x, out, dy = example(layer)
+    layer, x, _, dy = example(layer)
     order = torch.randperm(len(x))
     once = statistics(curvature, layer, x, None, dy)
     again = statistics(curvature, layer, x[order], None, dy[order])

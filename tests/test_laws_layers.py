@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from examples import CASES, EXAMPLES, NAMES, REFUSED, looks_across_samples
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
+from examples import CASES, EXAMPLES, NAMES, REFUSED, looks_across_samples
 from natgrad.layers import Layer, layer_of
 from natgrad.layers.norm import Norm
 
@@ -34,7 +34,9 @@ def pull(module, x):
 
 def test_every_registered_type_has_an_example():
     known = {*EXAMPLES, *REFUSED, object}
-    missing = [t.__name__ for t in layer_of.registry if t not in known and t.__module__.startswith(("torch", "natgrad"))]
+    missing = [
+        t.__name__ for t in layer_of.registry if t not in known and t.__module__.startswith(("torch", "natgrad"))
+    ]
     assert not missing, f"add {missing} to tests/examples.py"
     for kind, rows in EXAMPLES.items():
         assert kind in layer_of.registry

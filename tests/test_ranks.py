@@ -2,48 +2,14 @@
 
 import pytest
 import torch
-from helpers import OPTIMIZERS, Mixed, Net, backward, clone, train, weights
 from torch import nn
-from torch.testing import assert_close
 
 import natgrad
+from helpers import OPTIMIZERS, Mixed, Net, backward, train, weights
+from multi import check, share
 from natgrad.parallel import World, run_threads
 
-SAME = {"rtol": 1e-6, "atol": 1e-9}
 ADAPTIVE = natgrad.Adaptive(tolerance=0.5, at=24)
-
-
-def share(batch, world):
-    return tuple(t.chunk(world.size)[world.rank] for t in batch)
-
-
-def run(ranks, model, batches, build, before=lambda opt: None, **world_options):
-    """The final weights, and the optimizer, of every rank."""
-
-    def work(world):
-        mine = clone(model)
-        if world.rank:
-            for p in mine.parameters():
-                p.data.add_(1.0)  # construction must bring rank 0's weights
-        opt = build(mine, world)
-        for batch in batches:
-            backward(mine, share(batch, world))
-            before(opt)
-            opt.step()
-            opt.zero_grad()
-        return weights(mine), opt
-
-    return run_threads(ranks, work, **world_options)
-
-
-def check(ranks, model, batches, build, **options):
-    (expected, alone), *_ = run(1, model, batches, build)
-    results = run(ranks, model, batches, build, **options)
-    for final, opt in results:
-        assert torch.equal(final, results[0][0])
-        assert opt.intervals() == alone.intervals()
-    assert_close(results[0][0], expected, **SAME)
-    return results
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -95,10 +61,10 @@ class Branches(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.left, self.right, self.head = (nn.Linear(4, 4) for _ in range(4))
+        self.first, self.body, self.left, self.right, self.head = (nn.Linear(4, 4) for _ in range(5))
 
     def forward(self, x):
-        h = torch.tanh(self.body(x))
+        h = torch.tanh(self.body(torch.tanh(self.first(x))))
         out = torch.zeros_like(h)
         for side, layer in ((x[:, 0] < 0, self.left), (x[:, 0] >= 0, self.right)):
             if side.any():
@@ -151,64 +117,11 @@ def test_models_with_nothing_to_measure(build_model, double):
 
 def test_a_head_that_starts_at_zero(double):
     """Its gradients sum to zero exactly on every rank, and are unlike all the same."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    nn.init.zeros_(model[2].weight)
-    nn.init.zeros_(model[2].bias)
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
     batches = [(torch.randn(16, 4).round(), torch.randint(4, (16,))) for _ in range(4)]
     check(2, model, batches, lambda model, world: natgrad.SPNGD(model, lr=0.05, samples=None, world=world))
-
-
-def test_reduce_then_clip_equals_max_norm(double):
-    batches = [Net.batch(24, k) for k in range(4)]
-
-    def plain(model, world, **options):
-        return natgrad.SPNGD(model, lr=0.02, samples=None, world=world, **options)
-
-    def clip(opt):
-        opt.reduce()
-        norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 0.1)
-        assert norm > 0.1  # it clips
-
-    expected = run(2, Net(), batches, lambda m, w: plain(m, w, max_norm=0.1))[0][0]
-    torch.manual_seed(0)
-    model = Net()
-    inside = run(2, model, batches, lambda m, w: plain(m, w, max_norm=0.1))[0][0]
-    outside = run(2, model, batches, plain, clip)[0][0]
-    alone = run(1, model, batches, plain, clip)[0][0]
-    assert_close(outside, inside, **SAME)
-    assert_close(alone, inside, **SAME)
-    assert not torch.equal(expected, outside)
-
-
-@pytest.mark.parametrize("said", ["auto", "averaged"])
-def test_gradients_that_somebody_averaged_are_left_alone(said, double):
-    """What DistributedDataParallel does, by hand."""
-    model, batches = Net(), [Net.batch(24, k) for k in range(5)]
-    (expected, _), *_ = run(1, model, batches, build_plain)
-
-    def average(opt):
-        opt.world.mean([p.grad for g in opt.param_groups for p in g["params"]])
-
-    for final, opt in run(3, model, batches, build_plain, average, gradients=said):
-        assert_close(final, expected, **SAME)
-        assert "gradients" not in opt.traffic()
-
-
-def build_plain(model, world):
-    return natgrad.SPNGD(model, lr=0.02, samples=None, world=world)
-
-
-def test_a_change_of_mind_about_averaging_is_refused(double):
-    batches = [Net.batch(24, k) for k in range(3)]
-    steps = {}
-
-    def now_and_then(opt):
-        steps[opt.world.rank] = steps.get(opt.world.rank, 0) + 1
-        if steps[opt.world.rank] == 1:
-            opt.world.mean([p.grad for g in opt.param_groups for p in g["params"]])
-
-    with pytest.raises(ValueError, match=r'World\(gradients="local"\)'):
-        run(2, Net(), batches, build_plain, now_and_then)
 
 
 @pytest.mark.parametrize("first", [True, False])

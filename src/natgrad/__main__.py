@@ -139,9 +139,7 @@ def show_recipes(arguments: list[str]) -> int:
     """List all recipes with the first line of their descriptions."""
     from natgrad.recipes import every
 
-    lines = [
-        f"  {name:<18} {(inspect.getdoc(maker) or '').splitlines()[0]}" for name, maker in every().items()
-    ]
+    lines = [f"  {name:<18} {(inspect.getdoc(maker) or '').splitlines()[0]}" for name, maker in every().items()]
     return show("natgrad train RECIPE [--field value ...]; the recipes:\n", lines, arguments)
 
 

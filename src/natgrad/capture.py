@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ class Capture:
             noise = torch.rand(rows.shape, generator=torch.Generator(rows.device).manual_seed(seed), device=rows.device)
             labels = (rows.detach() - noise.log().neg().log()).argmax(-1)  # Gumbel's way of drawing from a softmax
             loss = torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
-            loss = loss * (samples_of(self.seen) / len(rows))
+            loss = loss * (samples_of(reversed(self.seen.values())) / len(rows))
             self.inside = True
             try:
                 torch.autograd.grad(loss, self.edges, retain_graph=True, allow_unused=True)
@@ -118,9 +118,8 @@ class Capture:
                 self.inside = False
         self.edges.clear()
 
-    def saw(self, index: int, samples: int, parts: Mapping[str, Tensor]) -> None:
-        """One call's gradient has arrived."""
-        task = torch._C._current_graph_task_id()  # which backward pass this is
+    def saw(self, index: int, samples: int, parts: Mapping[str, Tensor], task: int) -> None:
+        """One call's gradient has arrived, in backward pass `task`."""
         if task not in self._passes:
             self._close()
             self._passes[task] = _Pass()
@@ -140,7 +139,7 @@ class Capture:
                 previous = sums.get((index, key))
                 sums[index, key] = value if previous is None else previous + value
                 weights[index, key] = weights.get((index, key), 0) + sum(done.weights[index, key])
-            samples += samples_of(done.counts)
+            samples += samples_of(done.counts.values())
         self._passes.clear()
         self._closed = Measured(sums, weights, samples)
 
@@ -152,15 +151,16 @@ class Capture:
         return measured
 
 
-def samples_of(counts: Mapping[int, int]) -> int:
-    """How many samples a backward pass had: the leading dimension that most layers saw.
+def samples_of(counts: Iterable[int]) -> int:
+    """How many samples a pass had: the leading dimension that most layers saw, given from the last layer to the first.
 
-    Some layers may fold places into it (windows of attention, tokens before a head), so one layer cannot be asked.
+    Some layers may fold places into it (windows of attention, tokens before a head) or see a part (experts), so one
+    layer cannot be asked; where two numbers are seen equally often, the one of the earlier layer counts.
     """
-    if not counts:
-        return 0
-    frequency = Counter(counts.values())
-    return min(frequency, key=lambda n: (-frequency[n], n))
+    order = list(counts)
+    frequency = Counter(order)
+    last = {n: place for place, n in enumerate(order)}
+    return max(frequency, key=lambda n: (frequency[n], last[n]), default=0)
 
 
 class _Hook:
@@ -190,9 +190,10 @@ class _Hook:
             start = time.perf_counter()
             with torch.no_grad():
                 parts = {m.key: m.after(layer, k, dy.detach(), draw) for m, k in kept}
-            capture.saw(index, samples, parts)
+            capture.saw(index, samples, parts, outer if outer >= 0 else torch._C._current_graph_task_id())
             capture.seconds += time.perf_counter() - start
 
+        outer = torch._C._current_graph_task_id()  # not -1: recomputed within a backward pass, as part of it
         output.register_hook(arrived)
         if capture.edges is not None:
             capture.edges.append(torch.autograd.graph.get_gradient_edge(output))

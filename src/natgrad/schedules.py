@@ -77,9 +77,7 @@ class Piecewise(Schedule):
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.boundaries) + 1:
-            raise ValueError(
-                f"{len(self.values)} values for {len(self.boundaries)} boundaries; give one value more"
-            )
+            raise ValueError(f"{len(self.values)} values for {len(self.boundaries)} boundaries; give one value more")
         if list(self.boundaries) != sorted(self.boundaries):
             raise ValueError(f"boundaries={self.boundaries} must rise")
 
@@ -112,6 +110,4 @@ def _share(t: float, begin: float, end: float) -> float:
 
 def _ordered(begin: float, end: float) -> None:
     if not begin < end:
-        raise ValueError(
-            f"a schedule from {begin:g} to {end:g} has no length; its end must come after its begin"
-        )
+        raise ValueError(f"a schedule from {begin:g} to {end:g} has no length; its end must come after its begin")

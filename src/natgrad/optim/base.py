@@ -24,7 +24,7 @@ from natgrad.optim.gradients import Gradients
 from natgrad.optim.lengths import Length
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule
-from natgrad.optim.state import exact_copies, restore, whole_state
+from natgrad.optim.state import exact_copies, whole_state
 from natgrad.optim.unseen import look_after
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
@@ -224,9 +224,10 @@ class SecondOrder(Views, Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` or `gather_state_dict` gave; values keep their precision, this rank keeps its part."""
-        fresh = exact_copies(state_dict, self.param_groups, self.state)
+        fresh = exact_copies(self, state_dict)
         super().load_state_dict(state_dict)
-        restore(self, fresh)
+        self.state.clear()
+        self.state.update(fresh)
         self.engine.arm(self._steps() + 1)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Gradients:
         if flags[0] > 0:
             self._reduced = False
             return None
-        if look and not self._reduced:
+        if (look or self.mode == "auto") and not self._reduced:
             self._are_local(gradients)
         return [bool(f) for f in flags[1:]]
 
@@ -52,10 +52,10 @@ class Gradients:
         """Whether ranks still hold their own gradients. Bit-equal ones were averaged before we saw them."""
         if self.world.size == 1 or self.world.gradients != "auto":
             return self.mode == "local"
-        check = sum((g.double().sum().cpu() for g in gradients), torch.zeros((), dtype=torch.float64))
-        ends = torch.stack([check, -check])
-        self.world.max([ends], "scalars")
-        mode = "averaged" if ends[0] == -ends[1] else "local"
+        marks = [_mark(g) for g in gradients]
+        high = torch.cat([*marks, torch.tensor([float(sum(map(len, marks)))], dtype=torch.float64)])
+        ends = _ends(self.world, high)
+        mode = "averaged" if ends is not None and bool((ends[0] == -ends[1]).all()) else "local"
         if self.mode not in ("auto", mode):
             raise ValueError(
                 f"gradients were {self.mode} in earlier steps and look {mode} now: say which they are with "
@@ -89,6 +89,24 @@ class Gradients:
         self.world.sum([square], "scalars")
         factor = self.max_norm / (square.sqrt().item() + 1e-6)
         return mine if factor >= 1 else {k: g * factor for k, g in mine.items()}
+
+
+def _mark(gradient: Tensor) -> Tensor:
+    """Some entries of a gradient and its norm: equal to the last bit only if the gradients are."""
+    flat = gradient.flatten()
+    entries = flat[:: max(1, flat.numel() // 16)]
+    return torch.cat([entries.double(), flat.double().norm().reshape(1)]).cpu()
+
+
+def _ends(world: World, marks: Tensor) -> Tensor | None:
+    """The maxima over ranks of marks and of -marks [2, m]; None if ranks have unlike numbers of gradients."""
+    count = torch.stack([marks[-1], -marks[-1]])
+    world.max([count], "scalars")
+    if count[0] != -count[1]:
+        return None
+    ends = torch.stack([marks, -marks])
+    world.max([ends], "scalars")
+    return ends
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

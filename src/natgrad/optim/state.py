@@ -58,39 +58,29 @@ def was_loosened(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     return bool(clocks) and "step" in theirs and not any(key in theirs for key in clocks) and loose
 
 
-def exact_copies(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict]):
+def exact_copies(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
     """New state tensors of this rank with the saved values, each in the type and on the device it has here.
 
     torch's own loading casts everything to the parameter's type, which would round curvature in bf16 models and turn
     clocks into floats. Refuses what cannot be loaded before anything is changed.
     """
-    check_state(saved, groups, state)
-    fresh = {}
-    for parameter, mine, theirs in pairs(saved, groups, state):
-        keys = theirs if was_loosened(mine, theirs) else mine
-        fresh[parameter] = {
-            key: theirs[key].detach().to(device=like.device, dtype=like.dtype, copy=True)
-            if isinstance(like := mine.get(key, theirs[key]), Tensor)
-            else theirs[key]
-            for key in keys
-        }
-    return fresh
-
-
-def restore(optimizer: SecondOrder, fresh: dict[Any, dict[str, Any]]) -> None:
-    """Put the copies in place; layers that had been found never to be called are so again."""
-    optimizer.state.clear()
-    optimizer.state.update(fresh)
-    cells = optimizer.cells
-    never = [
-        k
-        for k, cell in enumerate(cells)
-        if cell.curvature.statistics and f"{cell.curvature.statistics[0].key}_clock" not in cell.state()
-    ]
+    groups = optimizer.param_groups
+    check_state(saved, groups, optimizer.state)
+    theirs = {p: saved_state for p, _, saved_state in pairs(saved, groups, optimizer.state)}
+    weights = [cell.layer.parameters[0] for cell in optimizer.cells]
+    never = [k for k, w in enumerate(weights) if w in theirs and was_loosened(optimizer.state[w], theirs[w])]
     if never:
-        parameters = [p for k in never for p in cells[k].layer.parameters]
         loosen(optimizer, never)
-        optimizer.state.update({p: fresh[p] for p in parameters})
+    return {
+        parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in mine.items()}
+        for parameter, mine in optimizer.state.items()
+    }
+
+
+def _like(value: Any, mine: Any) -> Any:
+    if isinstance(value, Tensor) and isinstance(mine, Tensor):
+        return value.detach().to(device=mine.device, dtype=mine.dtype, copy=True)
+    return value
 
 
 def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:

@@ -1,0 +1,142 @@
+"""What has no curvature trains all the same and says why; copies of a watched model are not watched."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import natgrad
+from helpers import backward, clone, hooks, mlp, points, quiet, train, weights
+
+
+def spngd(model, **options):
+    return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 1, **options})
+
+
+def row(opt, name):
+    return next(r for r in opt.coverage() if r.layer == name)
+
+
+class Two(nn.Module):
+    """A body and a head; subclasses say how they are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+class Behind(Two):
+    def forward(self, x):
+        return F.linear(torch.tanh(self.body(x)), self.head.weight, self.head.bias)
+
+
+def test_a_weight_used_behind_our_back():
+    model = Behind()
+    opt = spngd(model)
+    assert row(opt, "head").curvature == "kronecker"
+    with pytest.warns(natgrad.NatgradWarning, match="head: its module is never called"):
+        train(opt, model, [points(12, 0)])
+    assert "never called" in row(opt, "head.weight").why
+    assert row(opt, "head.weight").curvature == "none (adam)"
+    assert row(opt, "body").curvature == "kronecker"
+    before = model.head.weight.detach().clone()
+    losses = train(opt, model, [points(12, 0)] * 20)
+    assert not torch.equal(model.head.weight, before)
+    assert losses[-1] < losses[0]
+    model = Behind()
+    opt = spngd(model, strict=True)
+    backward(model, points(12, 0))
+    with pytest.raises(ValueError, match="strict=True"):
+        opt.step()
+
+
+@pytest.mark.filterwarnings("error::natgrad.NatgradWarning")
+def test_attention_is_known_to_use_its_weights_itself():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = x.unsqueeze(1).expand(-1, 3, -1)
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    model = Attention()
+    opt = spngd(model)
+    assert "attention" in row(opt, "attention.out_proj.weight").why
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = train(opt, model, [points(24, 0)] * 15)
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
+def test_frozen_layers_and_half_frozen_layers():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    kept = model[0].weight.detach().clone()
+    opt = spngd(model)
+    assert "frozen" in row(opt, "0.bias").why
+    train(opt, model, [points(12, k) for k in range(3)])
+    assert torch.equal(model[0].weight, kept)
+    whole = mlp()
+    whole[0].requires_grad_(False)
+    opt = spngd(whole)
+    assert [r.layer for r in opt.coverage()] == ["2"]
+    train(opt, whole, [points(12, 0)])
+
+
+def test_tied_weights_are_loose_and_counted_once():
+    class Tied(Two):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+            self.head.weight = self.body.weight
+
+    model = Tied()
+    opt = spngd(model)
+    assert "shared" in row(opt, "body.weight").why
+    assert sum(r.parameters for r in opt.coverage()) == sum(p.numel() for p in model.parameters())
+    losses = train(opt, model, [points(12, 0)] * 15)
+    assert losses[-1] < losses[0]
+
+
+def test_parametrised_weights_are_loose():
+    model = mlp()
+    parametrizations.weight_norm(model[0])
+    opt = spngd(model)
+    assert "computed" in row(opt, "0.bias").why
+    assert {r.layer for r in opt.coverage() if r.why != "known layer"} >= {"0.bias"}
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = train(opt, model, [points(12, 0)] * 15)
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: torch.optim.swa_utils.AveragedModel(m).module,
+    ],
+    ids=["deepcopy", "pickle", "averaged"],
+)
+def test_copies_of_an_armed_model_are_not_watched(copied):
+    model = mlp()
+    opt = spngd(model)
+    assert hooks(model)
+    other = copied(model)
+    backward(other, points(12, 9))
+    assert opt.engine.capture.collect().samples == 0
+    twin = clone(model)
+    train(opt, model, [points(12, 0)])
+    train(spngd(twin), twin, [points(12, 0)])  # a copy can have an optimizer of its own
+    assert torch.equal(weights(model), weights(twin))
+    quiet(backward, other, points(12, 9))

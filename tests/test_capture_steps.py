@@ -1,0 +1,112 @@
+"""Which passes count for a step: those whose gradients it uses, and no others."""
+
+import torch
+
+import natgrad
+from helpers import backward, forget, hooks, mlp, points, statistic, train, weights
+
+
+def spngd(model, **options):
+    return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 1, **options})
+
+
+def final(disturb, steps=3):
+    torch.manual_seed(0)
+    model = mlp()
+    opt = spngd(model)
+    for k in range(steps):
+        disturb(model, opt)
+        train(opt, model, [points(12, k)])
+    return weights(model)
+
+
+def test_evaluation_leaves_nothing():
+    def evaluate(model, opt):
+        with torch.no_grad():
+            model(points(50, 9)[0])
+        model.eval()
+        model(points(50, 9)[0])  # with a graph, without a backward pass
+        model.train()
+
+    assert torch.equal(final(evaluate), final(lambda model, opt: None))
+
+
+def test_a_backward_pass_that_is_given_up_leaves_nothing():
+    def discard(model, opt):
+        backward(model, points(50, 9))
+        opt.zero_grad()
+
+    assert torch.equal(final(discard), final(lambda model, opt: None))
+
+
+def test_a_failing_backward_pass_leaves_nothing():
+    def fail(model, opt):
+        x, _ = points(12, 9)
+        out = model(x)
+        out.register_hook(lambda g: 1 / 0)
+        try:
+            out.sum().backward()
+        except ZeroDivisionError:
+            opt.zero_grad()
+
+    assert torch.equal(final(fail), final(lambda model, opt: None))
+
+
+def test_gradients_of_inputs_alone_do_not_move_the_step():
+    """A saliency map between steps, then zero_grad as always."""
+
+    def saliency(model, opt):
+        x = points(12, 9)[0].requires_grad_()
+        torch.autograd.grad(model(x).sum(), x)
+        opt.zero_grad()
+
+    assert torch.equal(final(saliency), final(lambda model, opt: None))
+
+
+def test_hooks_are_gone_when_nothing_is_due_and_when_the_optimizer_is():
+    model = mlp()
+    opt = spngd(model, refresh=10)
+    assert hooks(model)
+    train(opt, model, [points(12, 0)])
+    assert not hooks(model)
+    opt = spngd(model)
+    assert hooks(model)
+    del opt
+    forget()
+    assert not hooks(model)
+
+
+def test_hooks_count_samples_not_places():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 3)).double()
+    opt = spngd(model)
+    x, y = torch.randn(10, 2, 4, 4, dtype=torch.float64), torch.randint(3, (10,))
+    for part in zip(x.split([3, 7]), y.split([3, 7])):
+        backward(model, part)
+    assert opt.engine.capture.collect().samples == 10
+
+
+def test_two_optimizers_at_once():
+    models = [mlp(), mlp()]
+    opts = [spngd(m) for m in models]
+    alone = [torch.nn.Sequential(*m) for m in map(__import__("copy").deepcopy, models)]
+    for k in range(3):
+        losses = sum(torch.nn.functional.cross_entropy(m(points(12, k)[0]), points(12, k)[1]) for m in models)
+        losses.backward()  # one backward pass through both
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+    for model, other in zip(models, alone):
+        train(spngd(other), other, [points(12, k) for k in range(3)])
+        torch.testing.assert_close(weights(model), weights(other))
+
+
+def test_a_second_optimizer_on_the_same_model_takes_over():
+    model = mlp()
+    opt = spngd(model)
+    train(opt, model, [points(12, 0)])
+    opt = spngd(model, damping=0.5)
+    train(opt, model, [points(12, 1)])
+    assert float(statistic(opt, "0", "A_damping")) == 0.5
+    forget()
+    assert hooks(model) == 2
