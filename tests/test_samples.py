@@ -86,8 +86,7 @@ def unbiased(moment, layer, x, dy, exact, seeds=300):
     far = torch.linalg.vector_norm(mean - exact) / torch.linalg.vector_norm(exact)
     one = torch.linalg.vector_norm(measure(moment, layer, x, dy, 0) - exact) / torch.linalg.vector_norm(exact)
     assert one > 0.02, "nothing was left out"
-    assert far < 0.25 * one
-    assert far < 0.05
+    assert far < 2 * one / seeds**0.5
 
 
 def test_a_is_right_on_average():
@@ -166,10 +165,10 @@ def test_sampled_labels_leave_gradients_alone_and_must_be_drawn():
     F.cross_entropy(out, y).backward()
     assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected))
     opt.step()
+    other = nn.Sequential(nn.Linear(4, 3))
+    opt = natgrad.SPNGD(other, lr=0.1, fisher="sampled")
+    backward(other, (x, y))
     with pytest.raises(ValueError, match=r"call sample\(output\) before backward"):
-        other = nn.Sequential(nn.Linear(4, 3))
-        opt = natgrad.SPNGD(other, lr=0.1, fisher="sampled")
-        backward(other, (x, y))
         opt.step()
     with pytest.raises(ValueError, match='fisher="sampled"'):
         natgrad.SPNGD(nn.Linear(4, 3), lr=0.1).sample(out)

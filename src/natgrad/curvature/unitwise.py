@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from natgrad.curvature.base import LEAST_SAMPLES, Cost, Curvature, Draw, Moment, block_diagonal
-from natgrad.layers.base import Layer, Shape, promote, take
+from natgrad.layers.base import Layer, Shape
 from natgrad.layers.norm import Norm
 from natgrad.linalg import damped_inverse
 
 
 class Kept(NamedTuple):
-    """Input rows of the chosen samples, which they are (None: all), and the call's samples and places."""
+    """What the layer needs of its input, the chosen samples (None: all), and the call's samples and places."""
 
-    rows: Tensor
+    inputs: Any
     chosen: Tensor | None
     samples: int
     places: int
@@ -45,22 +45,19 @@ class SampleMoment(Moment):
         if self.samples is not None:
             chosen = draw(samples, max(LEAST_SAMPLES, self.samples * layer.shape.inner))
         if isinstance(layer, Norm):  # its statistics come from all samples, its rows from the chosen ones
-            return Kept(layer.normalized(x, chosen, output), chosen, samples, places)
+            return Kept(layer.keep(x, chosen, output), chosen, samples, places)
         index = None if chosen is None else _places_of(chosen, places)
         return Kept(layer.rows(x, index), chosen, samples, places)
 
     def after(self, layer: Layer, kept: Kept, dy: Tensor, draw: Draw) -> Tensor:
-        rows, chosen, samples, places = kept
+        inputs, chosen, samples, places = kept
         taken = samples if chosen is None else len(chosen)
         if isinstance(layer, Norm):
-            gradient = promote(take(layer.places(dy), chosen))
-            parts = [(gradient * rows).sum(1)]
-            parts += [gradient.sum(1)] if layer.biased else []
-            units = torch.stack(parts, -1)  # [n, c, i]
+            units = layer.unit_gradients(inputs, dy, chosen)
         else:
             index = None if chosen is None else _places_of(chosen, places)
-            units = layer.sample_gradients(rows, layer.output_rows(dy, index), taken).flatten(1, 2)
-        return units * (samples / taken) ** 0.5
+            units = layer.sample_gradients(inputs, layer.output_rows(dy, index), taken).flatten(1, 2)
+        return units if taken == samples else units * (samples / taken) ** 0.5
 
     def close(self, parts: list[Tensor]) -> Tensor:
         same = all(p.shape == parts[0].shape for p in parts)

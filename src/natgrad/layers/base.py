@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import singledispatch
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+CACHED = 2**17  # numbers that stay in a core's cache while they are worked on
 
 
 class Shape(NamedTuple):
@@ -117,6 +120,16 @@ def promote(x: Tensor) -> Tensor:
 def take(x: Tensor, index: Tensor | None) -> Tensor:
     """Entries `index` along the first dimension, all of them without one."""
     return x if index is None else x.index_select(0, index)
+
+
+def portions(x: Tensor, index: Tensor | None) -> Iterator[Tensor]:
+    """Entries `index` along the first dimension (all without one), so many at a time that they stay in cache.
+
+    A GPU gets them all at once: there it is launches that cost, not passes over memory.
+    """
+    count = len(x) if index is None else len(index)
+    step = max(1, count if x.is_cuda else CACHED * len(x) // max(1, x.numel()))
+    return iter(x.split(step)) if index is None else (x.index_select(0, part) for part in index.split(step))
 
 
 def with_ones(rows: Tensor, wanted: bool) -> Tensor:

@@ -10,14 +10,26 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from natgrad.layers.base import Layer, Shape, layer_of, promote, take, weight_and_bias, with_ones
+from natgrad.layers.base import Layer, Shape, layer_of, portions, promote, take, weight_and_bias, with_ones
+
+
+class Inputs(NamedTuple):
+    """Rows [n, s, c] to be multiplied with gradients, and which of their samples (None: all).
+
+    With a mean and a scale that a sample's places share, rows are raw: x_hat = (rows - mean) * scale.
+    """
+
+    rows: Tensor
+    chosen: Tensor | None = None
+    mean: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class Norm(Layer):
@@ -52,6 +64,22 @@ class Norm(Layer):
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return promote(take(self.places(dy).flatten(0, 1), index)).unsqueeze(-1)
 
+    def keep(self, x: Tensor, samples: Tensor | None, output: Tensor | None) -> Inputs:
+        """What `unit_gradients` needs of the input."""
+        return Inputs(self.normalized(x, samples, output))
+
+    def unit_gradients(self, inputs: Inputs, dy: Tensor, samples: Tensor | None) -> Tensor:
+        """Per-sample gradients [m, c, i], the sums over places of dy * [x_hat, 1], in portions that stay in cache."""
+        rows, chosen, mean, scale = inputs
+        parts = []
+        for a, g in zip(portions(rows, chosen), portions(self.places(dy), samples)):
+            g = promote(g)
+            parts.append(torch.stack([(g * a).sum(1), g.sum(1)]))
+        product, total = torch.cat(parts, 1)
+        if mean is not None and scale is not None:
+            product = (product - mean * total) * scale
+        return torch.stack([product, total], -1) if self.biased else product.unsqueeze(-1)
+
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([t.reshape(-1) for t in tensors], -1).unsqueeze(1)
 
@@ -65,29 +93,46 @@ class BatchNorm(Norm):
     def places(self, x: Tensor) -> Tensor:
         return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
 
-    def normalized(self, x: Tensor, samples: Tensor | None = None, output: Tensor | None = None) -> Tensor:
+    def statistics(self, x: Tensor, saved: Saved | None) -> tuple[Tensor, Tensor]:
+        """The mean and 1/deviation [c] that the module normalises with."""
         module = self.module
-        rows = self.places(x)
         if not (module.training or module.running_mean is None):
-            mean, scale = module.running_mean, (module.running_var + module.eps).rsqrt()
-        elif (saved := saved_statistics(output)) is not None:
-            mean, scale = saved
-        else:
-            variance, mean = torch.var_mean(promote(rows), (0, 1), correction=0)
-            scale = (variance + module.eps).rsqrt()
-        return (promote(take(rows, samples)) - mean) * scale
+            return module.running_mean, (module.running_var + module.eps).rsqrt()
+        if saved is not None and saved.mean.numel():
+            return saved.mean, saved.scale  # computing them again would read the whole input
+        variance, mean = torch.var_mean(promote(self.places(x)), (0, 1), correction=0)
+        return mean, (variance + module.eps).rsqrt()
+
+    def normalized(self, x: Tensor, samples: Tensor | None = None, output: Tensor | None = None) -> Tensor:
+        mean, scale = self.statistics(x, saved_by(output))
+        return (promote(take(self.places(x), samples)) - mean) * scale
+
+    def keep(self, x: Tensor, samples: Tensor | None, output: Tensor | None) -> Inputs:
+        saved = saved_by(output)
+        mean, scale = self.statistics(x, saved)
+        if saved is not None and saved.input.data_ptr() == x.data_ptr():
+            return Inputs(self.places(x), samples, mean.clone(), scale)  # held, and guarded, by autograd anyway
+        return Inputs(take(self.places(x), samples), None, mean.clone(), scale)
 
 
-def saved_statistics(output: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """The batch's mean and 1/deviation that batch normalisation left in the graph for its own backward pass.
+class Saved(NamedTuple):
+    """What batch normalisation left in the graph for its own backward pass: x, the batch's mean, 1/deviation."""
 
-    Computing them again would read the whole input: 40 % of a step's time at ResNet-20's shapes.
-    """
+    input: Tensor
+    mean: Tensor
+    scale: Tensor
+
+
+def saved_by(output: Tensor | None) -> Saved | None:
+    """What can be read off the output's graph, unless saved tensors are hooked: reading would recompute or load."""
     node = None if output is None else output.grad_fn
     if node is None or node.name() not in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0"):
         return None
-    mean, scale = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
-    return (mean, scale) if mean is not None and scale is not None and mean.numel() else None
+    hooked = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooked is None or hooked(False) is not None:
+        return None
+    found = [getattr(node, f"_saved_{name}", None) for name in ("input", "result1", "result2")]
+    return Saved(*found) if all(isinstance(t, Tensor) for t in found) else None
 
 
 class GroupNorm(Norm):

@@ -1,6 +1,6 @@
 """A of a stride-1 convolution, exactly, without patches: the input's correlation with itself at each offset.
 
-Two taps u = (i, j) and v = (m, kw) of a kernel read pixels that lie (m-i, kw-j) apart, so almost every block of A is
+Two taps u = (i, j) and v = (l, m) of a kernel read pixels that lie (l-i, m-j) apart, so almost every block of A is
 the same sum R(a, b) = sum_q x[q] x[q + (a, b)]^T, less the products whose first pixel the tap does not reach at the
 border. R for all offsets is the weight gradient of a (k, 2l-1) convolution of x with itself: one library call.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+CHUNK = 2**22  # numbers of the input at a time: its padded copy stays small
 
 
 def offset_moment(
@@ -24,36 +26,38 @@ def offset_moment(
     n, c, h, w = x.shape
     out_h, out_w = h + 2 * p - d * (k - 1), w + 2 * q - e * (kw - 1)
     r = _correlations(x, k, kw, d, e)  # [k, 2l-1, c, c]: offsets (0..k-1, -(kw-1)..kw-1)
-    blocks = x.new_zeros(k, kw, c, k, kw, c)
+    size = k * kw * c
+    moment = x.new_empty(size + biased, size + biased)
+    blocks = moment[:size, :size].unflatten(0, (k, kw * c)).unflatten(2, (k, kw * c))  # [i, (j, c), l, (m, c)]
     for a in range(k):  # row offset between the taps
-        columns = _column_level(x, r[a], a * d, kw, q, e, out_w)  # [kw, c, kw, c]
+        columns = _column_level(x, r[a], a * d, kw, q, e, out_w)
         for i in range(k - a):
             block = columns
             for row in _outside(i * d - p, out_h, h):
                 if 0 <= row + a * d < h:
-                    block = block - _strip(x[:, :, row], x[:, :, row + a * d], kw, q, e, out_w)
-            blocks[i, :, :, i + a] = block
+                    first, second = x[:, :, row], x[:, :, row + a * d]
+                    block = block - _strip(first, second if a else first, kw, q, e, out_w)
+            torch.mul(block, 1 / (n * out_h * out_w), out=blocks[i, :, i + a])
             if a:
-                blocks[i + a, :, :, i] = block.permute(2, 3, 0, 1)
-    size = k * kw * c
-    moment = blocks.reshape(size, size) / (n * out_h * out_w)
-    return _with_bias(moment, x, (_starts(k, d, p), _starts(kw, e, q)), (out_h, out_w)) if biased else moment
-
-
-def _starts(k: int, d: int, p: int) -> list[int]:
-    """Where each tap's first read lies, relative to the image."""
-    return [i * d - p for i in range(k)]
+                blocks[i + a, :, i] = blocks[i, :, i + a].T
+    if biased:
+        moment[-1, :-1] = moment[:-1, -1] = _mean_patch(x, _starts(k, d, p), _starts(kw, e, q), (out_h, out_w))
+        moment[-1, -1] = 1
+    return moment
 
 
 def _correlations(x: Tensor, k: int, kw: int, d: int, e: int) -> Tensor:
     """R(a d, b e) for a in 0..k-1, b in -(kw-1)..kw-1, as [k, 2l-1, c, c]."""
     c = x.shape[1]
-    below = pad(x, (0, 0, 0, (k - 1) * d))
     weight = x.new_empty(c, c, k, 2 * kw - 1)
-    gradient = torch.ops.aten.convolution_backward(
-        x, below, weight, None, (1, 1), (0, (kw - 1) * e), (d, e), False, (0, 0), 1, (False, True, False)
-    )[1]
-    return gradient.permute(2, 3, 0, 1)  # gradient[o, i, a, b] = sum x[o](q) x[i](q + offset)
+    total = None
+    for part in x.split(max(1, CHUNK // max(1, x[0].numel()))):
+        below = pad(part, (0, 0, 0, (k - 1) * d))
+        gradient = torch.ops.aten.convolution_backward(
+            part, below, weight, None, (1, 1), (0, (kw - 1) * e), (d, e), False, (0, 0), 1, (False, True, False)
+        )[1]  # gradient[o, i, a, b] = sum x[o](q) x[i](q + offset)
+        total = gradient if total is None else total + gradient
+    return total.permute(2, 3, 0, 1).contiguous()
 
 
 def _outside(first: int, outputs: int, length: int) -> list[int]:
@@ -62,45 +66,49 @@ def _outside(first: int, outputs: int, length: int) -> list[int]:
 
 
 def _column_level(x: Tensor, r: Tensor, a: int, kw: int, q: int, e: int, out_w: int) -> Tensor:
-    """B(a)[j, :, m, :]: correlations at row offset a, less first pixels in columns that tap j does not read."""
-    h, w = x.shape[2:]
+    """B(a) [(j, c), (m, c)]: correlations at row offset a, less first pixels in columns that tap j does not read."""
+    c, h, w = x.shape[1:]
     tap = torch.arange(kw, device=x.device)
-    result = r[tap - tap[:, None] + kw - 1].permute(0, 2, 1, 3).contiguous()  # [j, c, m, c]
+    result = r[tap - tap[:, None] + kw - 1]  # [j, m, c, c]
     for j in range(kw):
         for column in _outside(j * e - q, out_w, w):
             for m in range(kw):
                 if 0 <= column + (m - j) * e < w:
                     first, second = x[:, :, : h - a, column], x[:, :, a:, column + (m - j) * e]
-                    result[j, :, m] -= _correlate(first, second)
-    return result
+                    result[j, m] -= _pixels(first).T @ _pixels(second)
+    return result.transpose(1, 2).reshape(kw * c, kw * c)
 
 
-def _correlate(first: Tensor, second: Tensor) -> Tensor:
-    """Sum over samples and pixels of x y^T [c, d] of two lines [n, c, h], [n, d, h]."""
-    return first.transpose(0, 1).flatten(1) @ second.transpose(0, 1).flatten(1).T
+def _pixels(line: Tensor) -> Tensor:
+    """A line [n, c, w] as rows [n*w, c]."""
+    return line.transpose(1, 2).flatten(0, 1)
 
 
 def _strip(first: Tensor, second: Tensor, kw: int, q: int, e: int, out_w: int) -> Tensor:
-    """S[j, :, m, :]: products of two lines [n, c, w] over the columns that the taps read."""
-    left, right = (pad(line, (q, q)).unfold(2, out_w, 1)[:, :, ::e][:, :, :kw] for line in (first, second))
-    size = kw * left.shape[1]
-    rows = (line.permute(2, 1, 0, 3).reshape(size, -1) for line in (left, right))  # [(tap, channel), (sample, place)]
-    return (next(rows) @ next(rows).T).reshape(kw, -1, kw, left.shape[1])
+    """S [(j, c), (m, c)]: products of two lines [n, c, w] over the columns that the taps read."""
+    left = _patches(first, kw, q, e, out_w)
+    return left.T @ (left if second is first else _patches(second, kw, q, e, out_w))
 
 
-def _with_bias(moment: Tensor, x: Tensor, starts: tuple[list[int], list[int]], outputs: tuple[int, int]) -> Tensor:
-    """The last row and column: the mean patch, and 1."""
-    total = x.sum(0)  # [c, h, w]
-    n, places = x.shape[0], outputs[0] * outputs[1]
+def _patches(line: Tensor, kw: int, q: int, e: int, out_w: int) -> Tensor:
+    """What the taps of one row of the kernel read of a line [n, c, w], as rows [n*places, (tap, c)]."""
+    reads = pad(line.transpose(1, 2), (0, 0, q, q)).unfold(1, out_w, 1)[:, ::e][:, :kw]  # [n, tap, c, places]
+    return reads.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
+
+
+def _starts(k: int, d: int, p: int) -> list[int]:
+    """Where each tap's first read lies, relative to the image."""
+    return [i * d - p for i in range(k)]
+
+
+def _mean_patch(x: Tensor, top: list[int], left: list[int], outputs: tuple[int, int]) -> Tensor:
+    """The mean over samples and places of the patch [(tap, c)]."""
+    total = x.sum(0) / (x.shape[0] * outputs[0] * outputs[1])  # [c, h, w]
 
     def box(first: int, count: int, length: int) -> slice:
         return slice(max(first, 0), max(min(first + count, length), 0))
 
     means = [
-        total[:, box(r, outputs[0], x.shape[2]), box(s, outputs[1], x.shape[3])].sum((1, 2))
-        for r in starts[0]
-        for s in starts[1]
+        total[:, box(r, outputs[0], x.shape[2]), box(s, outputs[1], x.shape[3])].sum((1, 2)) for r in top for s in left
     ]
-    mean = torch.cat(means) / (n * places)
-    grown = torch.cat([moment, mean.unsqueeze(0)])
-    return torch.cat([grown, torch.cat([mean, mean.new_ones(1)]).unsqueeze(1)], 1)
+    return torch.cat(means)

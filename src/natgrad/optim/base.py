@@ -54,6 +54,7 @@ class SecondOrder(Views, Optimizer):
         samples: int | None = 8,
         rescale: Rescale | None = None,
         fisher: Literal["empirical", "sampled"] = "empirical",
+        gather: Literal["weights", "directions"] = "weights",
         params: Iterable | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         max_norm: float | None = None,
@@ -70,6 +71,7 @@ class SecondOrder(Views, Optimizer):
         checks.one_of("reduction", reduction, ("mean", "sum"))
         checks.one_of("rescale", rescale, ("always", "shrink", None))
         checks.one_of("fisher", fisher, ("empirical", "sampled"))
+        checks.one_of("gather", gather, ("weights", "directions"))
         checks.whole("samples", samples, 1, none=True)
         checks.whole("max_size", max_size, 1)
         checks.between("decay", decay, 0, 1)
@@ -83,6 +85,7 @@ class SecondOrder(Views, Optimizer):
         self.staleness = Every(refresh) if isinstance(refresh, int) else refresh
         self.rule, self.length, self.fallback = rule, length, fallback
         self.rescale: Rescale | None = rescale
+        self.gather = gather
         self.reduction, self.scaler, self.decay, self.skipped = reduction, scaler, decay, 0
         self._step_supports_amp_scaling = scaler is None
         self.world = world if isinstance(world, World) else World(world)
@@ -130,7 +133,8 @@ class SecondOrder(Views, Optimizer):
     def fresh_state(self, cell: Cell, mine: bool) -> dict[nn.Parameter, dict[str, Any]]:
         """What a rank holds of a cell at the start, by parameter."""
         states: dict[nn.Parameter, dict[str, Any]] = {
-            p: {"step": torch.tensor(0.0), **(master(p) if mine else {})} for p in cell.layer.parameters
+            p: {"step": torch.tensor(0.0), **(master(p) if mine or self.gather == "directions" else {})}
+            for p in cell.layer.parameters
         }
         own = states[cell.layer.parameters[0]]
         cell.allocate(own, mine)

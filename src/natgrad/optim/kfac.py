@@ -16,8 +16,9 @@ from natgrad.staleness import Staleness
 class KFAC(SecondOrder):
     """Natural gradients with Kronecker factors averaged over time and measured every `refresh` steps.
 
-    Normalisations take the plain gradient; pass `curvature=spngd_blocks` for unit-wise blocks. The other arguments
-    are those of SPNGD.
+    Normalisations take the plain gradient; pass `curvature=spngd_blocks` for unit-wise blocks. `gather` says what
+    owners send to everyone: new weights, or "directions" for every rank to apply, as in the paper of 2019. The other
+    arguments are those of SPNGD.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class KFAC(SecondOrder):
         curvature: Blocks = kfac_blocks,
         length: Length = plain,
         rule: Rule = Momentum(before=False),  # noqa: B008
+        gather: Literal["weights", "directions"] = "weights",
         **shared: Any,
     ):
         super().__init__(
@@ -50,5 +52,6 @@ class KFAC(SecondOrder):
             curvature=curvature,
             length=length,
             rule=rule,
+            gather=gather,
             **shared,
         )

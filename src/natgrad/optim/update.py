@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from natgrad.cell import Cell
 from natgrad.layers import Loose
+from natgrad.layers.base import promote
 from natgrad.optim.lengths import Step, trust_ratio
 from natgrad.optim.rescale import rescale
 from natgrad.optim.rules import with_decay
@@ -27,17 +28,39 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
         curved = [step for step in steps if step.curved]
         optimizer.rule(curved, optimizer.world)
         factors = {id(s): f for s, f in zip(curved, optimizer.length(curved, optimizer.world))}
-    with timed("update"):
+        parts: dict[nn.Parameter, Tensor] = {}
         for step in steps:
             factor = factors[id(step)] if step.curved else trust_ratio(step)
-            move(step, factor, [optimizer.state[p] for p in step.layer.parameters], optimizer.rescale)
+            unpacked = step.layer.unpack(step.direction * factor)
+            parts |= zip(step.layer.parameters, unpacked)
+    moving = [cell for cell, here in zip(cells, present) if here and cell.ready]
+    if optimizer.gather == "directions":
+        with timed("messages"):
+            share(optimizer, moving, parts)
+    with timed("update"):
+        for cell in moving:
+            for parameter in cell.layer.parameters:
+                if parameter in parts:
+                    move(optimizer, cell, parameter, parts[parameter])
         for group in optimizer.param_groups:
             group["lr_last"] = group["lr"]
             group.setdefault("lr_first", group["lr"])
-    with timed("messages"):
-        moved = [cell for cell, here in zip(cells, present) if here]
-        parcels = [Parcel(p.detach(), cell.owner) for cell in moved for p in cell.layer.parameters]
-        optimizer.world.gather(parcels, "weights")
+    if optimizer.gather == "weights":
+        with timed("messages"):
+            parcels = [Parcel(p.detach(), cell.owner) for cell in moving for p in cell.layer.parameters]
+            optimizer.world.gather(parcels, "weights")
+
+
+def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Parameter, Tensor]) -> None:
+    """The directions of all owners on every rank (the stages of arXiv 1811.12019), instead of new weights."""
+    parcels = []
+    for cell in moving:
+        for parameter in cell.layer.parameters:
+            if cell.owner != optimizer.world.rank:
+                parts[parameter] = torch.empty_like(parameter, dtype=promote(parameter).dtype)
+            parcels.append(Parcel(parts[parameter].contiguous(), cell.owner))
+            parts[parameter] = parcels[-1].tensor
+    optimizer.world.gather(parcels, "directions")
 
 
 def prepare(optimizer: SecondOrder, cell: Cell, gradient: Tensor) -> Step:
@@ -51,20 +74,18 @@ def prepare(optimizer: SecondOrder, cell: Cell, gradient: Tensor) -> Step:
     return step
 
 
-def move(step: Step, factor: Tensor | float, states: Sequence[dict[str, Any]], how: Any) -> None:
-    """W <- w - lr * factor * direction, each parameter with the lr of its own group, and rescaled if asked for."""
-    parts = step.layer.unpack(step.direction * factor)
-    for parameter, part, group, state in zip(step.layer.parameters, parts, step.groups, states):
-        weight = latest(parameter, state)
-        weight.add_(part.to(weight.dtype), alpha=-group["lr"])
-        if how is not None and parameter is step.layer.parameters[0]:
-            rescale(weight, step.layer, how)
-        if weight is not parameter:
-            parameter.copy_(weight)
+def move(optimizer: SecondOrder, cell: Cell, parameter: nn.Parameter, part: Tensor) -> None:
+    """W <- w - lr * part with the lr of the parameter's own group, and rescaled if asked for."""
+    weight = latest(parameter, optimizer.state[parameter])
+    weight.add_(part.to(weight.dtype), alpha=-optimizer.group_of(parameter)["lr"])
+    if optimizer.rescale is not None and parameter is cell.layer.parameters[0]:
+        rescale(weight, cell.layer, optimizer.rescale)
+    if weight is not parameter:
+        parameter.copy_(weight)
 
 
 def master(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What an owner keeps of a half-precision parameter: its value in single precision, where small steps add up."""
+    """What is kept of a half-precision parameter: its value in single precision, where small steps add up."""
     if torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype:
         return {}
     return {"master": parameter.detach().float()}

@@ -1,7 +1,8 @@
 """`natgrad compare`: optimizers at equal budgets, tuned equally, on several seeds, judged on data never tuned
 on.
 
-    tuning   every contender: the same number of trials on its own grid, judged on images held out of training
+    tuning   every contender: the same number of points of its own grid, the best of them again with other seeds,
+             judged on images held out of training
     final    the best of each, on all training images: fresh seeds, the full budget of steps and half of it
 
 The learning rate falls along the same cosine for all; only its start is tuned. All trials run in this one
@@ -11,6 +12,7 @@ job; each is remembered in a file as soon as it is done, so the same command goe
 import importlib.util
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ from natgrad.train.protocol import Protocol, plan_of
 from natgrad.train.run import pick_device
 from natgrad.train.stop import Stop
 from natgrad.train.tasks import Contender, Task
-from natgrad.train.trials import Trial, agree, best, remember, remembered, run_trial
+from natgrad.train.trials import Trial, agree, ranking, remember, remembered, run_trial
 
-TUNING_SEED = 0
+TUNING_SEEDS = (100, 101, 102)
 SHORT = 0.5
 """The shorter budget of the final runs, as a share of the steps."""
 
@@ -70,27 +72,29 @@ def open_folder(folder: Path, plan: Any, overwrite: bool) -> None:
 
 
 def tune(work: "Work") -> list[Tuned] | None:
-    """Try every contender's points and choose its best; None where stopped."""
+    """Try every contender's points, the best of them again, and choose; None where stopped."""
     tuned = []
     for contender in work.contenders:
         points = contender.points(work.protocol.trials)
-        results = []
-        for values in points:
-            result = work.result(Trial(contender, values, TUNING_SEED, work.steps, final=False))
-            if result is None:
-                return None
-            results.append(result)
-        place = agree(work.world, best(results) if work.world.rank == 0 else 0, work.splits.train.device)
-        tuned.append(Tuned(contender, points[place], results))
-        chosen = ", ".join(f"{name} {value}" for name, value in points[place].items())
-        work.say(f"{contender.name} is tuned: {chosen}")
+        results: list[list[Any]] = [[] for _ in points]
+        order = list(range(len(points)))
+        for seeds in (TUNING_SEEDS[:1], TUNING_SEEDS[1:]):
+            for place, seed in product(order, seeds):
+                result = work.result(Trial(contender, points[place], seed, work.steps, final=False))
+                if result is None:
+                    return None
+                results[place].append(result)
+            order = work.best(results, order)[: work.protocol.finalists]
+        chosen = points[order[0]]
+        tuned.append(Tuned(contender, chosen, [trial for trials in results for trial in trials]))
+        work.say(f"{contender.name} is tuned: {', '.join(f'{name} {value}' for name, value in chosen.items())}")
     return tuned
 
 
 def final(work: "Work", tuned: list[Tuned]) -> list[Any] | None:
     """Run the best of each with fresh seeds and both budgets, taking turns; None where stopped."""
     finals = []
-    for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + work.protocol.seeds):
+    for seed in range(1, 1 + work.protocol.seeds):
         for steps in work.budgets:
             for chosen in tuned:
                 result = work.result(Trial(chosen.contender, chosen.values, seed, steps, final=True))
@@ -122,7 +126,7 @@ def publish(work: "Work", tuned: list[Tuned], finals: list[Any], about: dict[str
 
 def summary(chosen: Tuned) -> dict[str, Any]:
     """Return a contender's tuning as plain values."""
-    tried = [{"values": trial["values"], **trial["evaluations"][-1]} for trial in chosen.trials]
+    tried = [{"values": trial["values"], "seed": trial["seed"], **trial["evaluations"][-1]} for trial in chosen.trials]
     edges = chosen.contender.edges(chosen.values)
     return {"name": chosen.contender.name, "values": chosen.values, "at_edge": edges, "trials": tried}
 
@@ -135,16 +139,18 @@ class Work:
         self.steps = protocol.steps_of(task)
         self.budgets = sorted({self.steps, max(1, round(SHORT * self.steps))}, reverse=True)
         self.contenders = task.chosen(protocol.contenders)
-        self.tuning = hold_out(splits, protocol.held_out, seed=TUNING_SEED)
+        self.tuning = hold_out(splits, protocol.held_out, seed=0)
         self.done = 0
-        total = len(self.contenders) * (protocol.trials * self.steps + protocol.seeds * sum(self.budgets))
+        again = min(protocol.finalists, protocol.trials) * (len(TUNING_SEEDS) - 1)
+        tuning = (protocol.trials + again) * self.steps
+        total = len(self.contenders) * (tuning + protocol.seeds * sum(self.budgets))
         self.display = Display(f"compare {task.name}", total) if world.rank == 0 else None
 
     def result(self, trial: Trial) -> Any:
         """Return a trial's result, remembered or made now (true on ranks but 0); None where stopped."""
         folder = self.protocol.folder(self.task)
         known = remembered(trial, folder) if self.world.rank == 0 else None
-        if agree(self.world, int(known is not None), self.splits.train.device):
+        if agree(self.world, [known is not None], self.splits.train.device)[0]:
             self.done += trial.steps
             return known or True
         splits = self.splits if trial.final else self.tuning
@@ -155,6 +161,12 @@ class Work:
             last = result["evaluations"][-1]
             self.say(f"{trial.title()}: accuracy {last['accuracy']:.4f}, loss {last['loss'] or math.nan:.4f}")
         return result
+
+    def best(self, results: list[list[Any]], places: list[int]) -> list[int]:
+        """Return these places, best first, as rank 0 knows their results."""
+        ranked = ranking([results[place] for place in places]) if self.world.rank == 0 else places
+        order = agree(self.world, ranked, self.splits.train.device)
+        return [places[rank] for rank in order]
 
     def tick(self, step: Step) -> None:
         """Show that a step is done."""

@@ -25,8 +25,10 @@ class Protocol:
     """Processes to start on this machine; under torchrun its own ranks count."""
     out: str | None = None
     """Folder for the results; None: runs/compare- and the task's name."""
-    trials: int = 30
+    trials: int = 24
     """Points of its grid that each contender may try."""
+    finalists: int = 6
+    """The best of these points, which are tried with two more seeds before one is chosen."""
     seeds: int = 3
     """Fresh seeds for the final runs."""
     steps: int | None = None
@@ -54,7 +56,7 @@ class Protocol:
 
 def check(task: Task, protocol: Protocol) -> None:
     """Raise ValueError for anything that can be known to be wrong before processes are started."""
-    for name in ("ranks", "trials", "seeds", "steps", "batch"):
+    for name in ("ranks", "trials", "finalists", "seeds", "steps", "batch"):
         value = getattr(protocol, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1; set --{name}")
@@ -86,6 +88,7 @@ def plan_of(task: Task, protocol: Protocol) -> Any:
         "batch": protocol.batch or task.batch_share,
         "held_out": protocol.held_out,
         "trials": protocol.trials,
+        "finalists": protocol.finalists,
         "seeds": protocol.seeds,
         "versions": {name: machine.installed(name) for name in ("natgrad", "torch")},
         "commit": machine.commit(),

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -120,18 +121,19 @@ def remember(trial: Trial, folder: Path, result: Any) -> None:
     write_json(trial.file(folder), result)
 
 
-def best(results: list[Any]) -> int:
-    """Return the place of the result with the highest accuracy; among equals, the lowest loss."""
+def ranking(results: list[list[Any]]) -> list[int]:
+    """Return places by mean accuracy over a point's runs, best first; among equals the lowest mean loss leads."""
 
-    def rank(result: Any) -> tuple[float, float]:
-        last = result["evaluations"][-1]
-        return (last["accuracy"], -math.inf if last["loss"] is None else -last["loss"])
+    def merit(runs: list[Any]) -> tuple[float, float]:
+        last = [run["evaluations"][-1] for run in runs]
+        losses = [math.inf if end["loss"] is None else end["loss"] for end in last]
+        return (fmean(end["accuracy"] for end in last), -fmean(losses))
 
-    return max(range(len(results)), key=lambda place: rank(results[place]))
+    return sorted(range(len(results)), key=lambda place: merit(results[place]), reverse=True)
 
 
-def agree(world: World, value: int, device: torch.device) -> int:
-    """Return rank 0's value on every rank."""
-    shared = torch.tensor([float(value if world.rank == 0 else 0)], device=device)
+def agree(world: World, values: list[int], device: torch.device) -> list[int]:
+    """Return rank 0's values on every rank; the others give as many of any."""
+    shared = torch.tensor([float(value) if world.rank == 0 else 0.0 for value in values], device=device)
     world.sum([shared])
-    return int(shared.item())
+    return [int(value) for value in shared.tolist()]

@@ -1,0 +1,103 @@
+"""Checks what no linter does: files that fit on a few screens, and modules that do not import each other in circles.
+
+python tests/structure.py    prints one line per offence and exits with 1 if there is any
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("src", "tests", "benchmarks")
+LONGEST = 250
+
+
+def long_files(root: Path) -> list[str]:
+    """Python files of more than LONGEST lines."""
+    offences = []
+    for path in sorted(p for folder in FOLDERS for p in (root / folder).rglob("*.py")):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > LONGEST:
+            offences.append(f"{path.relative_to(root)}: {lines} lines, {LONGEST} at most")
+    return offences
+
+
+def modules(source: Path) -> dict[str, Path]:
+    """Every module below a source folder by its dotted name."""
+    found = {}
+    for path in sorted(source.rglob("*.py")):
+        parts = path.relative_to(source).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(tree: ast.AST, name: str, is_package: bool, known: set[str]) -> set[str]:
+    """The known modules that a module imports when it is loaded, type checking aside."""
+    found: set[str] = set()
+    for node in loaded(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = name.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                found.add(full if full in known else base)
+    return {module for module in found & known if module != name}
+
+
+def loaded(node: ast.AST):
+    """The import statements that run when a module is loaded: none in functions or under TYPE_CHECKING."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            for other in child.orelse:
+                yield from loaded(ast.Module([other], []))
+            continue
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        yield from loaded(child)
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Circles of imports."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append([*path[path.index(name) :], name])
+        elif name not in done:
+            for other in sorted(graph[name]):
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
+def import_graph(source: Path) -> dict[str, set[str]]:
+    """Who imports whom when loaded."""
+    found = modules(source)
+    graph = {}
+    for name, path in found.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        graph[name] = imports(tree, name, path.name == "__init__.py", set(found))
+    return graph
+
+
+def main() -> int:
+    offences = long_files(ROOT)
+    offences += [f"import cycle: {' -> '.join(circle)}" for circle in cycles(import_graph(ROOT / "src"))]
+    for line in offences:
+        print(line)
+    return 1 if offences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The border: real processes that talk over gloo."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist  # noqa: TID251  (what users do)
+import torch.multiprocessing as mp
+from torch import nn
+from torch.testing import assert_close
+
+import natgrad
+from helpers import Mixed, Net, backward, train, weights
+
+STEPS, RANKS = 6, 2
+MODELS = {"net": Net, "mixed": Mixed}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    return MODELS[name]().double()
+
+
+def spngd(model, **options):
+    refresh = natgrad.Adaptive(tolerance=0.5, at=24)
+    return natgrad.SPNGD(model, lr=0.02, damping=0.03, samples=None, refresh=refresh, **options)
+
+
+def work(rank, port, name, wrapped, results):
+    """One rank's training. Plain models start unlike: construction brings rank 0's weights."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    try:
+        model = build(name, seed=0 if wrapped else rank)
+        if wrapped == "before":
+            model = nn.parallel.DistributedDataParallel(model)
+        opt = spngd(model)
+        if wrapped == "after":
+            model = nn.parallel.DistributedDataParallel(model)
+        for k in range(STEPS):
+            backward(model, tuple(t.chunk(RANKS)[rank] for t in MODELS[name].batch(24, k)))
+            opt.step()
+            opt.zero_grad()
+            traffic = opt.traffic()
+        whole = opt.gather_state_dict()
+        results[rank] = (weights(model), opt.intervals(), traffic, len(whole["state"]))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "wrapped"), [("mixed", ""), ("net", "before"), ("mixed", "after")], ids=["plain", "ddp", "ddp later"]
+)
+def test_two_processes_are_one_rank(name, wrapped):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(work, (free_port(), name, wrapped, results), RANKS)
+        first, second = results[0], results[1]
+    model = build(name)
+    opt = spngd(model)
+    train(opt, model, [MODELS[name].batch(24, k) for k in range(STEPS)])
+    assert torch.equal(first[0], second[0])
+    assert_close(first[0], weights(model), rtol=1e-6, atol=1e-9)
+    assert first[1] == second[1] == opt.intervals()
+    assert ("gradients" in first[2]) == (not wrapped)  # a wrapper has sent them already
+    assert first[3] == len(opt.state_dict()["state"])
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_models_are_refused_by_name(group):
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
+    from torch.distributed.fsdp import fully_shard  # noqa: TID251
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="DTensor") as error:
+        natgrad.SPNGD(model, lr=0.1)
+    message = str(error.value)
+    assert "0.weight" in message
+    assert "DistributedDataParallel" in message
+    assert "\n" not in message
+
+
+def test_a_group_of_one_is_a_world(group):
+    model = build("net")
+    other = build("net")
+    for m, world in ((model, None), (other, dist.group.WORLD)):
+        train(spngd(m, world=world), m, [Net.batch(8, k) for k in range(3)])
+    assert torch.equal(weights(model), weights(other))
