@@ -44,6 +44,7 @@ VALUES = [
     ("refresh", "often", "whole number"),
     ("reduction", "none", "'mean', 'sum'"),
     ("rescale", "grow", "'always', 'shrink'"),
+    ("gather", "all", "'weights', 'directions'"),
     ("fisher", "true", "'empirical', 'sampled'"),
 ]
 
@@ -60,7 +61,7 @@ def one_line(error, *parts):
 def test_values(name, value, way):
     options = {"lr": 0.1, name: value}
     with pytest.raises(ValueError, match=re.escape(name)) as error:
-        natgrad.SPNGD(mlp(), **options)
+        natgrad.KFAC(mlp(), **options)
     one_line(error, str(value), way)
 
 

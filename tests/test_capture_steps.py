@@ -4,6 +4,7 @@ import torch
 
 import natgrad
 from helpers import backward, forget, hooks, mlp, points, statistic, train, weights
+from natgrad.capture import samples_of
 
 
 def spngd(model, **options):
@@ -110,3 +111,12 @@ def test_a_second_optimizer_on_the_same_model_takes_over():
     assert float(statistic(opt, "0", "A_damping")) == 0.5
     forget()
     assert hooks(model) == 2
+
+
+def test_the_number_of_samples_is_what_most_layers_saw():
+    """Given from the last layer to the first; places may be folded in, experts see a part."""
+    assert samples_of([]) == 0
+    assert samples_of([8, 8, 32]) == 8
+    assert samples_of([32, 8, 8]) == 8
+    assert samples_of([16, 8, 8, 16]) == 16  # a tie: the earlier layer's
+    assert samples_of([8, 16]) == 16

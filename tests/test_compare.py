@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from natgrad.train import compare, trials
 from natgrad.train.optimizers import Sgd, SpNgd
 from natgrad.train.protocol import Protocol, check, plan_of
 from natgrad.train.tasks import Contender, Task, find_task, tasks
-from natgrad.train.trials import Trial, agree, best
+from natgrad.train.trials import Trial, agree, ranking
 
 FIRST = Contender("SGD", Sgd(), {"lr": (0.01, 0.1, 1.0), "momentum": (0.0, 0.9)})
 SECOND = Contender("SP-NGD", SpNgd(), {"lr": (0.01, 0.1), "damping": (1e-3, 1e-2, 1e-1)})
 TASK = Task("tiny", "a test", Digits(), Mlp((16,)), (FIRST, SECOND), steps=4, batch_share=1 / 3)
-PROTOCOL = Protocol(trials=3, seeds=2)
+PROTOCOL = Protocol(trials=3, finalists=2, seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,9 @@ def made(tmp_path_factory):
 
 def test_everyone_gets_the_same_number_of_trials_steps_and_seeds(made):
     _, results = made
-    assert [len(entry["trials"]) for entry in results["tuned"]] == [3, 3]
+    assert [len(entry["trials"]) for entry in results["tuned"]] == [3 + 2 * 2, 3 + 2 * 2]
     budgets = {(run["contender"], run["budget"], run["seed"]) for run in results["finals"]}
-    assert budgets == {
-        (name, steps, seed) for name in ("SGD", "SP-NGD") for steps in (4, 2) for seed in (1, 2)
-    }
+    assert budgets == {(name, steps, seed) for name in ("SGD", "SP-NGD") for steps in (4, 2) for seed in (1, 2)}
     assert {len(run["steps"]) == run["budget"] for run in results["finals"]} == {True}
     assert {run["batch"] for run in results["finals"]} == {479}
 
@@ -44,10 +43,14 @@ def test_everyone_gets_the_same_number_of_trials_steps_and_seeds(made):
 def test_what_tuning_chose_is_its_best_and_is_what_was_run(made):
     _, results = made
     for entry in results["tuned"]:
-        assert (
-            entry["values"]
-            == max(entry["trials"], key=lambda trial: (trial["accuracy"], -trial["loss"]))["values"]
-        )
+        by_point = {}
+        for trial in entry["trials"]:
+            by_point.setdefault(json.dumps(trial["values"]), []).append(trial)
+        assert sorted(len(seen) for seen in by_point.values()) == [1, 3, 3]
+        first = {point: (seen[0]["accuracy"], -seen[0]["loss"]) for point, seen in by_point.items()}
+        assert min(first, key=lambda point: first[point]) == next(p for p, seen in by_point.items() if len(seen) == 1)
+        finalists = {point: fmean(t["accuracy"] for t in seen) for point, seen in by_point.items() if len(seen) == 3}
+        assert finalists[json.dumps(entry["values"])] == max(finalists.values())
         runs = [run for run in results["finals"] if run["contender"] == entry["name"]]
         assert all(run["values"] == entry["values"] for run in runs)
 
@@ -56,9 +59,7 @@ def test_final_runs_are_judged_after_every_step(made):
     _, results = made
     for run in results["finals"]:
         assert [point["step"] for point in run["evaluations"]] == list(range(1, run["budget"] + 1))
-        assert all(
-            {"accuracy", "loss", "train_loss", "elapsed"} <= set(point) for point in run["evaluations"]
-        )
+        assert all({"accuracy", "loss", "train_loss", "elapsed"} <= set(point) for point in run["evaluations"])
         assert run["steps"][0]["lr"] == pytest.approx(run["values"]["lr"])
 
 
@@ -89,7 +90,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(kept) == 4
     made.append(None)  # no more interruptions
     assert compare.run(TASK, protocol, World()) == "finished"
-    assert len(made) == 6 + (3 + 3 + 4 - 4)
+    assert len(made) == 6 + (7 + 7 + 4 - 4)
 
 
 def test_two_ranks_choose_alike(tmp_path):
@@ -108,14 +109,16 @@ def test_two_ranks_choose_alike(tmp_path):
 
 
 def test_ranks_agree_on_what_rank_0_says():
-    assert run_threads(3, lambda world: agree(world, 5 + world.rank, torch.device("cpu"))) == [5, 5, 5]
+    said = run_threads(3, lambda world: agree(world, [5 + world.rank, world.rank], torch.device("cpu")))
+    assert said == [[5, 0]] * 3
 
 
-def test_the_best_has_the_highest_accuracy_then_the_lowest_loss():
-    def result(accuracy, loss):
-        return {"evaluations": [{"accuracy": 2.0, "loss": 0.0}, {"accuracy": accuracy, "loss": loss}]}
+def test_the_best_has_the_highest_mean_accuracy_then_the_lowest_loss():
+    def runs(*ends):
+        return [{"evaluations": [{"accuracy": 2.0, "loss": 0.0}, {"accuracy": a, "loss": loss}]} for a, loss in ends]
 
-    assert best([result(0.8, 0.1), result(0.9, 0.5), result(0.9, 0.4), result(0.9, None)]) == 2
+    results = [runs((0.8, 0.1)), runs((0.9, 0.5)), runs((1.0, 0.3), (0.8, 0.5)), runs((0.9, None)), runs((1.0, 9.0))]
+    assert ranking(results) == [4, 2, 1, 3, 0]
 
 
 def test_a_grid_is_tried_whole_or_in_a_fixed_part():

@@ -84,9 +84,7 @@ def test_pad_crop_shifts_whole_images():
     image = torch.arange(1.0, 65.0).view(1, 1, 8, 8).expand(200, 2, 8, 8)
     shifted = pad_crop(image, torch.Generator().manual_seed(0), padding=2)
     padded = torch.nn.functional.pad(image[:1], (2, 2, 2, 2))
-    windows = {
-        tuple(padded[0, 0, r : r + 8, c : c + 8].flatten().tolist()) for r in range(5) for c in range(5)
-    }
+    windows = {tuple(padded[0, 0, r : r + 8, c : c + 8].flatten().tolist()) for r in range(5) for c in range(5)}
     found = {tuple(one[0].flatten().tolist()) for one in shifted}
     assert found == windows
     assert torch.equal(shifted[:, 0], shifted[:, 1])

@@ -142,6 +142,19 @@ def test_batch_norm(double, mode):
     assert_close(torch.stack(changes, -1), unit_steps(plain, g, gradients, (2, 3)), **EXACT)
 
 
+def test_batch_norm_of_inputs_far_from_zero():
+    """Single precision, a mean of 1,000 deviations."""
+    x = torch.randn(16, 4, 3, 3, dtype=torch.float64) + 1000
+    steps = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        layer = nn.BatchNorm2d(4).to(dtype)
+        torch.set_default_dtype(dtype)
+        steps.append(torch.stack(step(layer, x.to(dtype))[0]).double())
+        torch.set_default_dtype(torch.float32)
+    assert_close(steps[1], steps[0], rtol=0.02, atol=1e-3)
+
+
 def test_group_norm(double):
     x = torch.randn(6, 4, 3, 3) * 2 + 1
     changes, gradients, g = step(nn.GroupNorm(2, 4), x)

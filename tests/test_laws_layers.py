@@ -10,6 +10,7 @@ from examples import CASES, EXAMPLES, NAMES, REFUSED, looks_across_samples
 from natgrad.layers import Layer, layer_of
 from natgrad.layers.norm import Norm
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 

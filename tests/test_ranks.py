@@ -6,7 +6,7 @@ from torch import nn
 
 import natgrad
 from helpers import OPTIMIZERS, Mixed, Net, backward, train, weights
-from multi import check, share
+from multi import check, run, share
 from natgrad.parallel import World, run_threads
 
 ADAPTIVE = natgrad.Adaptive(tolerance=0.5, at=24)
@@ -54,6 +54,23 @@ def test_directions_and_lengths_over_ranks(options, double):
         return natgrad.SPNGD(model, **{"lr": 0.02, "damping": 0.03, "samples": None, "world": world, **options})
 
     check(2, Net(), batches, build)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_directions_may_be_gathered_instead_of_weights(dtype):
+    torch.manual_seed(0)
+    batches = [(x.to(dtype), y) for x, y in (Net.batch(24, k) for k in range(5))]
+    model = Net().to(dtype)
+    ends = []
+    for gather in ("weights", "directions"):
+
+        def build(mine, world, gather=gather):
+            return natgrad.KFAC(mine, lr=0.02, refresh=2, samples=None, gather=gather, rescale="shrink", world=world)
+
+        results = run(3, model, batches, build)
+        assert all(torch.equal(final, results[0][0]) for final, _ in results)
+        ends.append(results[0][0])
+    assert torch.equal(*ends)
 
 
 class Branches(nn.Module):

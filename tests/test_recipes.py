@@ -32,9 +32,7 @@ def test_a_recipe_builds_the_network_and_optimizer_that_it_names(name):
     recipe = find(name)()
     model = build_model(recipe)
     optimizer = recipe.optimizer.build(model, World())
-    assert len([p for group in optimizer.param_groups for p in group["params"]]) == len(
-        list(model.parameters())
-    )
+    assert len([p for group in optimizer.param_groups for p in group["params"]]) == len(list(model.parameters()))
     assert model(torch.randn(2, *recipe.data.shape())).shape == (2, recipe.data.classes())
     assert json.loads(json.dumps(described(recipe)))["kind"] == "Recipe"
 

@@ -71,9 +71,7 @@ def comparison():
             "name": name,
             "values": {"lr": 0.1, "momentum": 0.9},
             "at_edge": edges,
-            "trials": [
-                {"values": {"lr": lr, "momentum": 0.9}, "accuracy": 0.9, "loss": 1.0} for lr in (0.01, 0.1)
-            ],
+            "trials": [{"values": {"lr": lr, "momentum": 0.9}, "accuracy": 0.9, "loss": 1.0} for lr in (0.01, 0.1)],
         }
         for name, edges in (("SGD", []), ("SP-NGD", ["lr"]))
     ]
@@ -81,6 +79,7 @@ def comparison():
         "task": {"name": "digits", "data": {"kind": "Digits"}, "model": {"kind": "Mlp", "hidden": [16]}},
         "steps": 4,
         "trials": 2,
+        "finalists": 1,
         "held_out": 0.2,
     }
     return {

@@ -188,9 +188,9 @@ def test_rescaling_holds_weights_and_nothing_else(how):
     plain.load_state_dict(model.state_dict())
     for m, rescale in ((model, how), (plain, None)):
         train(natgrad.SPNGD(m, lr=0.01, samples=None, rescale=rescale), m, [Net.batch(8, 0)])
-    norms = {"conv": float(model.conv.weight.norm()), "head": float(model.head.weight.norm())}
+    norms = {"conv": model.conv.weight.norm().item(), "head": model.head.weight.norm().item()}
     assert norms["conv"] == pytest.approx(math.sqrt(8))
-    unscaled = float(plain.head.weight.norm())
+    unscaled = plain.head.weight.norm().item()
     assert unscaled < math.sqrt(6)
     assert norms["head"] == pytest.approx(math.sqrt(6) if how == "always" else unscaled)
     assert torch.equal(model.norm.weight, plain.norm.weight)

@@ -47,9 +47,7 @@ def trained(recipe, world, splits):
 def test_uneven_shares_over_ranks_are_the_step_of_the_whole_batch(splits, optimizer, ranks, monkeypatch):
     recipe = replace(MLP, optimizer=optimizer)
     built = loop.build_model(recipe)
-    monkeypatch.setattr(
-        loop, "build_model", lambda _: copy.deepcopy(built)
-    )  # threads share one random generator
+    monkeypatch.setattr(loop, "build_model", lambda _: copy.deepcopy(built))  # threads share one random generator
     alone, records = trained(recipe, World(), splits)
     for job, others in run_threads(ranks, lambda world: trained(recipe, world, splits)):
         torch.testing.assert_close(weights(job), weights(alone), rtol=1e-4, atol=1e-5)
@@ -79,9 +77,7 @@ def test_every_optimizer_learns_and_tells(splits, optimizer):
 
 def test_the_schedule_multiplies_the_learning_rate_by_progress(splits):
     _, records = trained(replace(MLP, schedule=Cosine()), World(), splits)
-    assert [record.lr for record in records] == pytest.approx(
-        [0.1 * Cosine()(t) for t in (0, 0.25, 0.5, 0.75)]
-    )
+    assert [record.lr for record in records] == pytest.approx([0.1 * Cosine()(t) for t in (0, 0.25, 0.5, 0.75)])
 
 
 def test_epochs_count_batches_and_steps_count_instead_where_given(splits):

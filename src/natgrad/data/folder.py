@@ -26,9 +26,7 @@ class ImageFolder(Source):
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(
-                f"size={self.size} must be positive; it is the images' height and width in pixels"
-            )
+            raise ValueError(f"size={self.size} must be positive; it is the images' height and width in pixels")
 
     def shape(self) -> tuple[int, int, int]:
         return (3, self.size, self.size)
@@ -46,9 +44,7 @@ class ImageFolder(Source):
         self.classes()
         for split in ("train", "val"):
             if not self._files(split):
-                raise ValueError(
-                    f"no images in {self.path!r}/{split}; expected {split}/CLASS/*.jpg, png, bmp or webp"
-                )
+                raise ValueError(f"no images in {self.path!r}/{split}; expected {split}/CLASS/*.jpg, png, bmp or webp")
 
     def load(self) -> Splits:
         self.check()

@@ -91,9 +91,7 @@ def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels.cpu()[order].argsort(stable=True)]  # class by class, shuffled within each
     count = round(share * len(labels))
-    marks = (
-        (torch.arange(count) + 0.5) * len(labels) / max(count, 1)
-    ).long()  # evenly spaced: so many of each class
+    marks = ((torch.arange(count) + 0.5) * len(labels) / max(count, 1)).long()  # evenly spaced: so many of each class
     held = torch.zeros(len(labels), dtype=torch.bool)
     held[marks] = True
     return order[~held].sort().values, order[held].sort().values

@@ -41,9 +41,7 @@ class Sampler:
         if not 1 <= self.batch <= self.size:
             raise ValueError(f"batch={self.batch} must be between 1 and the {self.size} training samples")
         if self.batch < self.ranks:
-            raise ValueError(
-                f"batch={self.batch} leaves some of {self.ranks} ranks without a sample; raise the batch"
-            )
+            raise ValueError(f"batch={self.batch} leaves some of {self.ranks} ranks without a sample; raise the batch")
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -52,9 +50,7 @@ class Sampler:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this rank's shares of an epoch's batches."""
-        order = torch.randperm(
-            self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        )
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
         for whole in order.split(self.batch)[: len(self)]:
             yield Batch(whole.tensor_split(self.ranks)[self.rank], len(whole), epoch)
 

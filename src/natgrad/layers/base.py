@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 
-CACHED = 2**17  # numbers that stay in a core's cache while they are worked on
+CACHED = 2**16  # numbers that stay in a core's cache while they are worked on
 
 
 class Shape(NamedTuple):

@@ -55,13 +55,8 @@ def _head(results: Results) -> str:
 
 def _table(results: Results) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in HEADINGS)
-    lines = [
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) + "</tr>"
-        for row in rows(results)
-    ]
-    note = (
-        "Medians over seeds; seconds count training, not judging; statistics are what the first rank sends."
-    )
+    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in rows(results)]
+    note = "Medians over seeds; seconds count training, not judging; statistics are what the first rank sends."
     return (
         f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(lines)}</tbody></table></div><p class="note">{note}</p>'
@@ -98,13 +93,9 @@ def _facts(results: Results) -> str:
         "commit": machine["commit"] or "not run from a git checkout",
         "date": machine["date"],
     }
-    lines = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items()
-    )
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items())
     command = escape(machine["command"])
-    return (
-        f'<h2>How this was made</h2><pre>{command}</pre><table class="facts"><tbody>{lines}</tbody></table>'
-    )
+    return f'<h2>How this was made</h2><pre>{command}</pre><table class="facts"><tbody>{lines}</tbody></table>'
 
 
 def _values(values: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ Lines are medians over seeds, bands their range; a dashed line is a shorter budg
 
 from collections.abc import Callable
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -62,9 +62,7 @@ def accuracy(results: Results) -> Figure:
     by_time.set_title("Test accuracy by time")
     if target is not None and results.tuned:
         label = f"{results.baseline.name}'s final accuracy"
-        by_step.annotate(
-            label, (0, target), (4, 3), textcoords="offset points", fontsize=8.5, color="#555555"
-        )
+        by_step.annotate(label, (0, target), (4, 3), textcoords="offset points", fontsize=8.5, color="#555555")
     by_time.legend(loc="lower right")
     return figure
 
@@ -96,9 +94,7 @@ def stages(results: Results) -> Figure:
     left = [0.0] * len(curves)
     for name in names:
         widths = [1e3 * part.get(name, 0.0) for part in parts]
-        axes.barh(
-            range(len(curves)), widths, left=left, height=0.55, color=STAGES.get(name, "#999999"), label=name
-        )
+        axes.barh(range(len(curves)), widths, left=left, height=0.55, color=STAGES.get(name, "#999999"), label=name)
         left = [before + width for before, width in zip(left, widths)]
     axes.set_yticks(range(len(curves)), [curve.name for curve in curves])
     axes.invert_yaxis()
@@ -120,9 +116,7 @@ def intervals(results: Results) -> Figure | None:
     bounds = sorted({1, 2, 3, 5, 9, 17, 33, 65, grid.max() + 1} & set(range(1, grid.max() + 2)))
     figure = Figure(figsize=(10.4, 1.3 + 0.19 * len(names)), layout="constrained")
     axes = figure.subplots()
-    shades = ListedColormap(
-        [SHADES(place / max(1, len(bounds) - 2)) for place in range(max(1, len(bounds) - 1))]
-    )
+    shades = ListedColormap([SHADES(place / max(1, len(bounds) - 2)) for place in range(max(1, len(bounds) - 1))])
     shown = axes.pcolormesh(
         np.arange(len(ages) + 1) + 0.5,
         np.arange(len(names) + 1) - 0.5,
@@ -138,9 +132,7 @@ def intervals(results: Results) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_title(f"Steps from one measurement to the next: {run['contender']}, seed {run['seed']}")
-    bar = figure.colorbar(
-        shown, ax=axes, aspect=30, pad=0.01, ticks=[_middle(*pair) for pair in pairwise(bounds)]
-    )
+    bar = figure.colorbar(shown, ax=axes, aspect=30, pad=0.01, ticks=[_middle(*pair) for pair in pairwise(bounds)])
     bar.ax.set_yticklabels([_range(*pair) for pair in pairwise(bounds)])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(length=0)
@@ -160,24 +152,25 @@ def tuning(results: Results) -> Figure | None:
 
 
 def _trials(axes: Axes, entry: dict[str, Any], shade: str) -> None:
-    """Draw a line for each setting of the other numbers, and ring the one that was chosen."""
-    others: dict[str, list[tuple[float, float]]] = {}
+    """Draw a line for each setting of the other numbers, means over seeds, and ring the point that was chosen."""
+    found: dict[str, dict[float, list[float]]] = {}
     for trial in entry["trials"]:
-        rest = ", ".join(f"{name} {value}" for name, value in trial["values"].items() if name != "lr")
-        others.setdefault(rest, []).append((trial["values"]["lr"], trial["accuracy"]))
-    for place, (rest, points) in enumerate(others.items()):
+        by_rate = found.setdefault(_others(trial["values"]), {})
+        by_rate.setdefault(trial["values"]["lr"], []).append(trial["accuracy"])
+    for place, (rest, by_rate) in enumerate(found.items()):
         axes.plot(
-            *zip(*sorted(points)),
+            *zip(*sorted((rate, fmean(seen)) for rate, seen in by_rate.items())),
             marker="os^Dvph*"[place % 8],
             markersize=4.5,
             linewidth=1.1,
             color=shade,
-            alpha=1 - 0.75 * place / len(others),
+            alpha=1 - 0.75 * place / len(found),
             label=rest,
         )
-    chosen = next(trial for trial in entry["trials"] if trial["values"] == entry["values"])
+    rate = entry["values"]["lr"]
+    chosen = fmean(found[_others(entry["values"])][rate])
     ring = {"s": 150, "facecolors": "none", "edgecolors": INK, "linewidths": 1.3, "zorder": 5}
-    axes.scatter([entry["values"]["lr"]], [chosen["accuracy"]], **ring)
+    axes.scatter([rate], [chosen], **ring)
     axes.set_xscale("log")
     rates = sorted({trial["values"]["lr"] for trial in entry["trials"]})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -185,6 +178,11 @@ def _trials(axes: Axes, entry: dict[str, Any], shade: str) -> None:
     axes.set_xlabel("learning rate")
     axes.set_title(f"Tuning {entry['name']} (held-out accuracy; ring: chosen)")
     axes.legend(fontsize=7.5)
+
+
+def _others(values: dict[str, Any]) -> str:
+    """Return all values but the learning rate, in words."""
+    return ", ".join(f"{name} {value}" for name, value in values.items() if name != "lr")
 
 
 def _draw(
@@ -215,9 +213,7 @@ def _stage_seconds(curve: Curve) -> dict[str, float]:
     """Return the mean seconds of each stage in a step, in the legend's order, first steps left out."""
     steps = [step["stages"] for run in curve.runs for step in run["steps"][1:] or run["steps"]]
     named = [name for name in STAGES if any(name in stages for stages in steps)]
-    others = [
-        name for name in dict.fromkeys(name for stages in steps for name in stages) if name not in STAGES
-    ]
+    others = [name for name in dict.fromkeys(name for stages in steps for name in stages) if name not in STAGES]
     return {name: sum(stages.get(name, 0.0) for stages in steps) / len(steps) for name in named + others}
 
 

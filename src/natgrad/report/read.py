@@ -59,14 +59,10 @@ def read(folders: list[Path]) -> Results:
     """Read one comparison, or any number of runs."""
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(
-                f"there is no folder {str(folder)!r}; natgrad report takes folders that a run has written"
-            )
+            raise ValueError(f"there is no folder {str(folder)!r}; natgrad report takes folders that a run has written")
     if (folders[0] / "results.json").exists():
         if len(folders) > 1:
-            raise ValueError(
-                f"{str(folders[0])!r} is a comparison, which has a page to itself; name it alone"
-            )
+            raise ValueError(f"{str(folders[0])!r} is a comparison, which has a page to itself; name it alone")
         return comparison(_json(folders[0] / "results.json"))
     return of_runs(folders)
 
@@ -79,7 +75,8 @@ def comparison(results: dict[str, Any]) -> Results:
         "data": words(plan["task"]["data"]),
         "batch": results["batch"],
         "steps": plan["steps"],
-        "tuning": f"{plan['trials']} trials each, judged on {plan['held_out']:.0%} of the training images",
+        "tuning": f"{plan['trials']} points each, the best {plan['finalists']} again with two more seeds, "
+        f"judged on {plan['held_out']:.0%} of the training images",
         "seeds": ", ".join(str(seed) for seed in sorted({run["seed"] for run in results["finals"]})),
     }
     title, names = f"Comparison: {plan['task']['name']}", [entry["name"] for entry in results["tuned"]]
@@ -107,9 +104,7 @@ def of_runs(folders: list[Path]) -> Results:
 
 def words(settings: dict[str, Any]) -> str:
     """Return nested settings in words: the kind, then its fields."""
-    inner = [
-        f"{name} {words(value) if isinstance(value, dict) else value}" for name, value in settings.items()
-    ]
+    inner = [f"{name} {words(value) if isinstance(value, dict) else value}" for name, value in settings.items()]
     return f"{settings['kind']} ({', '.join(inner[1:])})" if len(inner) > 1 else str(settings["kind"])
 
 
@@ -122,9 +117,7 @@ def _curves(runs: list[Run], names: list[str]) -> list[Curve]:
 
 def _run(folder: Path) -> Run:
     if not (folder / "recipe.json").exists() or not (folder / "metrics.jsonl").exists():
-        raise ValueError(
-            f"{str(folder)!r} has no recipe.json and metrics.jsonl; natgrad train writes such folders"
-        )
+        raise ValueError(f"{str(folder)!r} has no recipe.json and metrics.jsonl; natgrad train writes such folders")
     about = _json(folder / "recipe.json")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]

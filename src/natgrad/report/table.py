@@ -95,12 +95,7 @@ def first(run: Run, target: float | None) -> tuple[float, float]:
 
 
 def _statistics(curve: Curve) -> float | None:
-    sent = [
-        step["traffic"].get("statistics", 0)
-        for run in curve.runs
-        for step in run["steps"]
-        if "traffic" in step
-    ]
+    sent = [step["traffic"].get("statistics", 0) for run in curve.runs for step in run["steps"] if "traffic" in step]
     return sum(sent) / len(sent) if sent else None
 
 
@@ -155,9 +150,7 @@ def show(results: Results) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    printed = Table(
-        title=results.title, title_justify="left", box=None, collapse_padding=True, pad_edge=False
-    )
+    printed = Table(title=results.title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
     for place, heading in enumerate(NARROW):
         printed.add_column(heading, justify="left" if place == 0 else "right", no_wrap=True)
     for row in rows(results):

@@ -80,11 +80,7 @@ def names(value: Any, prefix: str = "") -> list[str]:
 def _first_sentence(box: str) -> str:
     """Return what tyro says in the first part of its box, as one line without the frame."""
     lines = [line.strip(" │") for line in box.splitlines()[1:]]
-    first = [
-        line
-        for line in lines[: next((i for i, line in enumerate(lines) if set(line) <= {"─"}), None)]
-        if line
-    ]
+    first = [line for line in lines[: next((i for i, line in enumerate(lines) if set(line) <= {"─"}), None)] if line]
     return " ".join(first).rstrip(".").removeprefix("Error parsing ")
 
 

@@ -38,9 +38,7 @@ def evaluate(model: nn.Module, images: Images, world: World) -> Score:
             logits = model(inputs).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             right = (logits.argmax(dim=1) == labels).sum()
-            total += torch.stack(
-                (loss.double(), right.double(), torch.ones_like(loss).double() * len(labels))
-            ).cpu()
+            total += torch.stack((loss.double(), right.double(), torch.ones_like(loss).double() * len(labels))).cpu()
     total = total.to(torch.float32 if images.device.type == "mps" else torch.float64).to(images.device)
     world.sum([total])
     loss, right, count = total.tolist()
@@ -54,18 +52,14 @@ def estimate_norms(model: nn.Module, images: Images, world: World, samples: int 
     Each rank passes its share through the model in training mode; what is kept is the mean over its batches
     and then over ranks.
     """
-    norms = [
-        module for module in model.modules() if isinstance(module, BatchNorm) and module.track_running_stats
-    ]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm) and module.track_running_stats]
     if not norms:
         return
     places = torch.linspace(0, len(images) - 1, min(samples, len(images))).long()
     with _mode(model, training=True), _plain_average(norms), torch.no_grad():
         for index in places[_share(len(places), world)].split(CHUNK):
             model(images.batch(index)[0])
-    world.mean(
-        [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
-    )
+    world.mean([value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None])
 
 
 def _share(count: int, world: World) -> Tensor:

@@ -50,9 +50,7 @@ def spread(arguments: list[str], ranks: int, check: Callable[[], None], work: Ca
 def check_ranks(asked: int) -> None:
     """Refuse --ranks beside a launcher that has started another number."""
     if in_world() and asked not in (1, int(os.environ["WORLD_SIZE"])):
-        raise ValueError(
-            f"--ranks {asked} under a launcher of {os.environ['WORLD_SIZE']} ranks; leave --ranks out"
-        )
+        raise ValueError(f"--ranks {asked} under a launcher of {os.environ['WORLD_SIZE']} ranks; leave --ranks out")
 
 
 def launch(ranks: int, arguments: list[str]) -> int:

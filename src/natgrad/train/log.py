@@ -22,9 +22,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {str(folder)!r} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(
-            f"--out {str(folder)!r} is not empty; add --overwrite to replace it, or name another folder"
-        )
+        raise ValueError(f"--out {str(folder)!r} is not empty; add --overwrite to replace it, or name another folder")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -135,9 +133,7 @@ class Journal:
         if self.display is not None:
             self.display.close()
             where = f" in {self.folder.folder}" if self.folder is not None else ""
-            self.display.say(
-                f"{status} after {self.summary.get('steps', 0)} steps: summary.json, metrics.jsonl{where}"
-            )
+            self.display.say(f"{status} after {self.summary.get('steps', 0)} steps: summary.json, metrics.jsonl{where}")
         if self.folder is not None:
             self.folder.close(status, **self.summary)
 

@@ -72,9 +72,7 @@ def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
     sampler = Sampler(len(train), recipe.batch, recipe.seed, world.rank, world.size, recipe.drop_last)
     steps = recipe.steps if recipe.steps is not None else round(recipe.epochs * len(sampler))
     if steps < 1:
-        raise ValueError(
-            f"epochs={recipe.epochs:g} of {len(sampler)} steps make no step; raise epochs or set steps"
-        )
+        raise ValueError(f"epochs={recipe.epochs:g} of {len(sampler)} steps make no step; raise epochs or set steps")
     model = build_model(recipe).to(train.device)
     return Job(recipe, world, splits, model, recipe.optimizer.build(model, world), sampler, steps)
 

@@ -53,10 +53,7 @@ def commit() -> str | None:
         call = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", "machine.py"]
         subprocess.run(tracked, capture_output=True, timeout=10, check=True)
-        return (
-            subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-            or None
-        )
+        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
 

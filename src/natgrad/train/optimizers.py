@@ -48,9 +48,7 @@ class Sgd(Settings):
     def build(self, model: nn.Module, world: World) -> Optimizer:
         positive("lr", self.lr)
         if self.nesterov and self.momentum <= 0:
-            raise ValueError(
-                f"nesterov needs momentum > 0, not {self.momentum:g}; set --optimizer.momentum 0.9"
-            )
+            raise ValueError(f"nesterov needs momentum > 0, not {self.momentum:g}; set --optimizer.momentum 0.9")
         return alone(
             torch.optim.SGD(
                 model.parameters(),
@@ -77,9 +75,7 @@ class AdamW(Settings):
 
     def build(self, model: nn.Module, world: World) -> Optimizer:
         positive("lr", self.lr)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(model.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay)
         return alone(optimizer, model, world)
 
 

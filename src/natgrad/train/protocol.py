@@ -70,9 +70,7 @@ def check(task: Task, protocol: Protocol) -> None:
         return
     folder, plan = protocol.folder(task), plan_of(task, protocol)
     if folder.exists() and any(folder.iterdir()) and earlier_plan(folder) != plan:
-        raise ValueError(
-            f"--out {str(folder)!r} holds something else; add --overwrite, or name another folder"
-        )
+        raise ValueError(f"--out {str(folder)!r} holds something else; add --overwrite, or name another folder")
 
 
 def plan_of(task: Task, protocol: Protocol) -> Any:

@@ -28,9 +28,7 @@ class Contender:
         """Return `trials` points of the grid; fewer than all are drawn at random, always the same."""
         grid = [dict(zip(self.space, values)) for values in itertools.product(*self.space.values())]
         if trials > len(grid):
-            raise ValueError(
-                f"trials={trials} but the grid of {self.name} has {len(grid)} points; lower --trials"
-            )
+            raise ValueError(f"trials={trials} but the grid of {self.name} has {len(grid)} points; lower --trials")
         return random.Random(0).sample(grid, trials) if trials < len(grid) else grid
 
     def settings(self, values: Mapping[str, Any]) -> Settings:
@@ -61,9 +59,7 @@ class Task:
         known = {contender.name: contender for contender in self.contenders}
         for name in names:
             if name not in known:
-                raise ValueError(
-                    f"there is no contender {name!r} for {self.name}; choose among {', '.join(known)}"
-                )
+                raise ValueError(f"there is no contender {name!r} for {self.name}; choose among {', '.join(known)}")
         baseline, *others = self.contenders
         return (baseline, *(other for other in others if not names or other.name in names))
 

@@ -37,15 +37,9 @@ class Trial:
 
     def file(self, folder: Path) -> Path:
         """Return where the result is remembered; different trials have different files."""
-        name = json.dumps(
-            [self.contender.name, self.values, self.seed, self.steps, self.final], sort_keys=True
-        )
+        name = json.dumps([self.contender.name, self.values, self.seed, self.steps, self.final], sort_keys=True)
         kind = "final" if self.final else "tuning"
-        return (
-            folder
-            / "trials"
-            / f"{kind}-{self.contender.name}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
-        )
+        return folder / "trials" / f"{kind}-{self.contender.name}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
 
     def title(self) -> str:
         """Return the trial in words."""
