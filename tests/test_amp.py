@@ -126,6 +126,20 @@ def test_a_gradient_that_is_not_finite_skips_the_step(value, first):
     assert_close(weights(other), weights(model))
 
 
+def test_a_skipped_step_leaves_no_statistics_though_only_the_model_is_cleared():
+    model = mlp()
+    other = clone(model)
+    train(spngd(model), model, BATCHES[:1])
+    opt = spngd(other)
+    backward(other, BATCHES[3])
+    other[0].weight.grad[0, 0] = float("nan")
+    opt.step()
+    other.zero_grad()
+    backward(other, BATCHES[0])
+    opt.step()
+    assert_close(weights(other), weights(model))
+
+
 def test_statistics_that_overflow_are_dropped_though_gradients_do_not():
     """Inputs of 3e19: squares leave single precision, gradients do not."""
     model = mlp()

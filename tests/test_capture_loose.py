@@ -140,3 +140,28 @@ def test_copies_of_an_armed_model_are_not_watched(copied):
     train(spngd(twin), twin, [points(12, 0)])  # a copy can have an optimizer of its own
     assert torch.equal(weights(model), weights(twin))
     quiet(backward, other, points(12, 9))
+
+
+def test_loose_parameters_take_adams_direction_at_the_length_of_their_weight():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+
+        def forward(self, x):
+            return x * self.gain
+
+    model = Scaled()
+    opt = natgrad.SPNGD(model, lr=0.1, momentum=0.8, weight_decay=0.0)
+    first = second = torch.zeros(4)
+    for k in range(1, 4):
+        x, y = points(8, k)
+        before = model.gain.detach().clone()
+        F.cross_entropy(model(x), y).backward()
+        g = model.gain.grad.clone()
+        opt.step()
+        opt.zero_grad()
+        first, second = 0.8 * first + 0.2 * g, 0.99 * second + 0.01 * g**2
+        direction = first / (1 - 0.8**k) / ((second / (1 - 0.99**k)).sqrt() + 1e-8)
+        expected = -0.1 * before.norm() * direction / direction.norm()
+        torch.testing.assert_close(model.gain.detach() - before, expected)

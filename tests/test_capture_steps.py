@@ -3,7 +3,7 @@
 import torch
 
 import natgrad
-from helpers import backward, forget, hooks, mlp, points, statistic, train, weights
+from helpers import backward, clone, forget, hooks, mlp, points, statistic, train, weights
 from natgrad.capture import samples_of
 
 
@@ -89,8 +89,8 @@ def test_hooks_count_samples_not_places():
 
 def test_two_optimizers_at_once():
     models = [mlp(), mlp()]
+    alone = [clone(m) for m in models]
     opts = [spngd(m) for m in models]
-    alone = [torch.nn.Sequential(*m) for m in map(__import__("copy").deepcopy, models)]
     for k in range(3):
         losses = sum(torch.nn.functional.cross_entropy(m(points(12, k)[0]), points(12, k)[1]) for m in models)
         losses.backward()  # one backward pass through both

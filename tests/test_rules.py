@@ -120,17 +120,18 @@ def test_weight_decay_is_not_curved(before):
     assert_close(moves[1] - moves[0], -0.1 * 0.3 * path[0][0], rtol=1e-9, atol=1e-12)
 
 
-def test_weight_decay_of_one_group_only():
-    model = mlp().double()
-    twin = clone(model)
-    groups = [
-        [{"params": m[0].parameters(), "weight_decay": d}, {"params": m[2].parameters()}]
-        for m, d in ((model, 0.3), (twin, 0.0))
-    ]
-    for m, g in zip((model, twin), groups):
-        train(natgrad.SPNGD(m, lr=0.1, samples=None, params=g), m, [points(8, 0, torch.float64)])
-    assert torch.equal(model[2].weight, twin[2].weight)
-    assert not torch.equal(model[0].weight, twin[0].weight)
+@pytest.mark.parametrize("before", [False, True])
+def test_each_parameter_has_its_own_groups_weight_decay(before):
+    """The weight and the bias of one layer in two groups."""
+    start, moves = nn.Linear(4, 3).double(), []
+    for decay in (0.0, 0.3):
+        model = clone(start)
+        groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": decay}]
+        options = {"samples": None, "momentum": 0.0, "rule": natgrad.Momentum(before)}
+        train(natgrad.SPNGD(model, lr=0.1, params=groups, **options), model, [points(8, 0, torch.float64)])
+        moves.append((model.weight.detach().clone(), model.bias.detach().clone()))
+    assert torch.equal(moves[0][0], moves[1][0])
+    assert_close(moves[1][1] - moves[0][1], -0.1 * 0.3 * start.bias.detach())
 
 
 @pytest.mark.parametrize("options", [{}, {"rule": natgrad.Momentum(before=True)}])

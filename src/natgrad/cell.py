@@ -13,6 +13,7 @@ when they load a checkpoint. For a statistic X:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,18 +73,18 @@ class Cell:
 
     def absorb(self, key: str, value: Tensor, samples: int) -> int:
         """Take in a fresh statistic at its owner. Returns the steps until the next one, 0 if the value is unusable."""
-        if not bool(torch.isfinite(value.sum())):
-            return 0
         state = self.state()
         _, interval, previous, refreshes = self.clock(key)
         last, before = state[key], state.get(f"{key}_before")
         kept = min(self.decay, refreshes / (refreshes + 1)) if refreshes else 0.0
         fresh = value.to(last) if kept == 0 else kept * last + (1 - kept) * value.to(last)
         staleness = self.staleness()
-        changes: list[float | None] = [None, None]
-        if staleness.looks_back:
-            older = [last if refreshes > 0 else None, before if refreshes > 1 else None]
-            changes = [None if old is None else change(fresh, old) for old in older]
+        older = [last if refreshes > 0 else None, before if refreshes > 1 else None] if staleness.looks_back else []
+        norms = [norm for old in older if old is not None for norm in difference(fresh, old)]
+        total, *numbers = torch.stack([value.sum().to(last), *norms]).tolist()  # the one time that the host waits
+        if not math.isfinite(total):
+            return 0
+        changes = [relative(*pair) for pair in zip(numbers[::2], numbers[1::2])] + [None, None]
         if before is not None:
             before.copy_(last)
         last.copy_(fresh)
@@ -111,10 +112,14 @@ class Cell:
         return self.curvature.precondition(inverses, gradient)
 
 
-def change(value: Tensor, old: Tensor) -> float:
-    """|value - old| / |old| in Frobenius norms (SP-NGD section 4.3.1); infinite against nothing."""
-    norm = torch.linalg.vector_norm(old)
-    return float(torch.linalg.vector_norm(value - old) / norm) if norm > 0 else float("inf")
+def difference(value: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """|value - old| and |old| in Frobenius norms (SP-NGD section 4.3.1)."""
+    return torch.linalg.vector_norm(value - old), torch.linalg.vector_norm(old)
+
+
+def relative(change: float, norm: float) -> float:
+    """A change as a share of what has changed; infinite against nothing."""
+    return change / norm if norm > 0 else math.inf
 
 
 def _far(damping: float, used: float) -> bool:

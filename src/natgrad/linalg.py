@@ -18,34 +18,48 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
     """
     if matrix.shape[-1] <= 2:
         return _small_inverse(matrix, damping)
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix + damping[:, None, None] * eye)
-    failed = info > 0
+    factor, good = _cholesky(matrix, damping)
+    if bool(good.all()):  # the one time that the host waits for the device
+        return torch.cholesky_inverse(factor), 0
     retries = 0
-    if bool(failed.any()):
-        floor = torch.finfo(matrix.dtype).eps * matrix.abs().amax((1, 2))
-        while retries < ATTEMPTS and bool(failed.any()):
-            retries += 1
-            grown = torch.maximum(damping, floor) * GROWTH**retries
-            again, info = torch.linalg.cholesky_ex(matrix + grown[:, None, None] * eye)
-            factor = torch.where((failed & (info == 0))[:, None, None], again, factor)
-            failed = failed & (info > 0)
-    inverse = torch.cholesky_inverse(factor)
-    if bool(failed.any()):
-        inverse = torch.where(failed[:, None, None], eye / damping[:, None, None], inverse)
-    return inverse, retries
+    floor = torch.finfo(matrix.dtype).eps * matrix.abs().amax((1, 2))
+    while retries < ATTEMPTS and not bool(good.all()):
+        retries += 1
+        again, better = _cholesky(matrix, torch.maximum(damping, floor) * GROWTH**retries)
+        factor = torch.where((better & ~good)[:, None, None], again, factor)
+        good = good | better
+    last = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) / damping[:, None, None]
+    return torch.where(good[:, None, None], torch.cholesky_inverse(factor), last), retries
+
+
+def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factor of matrix + damping I, and which blocks [b] have one."""
+    damped = matrix.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return factor, (info == 0) & torch.isfinite(factor.diagonal(dim1=1, dim2=2).sum(1))  # inf has a root: inf
 
 
 def _small_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
-    """1x1 and 2x2 blocks in closed form (SP-NGD eq. 17): a positive block's determinant is at least damping^2."""
+    """1x1 and 2x2 blocks in closed form (SP-NGD eq. 17).
+
+    A positive block's determinant is at least damping^2; where rounding says less, the entry b beside the diagonal
+    is shortened until it is. Blocks with a negative diagonal or without finite values get the identity over damping.
+    """
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    bad = ~((diagonal >= 0).all(1) & torch.isfinite(matrix.sum((1, 2))))
     if matrix.shape[-1] == 1:
-        return 1 / (matrix + damping[:, None, None]), 0
-    a = matrix[:, 0, 0] + damping
-    d = matrix[:, 1, 1] + damping
-    b = (matrix[:, 0, 1] + matrix[:, 1, 0]) / 2
-    determinant = torch.maximum(a * d - b * b, damping * damping)  # rounding must not take it to zero
-    rows = torch.stack([torch.stack([d, -b], -1), torch.stack([-b, a], -1)], -2)
-    return rows / determinant[:, None, None], 0
+        inverse = 1 / (matrix + damping[:, None, None])
+    else:
+        scale = diagonal.amax(1) + damping  # entries in its units: squares neither overflow nor vanish
+        a, d = ((diagonal + damping[:, None]) / scale[:, None]).unbind(1)
+        floor = (damping / scale).square()
+        limit = (a * d - floor).clamp_min(0).sqrt()
+        b = torch.clamp((matrix[:, 0, 1] + matrix[:, 1, 0]) / (2 * scale), -limit, limit)
+        determinant = torch.maximum(a * d - b * b, floor) * scale
+        inverse = (torch.stack([d, -b, -b, a], -1) / determinant[:, None]).unflatten(1, (2, 2))
+    last = torch.diag_embed((1 / damping)[:, None].expand_as(diagonal))
+    return torch.where(bad[:, None, None], last, inverse), int(bad.sum())
 
 
 def mean_eigenvalue(matrix: Tensor) -> Tensor:

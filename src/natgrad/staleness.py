@@ -37,8 +37,8 @@ class Every(Staleness):
     steps: int
 
     def __post_init__(self):
-        if self.steps < 1 or int(self.steps) != self.steps:
-            raise ValueError(f"refresh={self.steps}: give a whole number of steps, 1 or more")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise ValueError(f"refresh={self.steps!r}: give a whole number of steps, 1 or more")
 
     def next(self, memory: Memory) -> int:
         return self.steps

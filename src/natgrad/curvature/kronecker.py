@@ -76,7 +76,7 @@ class OutputMoment(Moment):
 
     def after(self, layer: Layer, kept: int, dy: Tensor, draw: Draw) -> Tensor:
         index = None
-        if self.samples is not None and draw(kept, EXACT_ROWS) is not None:
+        if self.samples is not None and kept > EXACT_ROWS:
             index = draw(kept, max(LEAST_ROWS, 32 * layer.shape.out))
         if self.diagonal:
             total = layer.output_rows(dy, index).square().sum(0)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 
+BANDED = 512  # from this dimension on a third of the products is saved (docs/math.md)
 CACHED = 2**16  # numbers that stay in a core's cache while they are worked on
 
 
@@ -104,12 +105,25 @@ def moment(rows: Tensor, mean: bool) -> Tensor:
     """Sum or mean over rows [m, b, d] of r r^T, as [b, d, d], in at least single precision."""
     rows = promote(rows)
     if rows.shape[1] == 1:
-        flat = rows[:, 0]
-        total = (flat.T @ flat).unsqueeze(0)
+        total = gram(rows[:, 0]).unsqueeze(0)
     else:
         blocks = rows.transpose(0, 1)
         total = blocks.transpose(1, 2) @ blocks
-    return total / rows.shape[0] if mean else total
+    return total.div_(rows.shape[0]) if mean else total
+
+
+def gram(rows: Tensor) -> Tensor:
+    """The sum over rows [m, d] of r r^T, in bands on and right of the diagonal where that pays."""
+    size = rows.shape[1]
+    if size < BANDED:
+        return rows.T @ rows
+    total, width = rows.new_empty(size, size), math.ceil(size / 3)
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        band = rows[:, start:stop].T @ rows[:, start:]
+        total[start:stop, start:] = band
+        total[stop:, start:stop] = band[:, stop - start :].T
+    return total
 
 
 def promote(x: Tensor) -> Tensor:

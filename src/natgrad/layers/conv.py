@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from natgrad.layers.base import (
     Layer,
@@ -25,6 +26,7 @@ from natgrad.layers.base import (
     pack_columns,
     promote,
     split_pair,
+    take,
     weight_and_bias,
     with_ones,
 )
@@ -61,17 +63,33 @@ class Conv(Layer):
 
     def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         x = self._batched(x)
+        if index is None and self.mode == "zeros":
+            patches = promote(self._windows(x))
+        else:
+            patches = promote(self._patches(x, index))
+        if self.groups > 1:
+            patches = patches.unflatten(-1, (self.groups, self.channels)).transpose(1, 2)
+        return with_ones(patches.reshape(len(patches), self.groups, -1), self.biased)
+
+    def _patches(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """Patches [m, taps, channels] at the places `index`, touching only the pixels that they read."""
         taps = self._taps(x)
         places = taps.shape[0]
         if index is None:
             index = torch.arange(x.shape[0] * places, device=x.device)
         sample, place = index.div(places, rounding_mode="floor"), index.remainder(places)
         pixel = taps[place]  # [m, taps]
-        patches = promote(_gather(x, sample, pixel.clamp_min(0)))  # [m, taps, channels]
-        if self.mode == "zeros":
-            patches = patches * (pixel >= 0).unsqueeze(-1)
-        patches = patches.unflatten(-1, (self.groups, self.channels)).transpose(1, 2).flatten(2)
-        return with_ones(patches, self.biased)
+        patches = _gather(x, sample, pixel.clamp_min(0))
+        return patches.mul_((pixel >= 0).unsqueeze(-1)) if self.mode == "zeros" else patches
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """All patches [m, taps, channels] of the zero-padded input: one copy of runs of memory."""
+        widths = [w for _, _, before, total, _ in reversed(self.geometry) for w in (before, total - before)]
+        x = (pad(x, widths) if any(widths) else x).movedim(1, -1).contiguous()
+        for axis, (k, stride, _, _, dilation) in enumerate(self.geometry, 1):
+            x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
+        x = x.movedim(len(self.kernel) + 1, -1)  # [n, places..., taps..., c]
+        return x.flatten(1 + len(self.kernel), -2).flatten(0, len(self.kernel))
 
     def second_moment(self, x: Tensor) -> Tensor:
         x = self._batched(x)
@@ -114,10 +132,10 @@ class Conv(Layer):
 
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         flat = self._batched(dy).flatten(2)  # [n, c, s]
-        if index is None:
-            rows = flat.transpose(1, 2).flatten(0, 1)
+        places = flat.shape[2]
+        if index is None or flat.stride(1) == 1:
+            rows = take(flat.transpose(1, 2).flatten(0, 1), index)
         else:
-            places = flat.shape[2]
             rows = flat[index.div(places, rounding_mode="floor"), :, index.remainder(places)]
         return promote(rows).unflatten(1, (self.groups, -1))
 

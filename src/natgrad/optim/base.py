@@ -82,7 +82,7 @@ class SecondOrder(Views, Optimizer):
         for group in self.param_groups:
             checks.check_group(group)
         self._places: dict[nn.Parameter, int] = {}
-        self.staleness = Every(refresh) if isinstance(refresh, int) else refresh
+        self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
         self.rule, self.length, self.fallback = rule, length, fallback
         self.rescale: Rescale | None = rescale
         self.gather = gather
@@ -213,7 +213,8 @@ class SecondOrder(Views, Optimizer):
         """The factor on the gradients that the hooks saw: they came before any unscaling."""
         if self.scaler is not None:
             return float(self.scaler.get_scale())
-        if scale == 1.0 and hasattr(self, "found_inf") and self.engine.capture.armed:
+        unscaled = hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None
+        if unscaled and self.engine.capture.armed:
             raise ValueError(
                 "the gradients were unscaled before step(), so the statistics' scale is not known: "
                 "build the optimizer with scaler=, the GradScaler"

@@ -88,7 +88,7 @@ class World:
         if self.wire == torch.float16:
             scales = torch.stack([p.tensor.abs().amax().double().cpu() for p in parcels])
             self.sum([scales], "scalars")
-            scales = 65_000 / scales.clamp_min(torch.finfo(torch.float32).tiny)
+            scales = torch.where(scales > 0, 65_000 / scales.clamp_min(1e-30), 1.0)
         narrow = [p._replace(tensor=(p.tensor * s).to(self.wire)) for p, s in zip(parcels, scales.tolist())]
         received = self.reduce(narrow, kind)
         return [
