@@ -1,9 +1,15 @@
-"""What a step costs beside SGD's, as ratios of medians in one interleaved run.
+"""What a step costs beside SGD's, as ratios in one interleaved run.
 
-    python benchmarks/overhead.py --depth 20 --batch 128
+    python benchmarks/overhead.py --profile cpu
+    python benchmarks/overhead.py --depth 32 --batch 512 --rounds 9
 
 Machines are shared and noisy, so nothing is compared across runs: in every round each contender takes one step, in
-shuffled order, and the table gives the median over rounds of its seconds divided by SGD's median.
+shuffled order, and the table gives medians over rounds. Two ratios are shown:
+
+    inside  1 + (seconds inside natgrad) / (SGD's step): steadier, as forward and backward passes cancel
+    whole   the whole step over SGD's, in wall time and in CPU time
+
+The row of default steps is a run from the first step on, in blocks between blocks of SGD, and gives the mean step.
 """
 
 from __future__ import annotations
@@ -15,109 +21,228 @@ import random
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import natgrad
 from natgrad.models import CifarResNet
 
 NEVER = 10**9
+CLASSES = 100
+BLOCK = 20  # default steps between two blocks of SGD
 
 
-def contenders(make):
-    """Name -> (model, optimizer, take one step measuring or not)."""
+@dataclass(frozen=True)
+class Case:
+    """One shape to be measured. `steps`: the length of the run with default settings, 0 for none."""
 
-    def sgd():
-        model = make()
-        return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-
-    def spngd(refresh, **options):
-        def build():
-            model = make()
-            return model, natgrad.SPNGD(model, lr=0.02, refresh=refresh, **options)
-
-        return build
-
-    return {
-        "sgd": sgd,
-        "spngd nothing stale": spngd(NEVER),
-        "spngd all stale, samples=8": spngd(1),
-        "spngd all stale, samples=4": spngd(1, samples=4),
-        "spngd all stale, every row": spngd(1, samples=None),
-        "spngd adaptive": spngd(natgrad.Adaptive()),
-    }
+    depth: int = 20
+    batch: int = 128
+    rounds: int = 9
+    steps: int = 0
+    threads: int = 1
+    device: str = "cpu"
+    channels_last: bool = True
+    seed: int = 0
 
 
-def step(model, optimizer, images, labels) -> float:
-    if images.is_cuda:
+PROFILES = {
+    "cpu": [Case(20, 128, 9, steps=200), Case(32, 128, 5), Case(20, 1024, 3)],
+    "cuda": [
+        Case(20, 128, 30, steps=200, device="cuda"),
+        Case(32, 128, 30, device="cuda"),
+        Case(20, 1024, 30, device="cuda"),
+    ],
+}
+
+
+class Spent(NamedTuple):
+    """Seconds of one step: on the clock, of the processor, and inside natgrad."""
+
+    wall: float
+    cpu: float
+    inside: float
+
+
+class Row(NamedTuple):
+    """One line of the table: milliseconds, and ratios to SGD."""
+
+    name: str
+    wall: float
+    within: float
+    inside: float
+    whole: float
+    whole_cpu: float
+
+
+class Data:
+    """Batches of noisy class patterns, so that statistics move as in training. All contenders see the same ones."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(case.seed)
+        self.patterns = torch.randn(CLASSES, 3, 32, 32, generator=self.generator)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(0, CLASSES, (self.case.batch,), generator=self.generator)
+        images = self.patterns[labels] + torch.randn(self.case.batch, 3, 32, 32, generator=self.generator)
+        return images.to(self.case.device, memory_format=layout(self.case)), labels.to(self.case.device)
+
+
+class Contender:
+    """A model and its optimizer, built alike for all."""
+
+    def __init__(self, case: Case, build: Callable[[torch.nn.Module], torch.optim.Optimizer]):
+        torch.manual_seed(case.seed)
+        model = CifarResNet(depth=case.depth).build((3, 32, 32), CLASSES)
+        self.model = model.to(torch.device(case.device), memory_format=layout(case))  # type: ignore[call-overload]
+        self.optimizer = build(self.model)
+
+    def step(self, images: Tensor, labels: Tensor) -> Spent:
+        """Take one step."""
+        before = self.inside()
+        wait(images)
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.optimizer.zero_grad()
+        cross_entropy(self.model(images), labels).backward()
+        self.optimizer.step()
+        wait(images)
+        return Spent(time.perf_counter() - wall, time.process_time() - cpu, self.inside() - before)
+
+    def inside(self) -> float:
+        return sum(getattr(self.optimizer, "seconds", {}).values())
+
+
+def layout(case: Case) -> torch.memory_format:
+    return torch.channels_last if case.channels_last else torch.contiguous_format
+
+
+def wait(x: Tensor) -> None:
+    """Let the device finish: its work is asynchronous."""
+    if x.is_cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    optimizer.zero_grad()
-    cross_entropy(model(images), labels).backward()
-    optimizer.step()
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
-def measure(options) -> dict:
-    torch.manual_seed(0)
-    device = torch.device(options.device)
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    architecture = CifarResNet(depth=options.depth)
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
 
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return architecture.build((3, 32, 32), 100).to(device, memory_format=layout)
 
-    images = torch.randn(options.batch, 3, 32, 32).to(device, memory_format=layout)
-    labels = torch.randint(0, 100, (options.batch,), device=device)
-    built = {name: build() for name, build in contenders(make).items()}
-    for model, optimizer in built.values():
-        for _ in range(2):
-            step(model, optimizer, images, labels)
-    seconds: dict[str, list[float]] = {name: [] for name in built}
-    order = list(built)
-    for _ in range(options.rounds):
-        random.shuffle(order)
+def spngd(**options) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
+    return lambda model: natgrad.SPNGD(model, lr=0.02, **options)
+
+
+CONTENDERS = {
+    "SGD": sgd,
+    "nothing stale": spngd(refresh=NEVER),
+    "all stale": spngd(refresh=1),
+    "all stale, samples=4": spngd(refresh=1, samples=4),
+    "all stale, every row": spngd(refresh=1, samples=None),
+}
+
+
+def compare(case: Case) -> list[Row]:
+    """One step of each in every round, in shuffled order, after two rounds that warm up."""
+    built = {name: Contender(case, build) for name, build in CONTENDERS.items()}
+    spent: dict[str, list[Spent]] = {name: [] for name in built}
+    data, order, shuffle = Data(case), list(built), random.Random(case.seed)
+    for turn in range(case.rounds + 2):
+        batch = data()
+        shuffle.shuffle(order)
         for name in order:
-            seconds[name].append(step(*built[name], images, labels))
-    base = statistics.median(seconds["sgd"])
-    return {
-        name: {"seconds": statistics.median(times), "ratio": statistics.median(times) / base}
-        for name, times in seconds.items()
-    }
+            taken = built[name].step(*batch)
+            if turn >= 2:
+                spent[name].append(taken)
+    middle = {name: Spent(*map(statistics.median, zip(*taken))) for name, taken in spent.items()}
+    return [row(name, taken, middle["SGD"]) for name, taken in middle.items()]
+
+
+def run_default(case: Case) -> Row:
+    """The mean step of a run with default settings, from its first step, against SGD's in blocks between."""
+    ours, theirs, data = Contender(case, spngd()), Contender(case, sgd), Data(case)
+    theirs.step(*data())
+    spent: list[Spent] = []
+    base: list[Spent] = []
+    while len(spent) < case.steps:
+        base += [theirs.step(*data()) for _ in range(BLOCK // 4)]
+        spent += [ours.step(*data()) for _ in range(min(BLOCK, case.steps - len(spent)))]
+    mean, of_sgd = (Spent(*map(statistics.fmean, zip(*taken))) for taken in (spent, base))
+    return row(f"{case.steps} default steps", mean, of_sgd)
+
+
+def row(name: str, taken: Spent, base: Spent) -> Row:
+    return Row(
+        name,
+        wall=1e3 * taken.wall,
+        within=1e3 * taken.inside,
+        inside=1 + taken.inside / base.wall,
+        whole=taken.wall / base.wall,
+        whole_cpu=taken.cpu / base.cpu,
+    )
+
+
+def measure(case: Case) -> list[Row]:
+    """The table of one case."""
+    torch.set_num_threads(case.threads)
+    rows = compare(case)
+    return [*rows, run_default(case)] if case.steps else rows
+
+
+def show(case: Case, rows: list[Row]) -> None:
+    shape = "channels last" if case.channels_last else "channels first"
+    print(f"\nResNet-{case.depth}, batch {case.batch}, {case.device}, {case.threads} thread(s), {shape}")
+    print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}")
+    for r in rows:
+        print(f"{r.name:24}{r.wall:9.1f}{r.within:11.1f}{r.inside:14.3f}{r.whole:8.3f}{r.whole_cpu:11.3f}", flush=True)
+
+
+def machine(device: str) -> str:
+    """The processor's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git(*command: str) -> str:
+    return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=PROFILES, help="a table of cases, instead of the one below")
+    for name, default in asdict(Case()).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(default, bool):
+            parser.add_argument(flag, default=default, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(flag, default=default, type=type(default))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = measure(options)
-    for name, row in rows.items():
-        print(f"{name:32} {row['seconds'] * 1e3:9.1f} ms  {row['ratio']:.3f}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result = {
-        "command": f"python benchmarks/overhead.py --depth {options.depth} --batch {options.batch} "
-        f"--rounds {options.rounds} --threads {options.threads} --device {options.device}",
+    options = vars(parser.parse_args())
+    profile, out = options.pop("profile"), options.pop("out")
+    cases = PROFILES[profile] if profile else [Case(**options)]
+    result: dict[str, Any] = {
+        "machine": machine(cases[0].device),
+        "python": platform.python_version(),
         "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine(),
-        "commit": commit.stdout.strip(),
-        "rows": rows,
+        "natgrad": natgrad.__version__,
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else ""),
+        "cases": [],
     }
-    options.out.mkdir(exist_ok=True)
-    name = f"overhead-resnet{options.depth}-{options.batch}-{options.device}.json"
-    (options.out / name).write_text(json.dumps(result, indent=1) + "\n")
+    for case in cases:
+        rows = measure(case)
+        show(case, rows)
+        result["cases"].append({**asdict(case), "rows": [r._asdict() for r in rows]})
+    out.mkdir(exist_ok=True, parents=True)
+    name = profile or f"resnet{cases[0].depth}-{cases[0].batch}-{cases[0].device}"
+    (out / f"overhead-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -113,12 +113,12 @@ def test_ranks_agree_on_what_rank_0_says():
     assert said == [[5, 0]] * 3
 
 
-def test_the_best_has_the_highest_mean_accuracy_then_the_lowest_loss():
+def test_the_best_has_the_lowest_mean_loss_on_the_validation_images():
     def runs(*ends):
         return [{"evaluations": [{"accuracy": 2.0, "loss": 0.0}, {"accuracy": a, "loss": loss}]} for a, loss in ends]
 
     results = [runs((0.8, 0.1)), runs((0.9, 0.5)), runs((1.0, 0.3), (0.8, 0.5)), runs((0.9, None)), runs((1.0, 9.0))]
-    assert ranking(results) == [4, 2, 1, 3, 0]
+    assert ranking(results) == [0, 2, 1, 4, 3]
 
 
 def test_a_grid_is_tried_whole_or_in_a_fixed_part():

@@ -123,7 +123,10 @@ def test_the_findings_say_what_the_table_shows(folder):
     said = findings(read([folder]))
     assert said[0] == "Tuned SGD ends with 82.00 % after 4 steps (the goal)."
     assert said[1] == "SP-NGD reaches the goal after 3 of 4 steps, in 3.00 s."
-    assert said[2] == "SP-NGD trained for 2 steps has train loss 0.1000, below SGD's 0.1800 after 4."
+    assert said[2] == (
+        "SP-NGD trained for 2 steps reaches the goal after 2 and ends with 90.00 %; "
+        "its train loss is 0.1000, below SGD's 0.1800 after 4."
+    )
     assert said[3] == "Tuning SP-NGD chose lr at the edge of its grid; a wider grid may be better."
     assert len(said) == 4
 

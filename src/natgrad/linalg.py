@@ -17,7 +17,9 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
     step along the plain gradient, not a lost run.
     """
     if matrix.shape[-1] <= 2:
-        return _small_inverse(matrix, damping)
+        inverse, good = _closed_form(matrix, damping)
+        if bool(good.all()):
+            return inverse, 0
     factor, good = _cholesky(matrix, damping)
     if bool(good.all()):  # the one time that the host waits for the device
         return torch.cholesky_inverse(factor), 0
@@ -37,29 +39,25 @@ def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     damped = matrix.clone()
     damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
     factor, info = torch.linalg.cholesky_ex(damped)
-    return factor, (info == 0) & torch.isfinite(factor.diagonal(dim1=1, dim2=2).sum(1))  # inf has a root: inf
+    roots = factor.diagonal(dim1=1, dim2=2).sum(1)
+    return factor, info + 0 * roots == 0  # infinity has a root, and 0 times it is not 0
 
 
-def _small_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
-    """1x1 and 2x2 blocks in closed form (SP-NGD eq. 17).
+def _closed_form(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverses of 1x1 and 2x2 blocks (SP-NGD eq. 17), and which [b] can be trusted.
 
-    A positive block's determinant is at least damping^2; where rounding says less, the entry b beside the diagonal
-    is shortened until it is. Blocks with a negative diagonal or without finite values get the identity over damping.
+    A positive block's determinant is at least damping^2; if it is less, rounding has eaten it. Its squares must
+    neither overflow nor vanish.
     """
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    bad = ~((diagonal >= 0).all(1) & torch.isfinite(matrix.sum((1, 2))))
-    if matrix.shape[-1] == 1:
-        inverse = 1 / (matrix + damping[:, None, None])
-    else:
-        scale = diagonal.amax(1) + damping  # entries in its units: squares neither overflow nor vanish
-        a, d = ((diagonal + damping[:, None]) / scale[:, None]).unbind(1)
-        floor = (damping / scale).square()
-        limit = (a * d - floor).clamp_min(0).sqrt()
-        b = torch.clamp((matrix[:, 0, 1] + matrix[:, 1, 0]) / (2 * scale), -limit, limit)
-        determinant = torch.maximum(a * d - b * b, floor) * scale
-        inverse = (torch.stack([d, -b, -b, a], -1) / determinant[:, None]).unflatten(1, (2, 2))
-    last = torch.diag_embed((1 / damping)[:, None].expand_as(diagonal))
-    return torch.where(bad[:, None, None], last, inverse), int(bad.sum())
+    limits = torch.finfo(matrix.dtype)
+    a, *rest = (matrix.diagonal(dim1=1, dim2=2) + damping[:, None]).unbind(1)
+    if not rest:
+        return (1 / a)[:, None, None], (a >= damping) & (a <= limits.max)
+    d, b = rest[0], matrix[:, 0, 1]
+    determinant = a * d - b * b
+    least = damping.square().clamp_min(limits.tiny / limits.eps)
+    inverse = torch.stack([d, -b, -b, a], -1) / determinant[:, None]
+    return inverse.unflatten(1, (2, 2)), (a > 0) & (determinant >= least) & (determinant <= limits.max)
 
 
 def mean_eigenvalue(matrix: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from natgrad.curvature.base import (
     block_diagonal,
     wanted_rows,
 )
-from natgrad.layers.base import Layer, Shape, moment
+from natgrad.layers.base import Layer, Shape, gram_cost, moment
 from natgrad.linalg import damped_inverse
 
 
@@ -50,7 +50,7 @@ class InputMoment(Moment):
             return layer.second_moment(x)
         b, _, i = layer.shape
         index = draw(total, wanted_rows(self.samples, i))
-        if index is None or layer.second_moment_cost(x) <= len(index) * b * i * i:
+        if index is None or layer.second_moment_cost(x) <= b * gram_cost(len(index), i):
             return layer.second_moment(x)
         return moment(layer.rows(x, index), mean=True)
 

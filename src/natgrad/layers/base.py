@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-
-BANDED = 512  # from this dimension on a third of the products is saved (docs/math.md)
+BANDED = 256  # from this dimension on a third of the products is saved on CPUs (docs/math.md)
 CACHED = 2**16  # numbers that stay in a core's cache while they are worked on
 
 
@@ -81,7 +80,7 @@ class Layer(ABC):
     def second_moment_cost(self, x: Tensor) -> float:
         """Multiplications that `second_moment` takes, to be weighed against a sample of rows."""
         n, s = self.count(x)
-        return float(n * s * self.shape.blocks * self.shape.inner**2)
+        return self.shape.blocks * gram_cost(n * s, self.shape.inner)
 
     def mean_square(self, x: Tensor) -> Tensor:
         """The diagonal of `second_moment` [b, i]."""
@@ -115,7 +114,7 @@ def moment(rows: Tensor, mean: bool) -> Tensor:
 def gram(rows: Tensor) -> Tensor:
     """The sum over rows [m, d] of r r^T, in bands on and right of the diagonal where that pays."""
     size = rows.shape[1]
-    if size < BANDED:
+    if size < BANDED or rows.is_cuda:
         return rows.T @ rows
     total, width = rows.new_empty(size, size), math.ceil(size / 3)
     for start in range(0, size, width):
@@ -124,6 +123,11 @@ def gram(rows: Tensor) -> Tensor:
         total[start:stop, start:] = band
         total[stop:, start:stop] = band[:, stop - start :].T
     return total
+
+
+def gram_cost(rows: int, size: int) -> float:
+    """Multiplications of `gram`."""
+    return rows * size**2 * (1.0 if size < BANDED else 2 / 3)
 
 
 def promote(x: Tensor) -> Tensor:

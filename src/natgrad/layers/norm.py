@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,16 +21,30 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from natgrad.layers.base import Layer, Shape, layer_of, portions, promote, take, weight_and_bias, with_ones
 
 
-class Inputs(NamedTuple):
+@dataclass
+class Inputs:
     """Rows [n, s, c] to be multiplied with gradients, and which of their samples (None: all).
 
     With a mean and a scale that a sample's places share, rows are raw: x_hat = (rows - mean) * scale.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     chosen: Tensor | None = None
     mean: Tensor | None = None
     scale: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The rows, let go unless another pass may come: autograd is about to free the same memory."""
+        rows = self.rows
+        assert rows is not None
+        if not _private("_get_current_graph_task_keep_graph", lambda: True)():
+            self.rows = None
+        return rows
+
+
+def _private(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of autograd that has no public name yet."""
+    return getattr(getattr(torch._C, "_autograd", None), name, otherwise)
 
 
 class Norm(Layer):
@@ -70,9 +85,9 @@ class Norm(Layer):
 
     def unit_gradients(self, inputs: Inputs, dy: Tensor, samples: Tensor | None) -> Tensor:
         """Per-sample gradients [m, c, i], the sums over places of dy * [x_hat, 1], in portions that stay in cache."""
-        rows, chosen, mean, scale = inputs
+        mean, scale = inputs.mean, inputs.scale
         parts = []
-        for a, g in zip(portions(rows, chosen), portions(self.places(dy), samples)):
+        for a, g in zip(portions(inputs.take(), inputs.chosen), portions(self.places(dy), samples)):
             g = promote(g)
             parts.append(torch.stack([(g * a).sum(1), g.sum(1)]))
         product, total = torch.cat(parts, 1)
@@ -128,11 +143,11 @@ def saved_by(output: Tensor | None) -> Saved | None:
     node = None if output is None else output.grad_fn
     if node is None or node.name() not in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0"):
         return None
-    hooked = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooked is None or hooked(False) is not None:
+    if _private("_top_saved_tensors_default_hooks", lambda _: "unknown")(False) is not None:
         return None
     found = [getattr(node, f"_saved_{name}", None) for name in ("input", "result1", "result2")]
-    return Saved(*found) if all(isinstance(t, Tensor) for t in found) else None
+    tensors = [t for t in found if isinstance(t, Tensor)]
+    return Saved(*tensors) if len(tensors) == len(found) else None
 
 
 class GroupNorm(Norm):

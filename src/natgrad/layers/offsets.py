@@ -7,6 +7,10 @@ border. R for all offsets is the weight gradient of a (k, 2l-1) convolution of x
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -26,11 +30,17 @@ def offset_moment(
     n, c, h, w = x.shape
     out_h, out_w = h + 2 * p - d * (k - 1), w + 2 * q - e * (kw - 1)
     r = _correlations(x, k, kw, d, e)  # [k, 2l-1, c, c]: offsets (0..k-1, -(kw-1)..kw-1)
+    below = (k - 1) * d  # zeros between samples, so that shifted lines of all samples are one product
+
+    @cache
+    def column(number: int) -> Tensor:  # of all images, as rows [n*(h+below), c]
+        return pad(x[:, :, :, number].transpose(1, 2), (0, 0, 0, below)).flatten(0, 1)
+
     size = k * kw * c
     moment = x.new_empty(size + biased, size + biased)
     blocks = moment[:size, :size].unflatten(0, (k, kw * c)).unflatten(2, (k, kw * c))  # [i, (j, c), l, (m, c)]
     for a in range(k):  # row offset between the taps
-        columns = _column_level(x, r[a], a * d, kw, q, e, out_w)
+        columns = _column_level(column, w, r[a], a * d, kw, q, e, out_w)
         for i in range(k - a):
             block = columns
             for row in _outside(i * d - p, out_h, h):
@@ -50,13 +60,12 @@ def _correlations(x: Tensor, k: int, kw: int, d: int, e: int) -> Tensor:
     """R(a d, b e) for a in 0..k-1, b in -(kw-1)..kw-1, as [k, 2l-1, c, c]."""
     c = x.shape[1]
     weight = x.new_empty(c, c, k, 2 * kw - 1)
-    total = None
-    for part in x.split(max(1, CHUNK // max(1, x[0].numel()))):
+    total = torch.zeros_like(weight)
+    for part in x.split(max(1, CHUNK // max(1, math.prod(x.shape[1:])))):
         below = pad(part, (0, 0, 0, (k - 1) * d))
-        gradient = torch.ops.aten.convolution_backward(
+        total += torch.ops.aten.convolution_backward(
             part, below, weight, None, (1, 1), (0, (kw - 1) * e), (d, e), False, (0, 0), 1, (False, True, False)
-        )[1]  # gradient[o, i, a, b] = sum x[o](q) x[i](q + offset)
-        total = gradient if total is None else total + gradient
+        )[1]  # [o, i, a, b] = sum x[o](q) x[i](q + offset)
     return total.permute(2, 3, 0, 1).contiguous()
 
 
@@ -65,23 +74,20 @@ def _outside(first: int, outputs: int, length: int) -> list[int]:
     return [r for r in range(length) if not first <= r < first + outputs]
 
 
-def _column_level(x: Tensor, r: Tensor, a: int, kw: int, q: int, e: int, out_w: int) -> Tensor:
+def _column_level(
+    column: Callable[[int], Tensor], w: int, r: Tensor, a: int, kw: int, q: int, e: int, out_w: int
+) -> Tensor:
     """B(a) [(j, c), (m, c)]: correlations at row offset a, less first pixels in columns that tap j does not read."""
-    c, h, w = x.shape[1:]
-    tap = torch.arange(kw, device=x.device)
+    tap = torch.arange(kw, device=r.device)
     result = r[tap - tap[:, None] + kw - 1]  # [j, m, c, c]
     for j in range(kw):
-        for column in _outside(j * e - q, out_w, w):
+        for number in _outside(j * e - q, out_w, w):
             for m in range(kw):
-                if 0 <= column + (m - j) * e < w:
-                    first, second = x[:, :, : h - a, column], x[:, :, a:, column + (m - j) * e]
-                    result[j, m] -= _pixels(first).T @ _pixels(second)
-    return result.transpose(1, 2).reshape(kw * c, kw * c)
-
-
-def _pixels(line: Tensor) -> Tensor:
-    """A line [n, c, w] as rows [n*w, c]."""
-    return line.transpose(1, 2).flatten(0, 1)
+                if 0 <= number + (m - j) * e < w:
+                    first, second = column(number), column(number + (m - j) * e)
+                    result[j, m] -= first[: len(first) - a].T @ second[a:]
+    size = kw * r.shape[-1]
+    return result.transpose(1, 2).reshape(size, size)
 
 
 def _strip(first: Tensor, second: Tensor, kw: int, q: int, e: int, out_w: int) -> Tensor:

@@ -34,17 +34,11 @@ class CifarResNet(Architecture):
         blocks, rest = divmod(self.depth - 2, 2 * len(self.widths) or 1)
         if blocks < 1 or rest:
             stages = len(self.widths)
-            raise ValueError(
-                f"depth={self.depth} is not {2 * stages}n + 2 for {stages} stages; try {2 * stages + 2}"
-            )
+            raise ValueError(f"depth={self.depth} is not {2 * stages}n + 2 for {stages} stages; try {2 * stages + 2}")
         if min(self.widths) < 1:
-            raise ValueError(
-                f"widths={self.widths} has a stage without channels; every width must be positive"
-            )
+            raise ValueError(f"widths={self.widths} has a stage without channels; every width must be positive")
         if self.shortcut == "free" and list(self.widths) != sorted(self.widths):
-            raise ValueError(
-                f'widths={self.widths} shrink, which shortcut="free" cannot follow; use shortcut="conv"'
-            )
+            raise ValueError(f'widths={self.widths} shrink, which shortcut="free" cannot follow; use shortcut="conv"')
 
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
         blocks = (self.depth - 2) // (2 * len(self.widths))
@@ -54,9 +48,7 @@ class CifarResNet(Architecture):
 class ResidualNet(nn.Module):
     """x [n, channels, h, w] -> logits [n, classes]."""
 
-    def __init__(
-        self, channels: int, classes: int, widths: tuple[int, ...], blocks: int, shortcut: Shortcut
-    ) -> None:
+    def __init__(self, channels: int, classes: int, widths: tuple[int, ...], blocks: int, shortcut: Shortcut) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(widths[0])

@@ -162,6 +162,7 @@ class SecondOrder(Views, Optimizer):
 
     def reduce(self) -> None:
         """Average gradients over ranks now, to look at them or to clip them before `step()`."""
+        self.world.sent.clear()
         self.gradients.average([p for g in self.param_groups for p in g["params"]])
 
     def sample(self, output: Tensor) -> None:
@@ -183,7 +184,8 @@ class SecondOrder(Views, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.world.sent.clear()
+        if not self.gradients.reduced:  # else traffic counts from reduce()
+            self.world.sent.clear()
         for group in self.param_groups:
             checks.check_group(group)
         step, scale, bad = self._steps() + 1, *self._loss_scale()

@@ -18,14 +18,14 @@ class Gradients:
         self.world = world
         self.max_norm = max_norm
         self.mode = world.gradients if world.size > 1 else "averaged"
-        self._reduced = False
+        self.reduced = False
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average `.grad` over ranks in place, unless a wrapper has done so."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if not self._reduced and self._are_local(gradients):
+        if not self.reduced and self._are_local(gradients):
             self.world.mean(gradients, "gradients")
-        self._reduced = True
+        self.reduced = True
 
     def agree(self, cells: Sequence[Cell], bad: bool, look: bool) -> list[bool] | None:
         """Which cells have a gradient on any rank; None if a gradient is not finite on any.
@@ -42,9 +42,9 @@ class Gradients:
         flags = torch.tensor([float(bad), *map(float, here)], dtype=torch.float64)
         self.world.max([flags], "scalars")
         if flags[0] > 0:
-            self._reduced = False
+            self.reduced = False
             return None
-        if (look or self.mode == "auto") and not self._reduced:
+        if (look or self.mode == "auto") and not self.reduced:
             self._are_local(gradients)
         return [bool(f) for f in flags[1:]]
 
@@ -67,8 +67,8 @@ class Gradients:
     def to_owners(self, cells: Sequence[Cell], present: Sequence[bool], scale: float) -> dict[int, Tensor]:
         """The mean gradients [b, o, i] of the cells that this rank owns, unscaled and clipped."""
         chosen = [k for k, here in enumerate(present) if here]
-        local = self.mode == "local" and not self._reduced
-        self._reduced = False
+        local = self.mode == "local" and not self.reduced
+        self.reduced = False
         parcels = [Parcel(_gradient(p), cells[k].owner) for k in chosen for p in cells[k].layer.parameters]
         received = iter(self.world.reduce(parcels, "gradients") if local else [p.tensor for p in parcels])
         divisor = scale * (self.world.size if local else 1)

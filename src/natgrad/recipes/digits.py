@@ -16,7 +16,7 @@ def digits_sgd() -> Recipe:
     Cost: seconds on two cores.
     Result: not measured on its own; natgrad compare digits measures it over seeds.
     """
-    return _digits(Sgd(lr=0.1, momentum=0.9, nesterov=True))
+    return _digits(Sgd(lr=0.4, momentum=0.9, nesterov=True))
 
 
 def digits_spngd() -> Recipe:
@@ -26,7 +26,7 @@ def digits_spngd() -> Recipe:
     Cost: seconds on two cores.
     Result: not measured on its own; natgrad compare digits measures it over seeds.
     """
-    return _digits(SpNgd(lr=0.1, damping=1e-3))
+    return _digits(SpNgd(lr=0.03, damping=1e-3))
 
 
 def digits_kfac() -> Recipe:
@@ -36,9 +36,9 @@ def digits_kfac() -> Recipe:
     Cost: seconds on two cores.
     Result: not measured yet.
     """
-    return _digits(KFac(lr=0.1, damping=1e-3, refresh=2))
+    return _digits(KFac(lr=0.03, damping=1e-3, refresh=2))
 
 
 def _digits(optimizer: Settings) -> Recipe:
-    model = CifarResNet(depth=14, widths=(8, 16, 32))
+    model = CifarResNet(depth=8, widths=(16, 32, 64))
     return Recipe(Digits(), model, optimizer, batch=479, epochs=8)

@@ -63,7 +63,8 @@ def accuracy(results: Results) -> Figure:
     if target is not None and results.tuned:
         label = f"{results.baseline.name}'s final accuracy"
         by_step.annotate(label, (0, target), (4, 3), textcoords="offset points", fontsize=8.5, color="#555555")
-    by_time.legend(loc="lower right")
+    if by_time.lines:
+        by_time.legend(loc="lower right")
     return figure
 
 

@@ -138,8 +138,10 @@ def _reaching(row: Row, base: Row) -> str:
 def _shorter(row: Row, base: Row) -> str:
     ours, theirs = median(row.train_loss), median(base.train_loss)
     side = "below" if ours < theirs else "not below"
+    end = f"ends with {100 * median(row.accuracy):.2f} %"
+    reach = f"reaches the goal after {row.steps:g} and {end}" if math.isfinite(row.steps) else end
     return (
-        f"{row.name} trained for {row.budget} steps has train loss {ours:.4f}, "
+        f"{row.name} trained for {row.budget} steps {reach}; its train loss is {ours:.4f}, "
         f"{side} {base.name}'s {theirs:.4f} after {base.budget}."
     )
 

@@ -25,7 +25,7 @@ class Protocol:
     """Processes to start on this machine; under torchrun its own ranks count."""
     out: str | None = None
     """Folder for the results; None: runs/compare- and the task's name."""
-    trials: int = 24
+    trials: int = 16
     """Points of its grid that each contender may try."""
     finalists: int = 6
     """The best of these points, which are tried with two more seeds before one is chosen."""

@@ -70,14 +70,14 @@ def _numbers(values: tuple[Any, ...]) -> bool:
 
 SGD = Contender(
     "SGD",
-    Sgd(),
-    {"lr": (0.1, 0.2, 0.4, 0.8), "momentum": (0.8, 0.9, 0.95), "nesterov": (False, True)},
+    Sgd(nesterov=True),
+    {"lr": (0.2, 0.4, 0.8, 1.6), "momentum": (0.8, 0.9, 0.95, 0.98)},
 )
 
 SP_NGD = Contender(
     "SP-NGD",
-    SpNgd(coefficient="tied"),
-    {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)},
+    SpNgd(),
+    {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-3, 1e-2, 1e-1, 1.0)},
 )
 
 DIGITS = Task(
