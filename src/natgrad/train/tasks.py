@@ -77,14 +77,14 @@ SGD = Contender(
 SP_NGD = Contender(
     "SP-NGD",
     SpNgd(),
-    {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-3, 1e-2, 1e-1, 1.0)},
+    {"lr": (0.003, 0.006, 0.012, 0.025), "damping": (1e-4, 3e-4, 1e-3, 3e-3)},
 )
 
 DIGITS = Task(
     name="digits",
-    about="scikit-learn's digits on a narrow ResNet-14, batch a third of the training images, 24 steps",
+    about="scikit-learn's digits on ResNet-8, batch a third of the training images, 24 steps",
     data=Digits(),
-    model=CifarResNet(depth=14, widths=(8, 16, 32)),
+    model=CifarResNet(depth=8, widths=(16, 32, 64)),
     contenders=(SGD, SP_NGD),
     steps=24,
     batch_share=1 / 3,
