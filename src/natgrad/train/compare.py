@@ -2,7 +2,7 @@
 on.
 
     tuning   every contender: the same number of points of its own grid, the best of them again with other seeds,
-             judged on images held out of training
+             judged on images held out of training; a contender that claims to need fewer steps is tuned for those
     final    the best of each, on all training images: fresh seeds, the full budget of steps and half of it
 
 The learning rate falls along the same cosine for all; only its start is tuned. All trials run in this one
@@ -75,12 +75,12 @@ def tune(work: "Work") -> list[Tuned] | None:
     """Try every contender's points, the best of them again, and choose; None where stopped."""
     tuned = []
     for contender in work.contenders:
-        points = contender.points(work.protocol.trials)
+        points, steps = contender.points(work.protocol.trials), work.tuned_for(contender)
         results: list[list[Any]] = [[] for _ in points]
         order = list(range(len(points)))
         for seeds in (TUNING_SEEDS[:1], TUNING_SEEDS[1:]):
             for place, seed in product(order, seeds):
-                result = work.result(Trial(contender, points[place], seed, work.steps, final=False))
+                result = work.result(Trial(contender, points[place], seed, steps, final=False))
                 if result is None:
                     return None
                 results[place].append(result)
@@ -142,9 +142,13 @@ class Work:
         self.tuning = hold_out(splits, protocol.held_out, seed=0)
         self.done = 0
         again = min(protocol.finalists, protocol.trials) * (len(TUNING_SEEDS) - 1)
-        tuning = (protocol.trials + again) * self.steps
-        total = len(self.contenders) * (tuning + protocol.seeds * sum(self.budgets))
+        tuning = (protocol.trials + again) * sum(self.tuned_for(contender) for contender in self.contenders)
+        total = tuning + len(self.contenders) * protocol.seeds * sum(self.budgets)
         self.display = Display(f"compare {task.name}", total) if world.rank == 0 else None
+
+    def tuned_for(self, contender: Contender) -> int:
+        """Return the number of steps that a contender's settings are chosen for."""
+        return max(1, round(contender.share * self.steps))
 
     def result(self, trial: Trial) -> Any:
         """Return a trial's result, remembered or made now (true on ranks but 0); None where stopped."""

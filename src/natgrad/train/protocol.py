@@ -76,7 +76,12 @@ def check(task: Task, protocol: Protocol) -> None:
 def plan_of(task: Task, protocol: Protocol) -> Any:
     """Return all that decides the results, as JSON gives it back; only equal plans share results."""
     contenders = [
-        {"name": contender.name, "base": described(contender.base), "space": dict(contender.space)}
+        {
+            "name": contender.name,
+            "base": described(contender.base),
+            "space": dict(contender.space),
+            "share": contender.share,
+        }
         for contender in task.chosen(protocol.contenders)
     ]
     plan = {

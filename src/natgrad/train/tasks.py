@@ -23,6 +23,8 @@ class Contender:
     name: str
     base: Settings
     space: Mapping[str, tuple[Any, ...]]
+    share: float = 1.0
+    """Share of the task's steps that it is tuned for."""
 
     def points(self, trials: int) -> list[dict[str, Any]]:
         """Return `trials` points of the grid; fewer than all are drawn at random, always the same."""
@@ -78,6 +80,7 @@ SP_NGD = Contender(
     "SP-NGD",
     SpNgd(),
     {"lr": (0.003, 0.006, 0.012, 0.025), "damping": (1e-4, 3e-4, 1e-3, 3e-3)},
+    share=0.5,
 )
 
 DIGITS = Task(
