@@ -27,7 +27,7 @@ def run(name, budget, seed, accuracies, seconds=0.5, second_order=False):
     """A run whose step takes `seconds` and whose accuracies are given."""
     numbers = range(1, len(accuracies) + 1)
     steps = [
-        {"step": n, "loss": 1 / n, "seconds": seconds, "elapsed": n * seconds, "stages": {"forward": 0.2}}
+        {"step": n, "loss": 1 / n, "seconds": seconds, "elapsed": n * seconds, "stages": {"network": 0.2}}
         for n in numbers
     ]
     if second_order:

@@ -60,6 +60,7 @@ def test_every_optimizer_learns_and_tells(splits, optimizer):
     for record in records:
         json.dumps(record.second_order)
         assert all(seconds >= 0 for seconds in record.stages.values())
+        assert sum(record.stages.values()) == pytest.approx(record.seconds, rel=0.05)
         assert record.images_per_second > 0
     if isinstance(optimizer, SpNgd | KFac):
         assert 0 <= records[-1].second_order["refreshed"] <= 1

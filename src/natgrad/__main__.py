@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 USAGE = """natgrad: second-order training with very large mini-batches
 
@@ -158,5 +159,15 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
 }
 
+
+def leave(code: int) -> NoReturn:
+    """End the process. A rank ends without Python's clean-up: gloo's threads may be in its way, which aborts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

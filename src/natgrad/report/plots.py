@@ -20,8 +20,7 @@ from natgrad.report.table import goal
 
 STAGES = {
     "data": "#D9D9D9",
-    "forward": "#56B4E9",
-    "backward": "#0072B2",
+    "network": "#0072B2",
     "measure": "#E69F00",
     "messages": "#CC79A7",
     "factor": "#D55E00",
@@ -56,7 +55,7 @@ def accuracy(results: Results) -> Figure:
     ends = [value for curve in results.curves for value in curve.ends("accuracy")]
     if ends:
         by_step.set_ylim(max(0.0, 1 - 6 * (1 - min(ends)) - 0.05), min(1.0, max(ends) + 0.02))
-    by_step.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    by_step.yaxis.set_major_formatter(PercentFormatter(1.0))
     by_step.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_step.set_title("Test accuracy by step")
     by_time.set_title("Test accuracy by time")
@@ -141,14 +140,16 @@ def intervals(results: Results) -> Figure | None:
 
 
 def tuning(results: Results) -> Figure | None:
-    """What tuning tried: accuracy on the held-out images by learning rate; None where nothing was tuned."""
+    """What tuning tried: held-out accuracy by learning rate, near the best; None where nothing was."""
     if not results.tuned:
         return None
     figure = Figure(figsize=(10.4, 3.2), layout="constrained")
     plots = np.atleast_1d(np.asarray(figure.subplots(1, len(results.tuned), sharey=True)))
     for axes, entry, shade in zip(plots, results.tuned, COLOURS):
         _trials(axes, entry, shade)
-    plots[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    tried = [trial["accuracy"] for entry in results.tuned for trial in entry["trials"]]
+    plots[0].set_ylim(bottom=max(min(tried) - 0.01, max(tried) - 0.15))
+    plots[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 

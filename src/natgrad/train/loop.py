@@ -125,9 +125,8 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
     inputs = job.splits.augment(inputs, torch.Generator().manual_seed(seed))
     clock.lap("data")
     loss = F.cross_entropy(job.model(inputs), labels, reduction="sum") * (job.world.size / batch.total)
-    clock.lap("forward")
     loss.backward()
-    clock.lap("backward")
+    clock.lap("network")
     job.optimizer.step()
     job.optimizer.zero_grad()
     clock.lap("update")
@@ -162,9 +161,10 @@ def _second_order_seconds(optimizer: Optimizer) -> dict[str, float]:
 def _split(laps: dict[str, float], before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """Split the optimizer's lap into the stages that it has counted itself."""
     inner = {stage: seconds - before.get(stage, 0.0) for stage, seconds in after.items()}
-    told = sum(inner.values()) - inner.get("update", 0.0)
-    rest = max(0.0, laps["update"] - told)
-    return {**laps, **inner, "update": rest}
+    measured = inner.get("measure", 0.0)  # by hooks, while the network runs
+    told = sum(inner.values()) - inner.get("update", 0.0) - measured
+    rest = {"network": max(0.0, laps["network"] - measured), "update": max(0.0, laps["update"] - told)}
+    return {**laps, **inner, **rest}
 
 
 def _second_order(optimizer: Optimizer) -> dict[str, Any]:
