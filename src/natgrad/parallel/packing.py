@@ -19,7 +19,7 @@ def packed_numel(shape: Sequence[int], symmetric: bool) -> int:
     numel = 1
     for length in shape:
         numel *= length
-    if symmetric and len(shape) >= 2 and shape[-1] == shape[-2]:
+    if symmetric and len(shape) >= 3 and shape[-1] == shape[-2]:  # [b, d, d]; [b, d] is a diagonal
         return numel // shape[-1] * (shape[-1] + 1) // 2
     return numel
 
@@ -53,15 +53,10 @@ def unpack_triangle(packed: Tensor, n: int) -> Tensor:
     return matrix
 
 
-def pack(tensors: Sequence[Tensor], symmetric: Sequence[bool], length: int) -> Tensor:
-    """Tensors of one dtype one behind the other in a buffer of `length`, zeros at the end."""
-    parts = [
-        (pack_triangle(t) if s and packed_numel(t.shape, s) != t.numel() else t).reshape(-1)
-        for t, s in zip(tensors, symmetric)
-    ]
-    used = sum(p.numel() for p in parts)
-    reference = tensors[0] if tensors else torch.empty(0)
-    return torch.cat([*parts, reference.new_zeros(length - used)])
+def pack(tensors: Sequence[Tensor], symmetric: Sequence[bool]) -> Tensor:
+    """Tensors of one dtype one behind the other."""
+    parts = [pack_triangle(t) if packed_numel(t.shape, s) != t.numel() else t for t, s in zip(tensors, symmetric)]
+    return torch.cat([p.reshape(-1) for p in parts])
 
 
 def unpack(buffer: Tensor, shapes: Sequence[Sequence[int]], symmetric: Sequence[bool]) -> list[Tensor]:

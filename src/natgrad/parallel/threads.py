@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from natgrad.parallel.transport import Pending
 from natgrad.parallel.world import World
 
 
@@ -19,22 +20,31 @@ class Threads:
         self.rank, self.size = rank, size
         self._board, self._barrier = board, barrier
 
-    def _exchange(self, tensor: Tensor) -> list[Tensor]:
-        self._board[self.rank] = tensor.detach().clone()
+    def _meet(self, thing: Any) -> list[Any]:
+        """What every rank brings, on every rank."""
+        self._board[self.rank] = thing
         self._barrier.wait()
         everyone = list(self._board)
         self._barrier.wait()  # nobody writes again before all have read
         return everyone
 
     def all_reduce(self, buffer: Tensor, op: str = "sum") -> Tensor:
-        stacked = torch.stack(self._exchange(buffer))
+        stacked = torch.stack(self._meet(buffer.detach().clone()))
         return buffer.copy_(stacked.sum(0) if op == "sum" else stacked.amax(0))
 
-    def reduce_scatter(self, chunks: Tensor) -> Tensor:
-        return torch.stack([c[self.rank] for c in self._exchange(chunks)]).sum(0)
+    def reduce_scatter(self, chunks: Sequence[Tensor]) -> Pending:
+        mine = torch.stack([c[self.rank] for c in self._meet([c.detach().clone() for c in chunks])]).sum(0)
+        return lambda: mine
 
-    def all_gather(self, chunk: Tensor) -> Tensor:
-        return torch.stack(self._exchange(chunk))
+    def all_gather(self, chunk: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        chunks = self._meet(chunk.detach().clone())
+        assert [len(c) for c in chunks] == list(lengths)
+        return chunks
+
+    def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
+        letters = self._meet({r: t.detach().clone() for r, t in out.items()})
+        for rank, tensor in into.items():
+            tensor.copy_(letters[rank][self.rank])
 
 
 def run_threads(size: int, work: Callable[[World], Any], **options: Any) -> list[Any]:

@@ -1,14 +1,15 @@
-"""The ranks in five calls: reduce to owners, gather from owners, and the mean, sum and maximum of small things.
+"""The ranks in a few calls: reduce to owners, gather from owners, send, and mean, sum and maximum of small things.
 
-What travels: `reduce` is one reduce-scatter (each rank receives the sums of what it owns), `gather` one all-gather
-(each rank sends what it owns). Both are one message a data type, tensors one behind the other, symmetric matrices as
-triangles. A world of one sends nothing and takes the same path.
+What travels: `reduce` is one reduce-scatter (each rank receives the sums of what it owns; `begin` starts it and goes
+on), `gather` one all-gather (each rank sends what it owns), `send` one message from rank to rank. All are one message
+a data type, tensors one behind the other, symmetric matrices as triangles. A world of one sends nothing and takes the
+same path.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ class World:
     gradients: whether `.grad` holds this rank's gradient ("local") or already the mean over ranks ("averaged", as
     DistributedDataParallel leaves it). "auto" looks: averaged gradients are equal to the last bit on all ranks.
     wire: torch.bfloat16 or torch.float16 halves the bytes of statistics; None sends them as they are.
+    weights: the same for the new weights that owners send; owners keep them in float32 beside (on several ranks).
+    overlap: gradients of a plain model travel in buckets during the backward pass (see SecondOrder.no_sync).
     """
 
     def __init__(
@@ -43,12 +46,21 @@ class World:
         group: dist.ProcessGroup | Transport | None = None,
         gradients: Gradients = "auto",
         wire: torch.dtype | None = None,
+        weights: torch.dtype | None = None,
+        overlap: bool = False,
     ):
         if gradients not in ("auto", "local", "averaged"):
             raise ValueError(f'World(gradients={gradients!r}): give "auto", "local" or "averaged"')
-        if wire not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"World(wire={wire!r}): give torch.bfloat16, torch.float16 or None")
-        self.gradients, self.wire = gradients, wire
+        for name, dtype in (("wire", wire), ("weights", weights)):
+            if dtype not in (None, torch.bfloat16, torch.float16):
+                raise ValueError(f"World({name}={dtype!r}): give torch.bfloat16, torch.float16 or None")
+        if overlap and gradients == "averaged":
+            raise ValueError(
+                'World(overlap=True, gradients="averaged"): a wrapper that averages gradients overlaps them itself; '
+                "leave overlap off"
+            )
+        self.gradients: Gradients = "local" if overlap else gradients
+        self.wire, self.weights, self.overlap = wire, weights, overlap
         if group is None:
             group = Processes() if dist.is_available() and dist.is_initialized() else Alone()
         elif isinstance(group, dist.ProcessGroup):
@@ -59,22 +71,30 @@ class World:
 
     def _count(self, kind: str, parcels: Sequence[Parcel]) -> None:
         if self.size > 1:
-            self.sent[kind] += sum(packed_numel(p.tensor.shape, p.symmetric) * p.tensor.element_size() for p in parcels)
+            self.sent[kind] += sum(self._numel(p) * p.tensor.element_size() for p in parcels)
 
     def reduce(self, parcels: Sequence[Parcel], kind: str = "other") -> list[Tensor | None]:
         """The sum over ranks of every parcel at its owner, None elsewhere."""
+        return self.begin(parcels, kind)()
+
+    def begin(self, parcels: Sequence[Parcel], kind: str = "other") -> Callable[[], list[Tensor | None]]:
+        """`reduce`, under way while the caller goes on; what is returned waits for the sums."""
         if self.size == 1:
-            return [p.tensor for p in parcels]
+            return lambda: [p.tensor for p in parcels]
         self._count(kind, parcels)
-        results: list[Tensor | None] = [None] * len(parcels)
-        for chunks, length in self._by_owner(parcels):
-            buffer = torch.stack([self._pack(parcels, chunk, length, chunks) for chunk in chunks])
-            mine = chunks[self.rank]
-            received = self.transport.reduce_scatter(buffer)
-            shapes = [parcels[k].tensor.shape for k in mine]
-            for k, tensor in zip(mine, unpack(received, shapes, [parcels[k].symmetric for k in mine])):
-                results[k] = tensor
-        return results
+        under_way = []
+        for chunks in self._by_owner(parcels):
+            buffers = [self._pack(parcels, chunk, chunks) for chunk in chunks]
+            under_way.append((chunks[self.rank], self.transport.reduce_scatter(buffers)))
+
+        def wait() -> list[Tensor | None]:
+            results: list[Tensor | None] = [None] * len(parcels)
+            for mine, received in under_way:
+                for k, tensor in zip(mine, self._unpack(parcels, mine, received())):
+                    results[k] = tensor
+            return results
+
+        return wait
 
     def reduce_narrow(self, parcels: Sequence[Parcel], kind: str = "other") -> list[Tensor | None]:
         """`reduce` in the `wire` type, if there is one.
@@ -101,34 +121,53 @@ class World:
         if self.size == 1:
             return
         self._count(kind, parcels)
-        for chunks, length in self._by_owner(parcels):
-            received = self.transport.all_gather(self._pack(parcels, chunks[self.rank], length, chunks))
+        for chunks in self._by_owner(parcels):
+            lengths = [sum(self._numel(parcels[k]) for k in chunk) for chunk in chunks]
+            received = self.transport.all_gather(self._pack(parcels, chunks[self.rank], chunks), lengths)
             for owner, chunk in enumerate(chunks):
-                if owner == self.rank:
-                    continue
-                shapes = [parcels[k].tensor.shape for k in chunk]
-                values = unpack(received[owner], shapes, [parcels[k].symmetric for k in chunk])
-                for k, value in zip(chunk, values):
+                if owner != self.rank:
+                    for k, value in zip(chunk, self._unpack(parcels, chunk, received[owner])):
+                        parcels[k].tensor.copy_(value)
+
+    def send(self, parcels: Sequence[Parcel], sources: Sequence[int], kind: str = "other") -> None:
+        """Every parcel's tensor at its owner takes the value that it has on its source, in place."""
+        if self.size == 1 or not parcels:
+            return
+        self._count(kind, parcels)
+        for dtype in dict.fromkeys(p.tensor.dtype for p in parcels):
+            routes: dict[tuple[int, int], list[int]] = defaultdict(list)
+            for k, (parcel, source) in enumerate(zip(parcels, sources)):
+                if parcel.tensor.dtype == dtype and source != parcel.owner:
+                    routes[source, parcel.owner].append(k)
+            out = {to: self._pack(parcels, chunk, [chunk]) for (by, to), chunk in routes.items() if by == self.rank}
+            lists = {by: chunk for (by, to), chunk in routes.items() if to == self.rank}
+            into = {by: self._pack(parcels, chunk, [chunk]) for by, chunk in lists.items()}
+            self.transport.exchange(out, into)
+            for by, chunk in lists.items():
+                for k, value in zip(chunk, self._unpack(parcels, chunk, into[by])):
                     parcels[k].tensor.copy_(value)
 
-    def _by_owner(self, parcels: Sequence[Parcel]) -> list[tuple[list[list[int]], int]]:
-        """For each dtype: the parcels of each owner, and the length of the longest owner's buffer."""
+    def _by_owner(self, parcels: Sequence[Parcel]) -> list[list[list[int]]]:
+        """For each dtype: the parcels of each owner."""
         kinds: dict[torch.dtype, list[list[int]]] = {}
         for k, parcel in enumerate(parcels):
             chunks = kinds.setdefault(parcel.tensor.dtype, [[] for _ in range(self.size)])
             chunks[parcel.owner].append(k)
-
-        def length(chunk: list[int]) -> int:
-            return sum(packed_numel(parcels[k].tensor.shape, parcels[k].symmetric) for k in chunk)
-
-        return [(chunks, max(length(chunk) for chunk in chunks)) for chunks in kinds.values()]
+        return list(kinds.values())
 
     @staticmethod
-    def _pack(parcels: Sequence[Parcel], chunk: list[int], length: int, chunks: list[list[int]]) -> Tensor:
+    def _numel(parcel: Parcel) -> int:
+        return packed_numel(parcel.tensor.shape, parcel.symmetric)
+
+    @staticmethod
+    def _pack(parcels: Sequence[Parcel], chunk: list[int], chunks: list[list[int]]) -> Tensor:
         if chunk:
-            return pack([parcels[k].tensor for k in chunk], [parcels[k].symmetric for k in chunk], length)
-        reference = next(parcels[k].tensor for other in chunks for k in other)
-        return reference.new_zeros(length)
+            return pack([parcels[k].tensor for k in chunk], [parcels[k].symmetric for k in chunk])
+        return next(parcels[k].tensor for other in chunks for k in other).new_zeros(0)
+
+    @staticmethod
+    def _unpack(parcels: Sequence[Parcel], chunk: list[int], buffer: Tensor) -> list[Tensor]:
+        return unpack(buffer, [parcels[k].tensor.shape for k in chunk], [parcels[k].symmetric for k in chunk])
 
     def mean(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
         """Every tensor becomes its mean over ranks, in place on all ranks."""
@@ -151,7 +190,6 @@ class World:
         self._count(kind, [Parcel(t, 0) for t in tensors])
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             same = [t for t in tensors if t.dtype == dtype]
-            length = sum(t.numel() for t in same)
-            buffer = self.transport.all_reduce(pack(same, [False] * len(same), length), op)
+            buffer = self.transport.all_reduce(pack(same, [False] * len(same)), op)
             for tensor, value in zip(same, unpack(buffer, [t.shape for t in same], [False] * len(same))):
                 tensor.copy_(value)
