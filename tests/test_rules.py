@@ -49,7 +49,7 @@ def steps_of(options, lrs, count=3):
         opt.step()
         opt.zero_grad()
         path.append([p.detach().clone() for p in model.parameters()])
-    natural = [[c.precondition(g.unsqueeze(0))[0] for c, g in zip(opt.cells, gs)] for gs in gradients]
+    natural = [[c.precondition(g.unsqueeze(0), 0.1)[0] for c, g in zip(opt.cells, gs)] for gs in gradients]
     return path, natural
 
 
@@ -94,7 +94,7 @@ def one_step(options):
         start = model[0].weight.detach().clone()
         opt.step()
         opt.zero_grad()
-        naturals.append(opt.cells[0].precondition(gradients[-1].unsqueeze(0))[0])
+        naturals.append(opt.cells[0].precondition(gradients[-1].unsqueeze(0), 0.1)[0])
         move = (model[0].weight.detach() - start) / -0.1
     return opt, gradients, naturals, move
 
@@ -102,7 +102,7 @@ def one_step(options):
 def test_momentum_before_preconditioning_sees_todays_curvature_in_its_past():
     opt, g, _, move = one_step({"rule": natgrad.Momentum(before=True)})
     buffer = 0.81 * g[0] + 0.9 * g[1] + g[2]
-    assert_close(move, opt.cells[0].precondition(buffer.unsqueeze(0))[0], rtol=1e-9, atol=1e-12)
+    assert_close(move, opt.cells[0].precondition(buffer.unsqueeze(0), 0.1)[0], rtol=1e-9, atol=1e-12)
 
 
 def test_momentum_after_preconditioning_keeps_old_natural_gradients():

@@ -1,10 +1,11 @@
 """natgrad: second-order training with very large mini-batches, on unmodified PyTorch models."""
 
-from natgrad.curvature import Diagonal, Identity, Kronecker, UnitWise
+from natgrad.curvature import Diagonal, EigenKronecker, Full, Identity, Kronecker, UnitWise
 from natgrad.optim import (
     KFAC,
     SPNGD,
     Adam,
+    LayerBlocks,
     Momentum,
     NatgradWarning,
     PredictedChange,
@@ -12,8 +13,10 @@ from natgrad.optim import (
     adam,
     corrected,
     heavy_ball,
+    kfac_blocks,
     plain,
     predicted_change,
+    spngd_blocks,
     tied,
     trust,
 )
@@ -28,9 +31,12 @@ __all__ = [
     "Adam",
     "Adaptive",
     "Diagonal",
+    "EigenKronecker",
     "Every",
+    "Full",
     "Identity",
     "Kronecker",
+    "LayerBlocks",
     "Momentum",
     "NatgradWarning",
     "PredictedChange",
@@ -41,8 +47,10 @@ __all__ = [
     "adam",
     "corrected",
     "heavy_ball",
+    "kfac_blocks",
     "plain",
     "predicted_change",
+    "spngd_blocks",
     "tied",
     "trust",
 ]

@@ -4,24 +4,27 @@ A cell is a view. Every tensor lives in the optimizer's state of the layer's wei
 shapes that are fixed at construction, and is looked up there each time, because trainers replace that dictionary
 when they load a checkpoint. For a statistic X:
 
-    X           the statistic (averaged over time if asked for), at its owner
-    X_inverse   its damped inverse, at its owner
-    X_before    the value before the last, where the staleness rule looks back, at its owner
-    X_damping   the damping that the inverse was made with, at its owner
+    X           the statistic (averaged over time if asked for), at its holder
+    X_before    the value before the last, where the staleness rule looks back, at its holder
+    X_inverse   its damped inverse, at the layer's owner
+    X_damping   the damping that the inverse was made with, on every rank
     X_clock     [next step, interval, previous interval, refreshes], on every rank
+
+The owner has the layer's gradient and makes its step. It holds the statistics too, save where a layer is so large
+that its statistics are inverted on several ranks at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Curvature, Moment
-from natgrad.layers.base import Layer, promote
+from natgrad.layers.base import Layer
 from natgrad.linalg import mean_eigenvalue
 from natgrad.staleness import Memory, Staleness
 
@@ -31,30 +34,52 @@ TELLING = 0.1  # a change of damping by more makes the inverse due
 
 @dataclass(frozen=True)
 class Cell:
-    """A layer, its curvature and its owner. `state` finds the dictionary of the layer's weight."""
+    """A layer, its curvature, its owner and the rank that holds each statistic.
+
+    `state` finds the dictionary of the layer's weight.
+    """
 
     name: str
     layer: Layer
     curvature: Curvature
     owner: int
+    holders: Mapping[str, int]
     state: Callable[[], dict]
     staleness: Callable[[], Staleness]
     decay: float = 0.0
 
-    def allocate(self, state: dict, mine: bool) -> None:
-        """Make every tensor that a rank will ever hold of this cell, the owner (`mine`) or another."""
-        weight = self.layer.parameters[0]
+    @property
+    def keys(self) -> list[str]:
+        """The statistics' names."""
+        return [m.key for m in self.curvature.statistics]
+
+    @property
+    def split(self) -> bool:
+        """Whether other ranks than the owner hold statistics."""
+        return any(holder != self.owner for holder in self.holders.values())
+
+    def place_of(self, name: str) -> int:
+        """The rank that certainly has the state called `name`."""
+        return self.holders.get(name.removesuffix("_before"), self.owner)
+
+    def allocate(self, state: dict, rank: int | None) -> None:
+        """Make every tensor that `rank` will ever hold of this cell; None makes all that any rank holds."""
         for moment in self.curvature.statistics:
-            key = moment.key
+            key, shape = moment.key, moment.shape(self.layer)
             state[f"{key}_clock"] = torch.tensor([0, 1, 1, 0])
-            if not mine:
-                continue
-            shape, options = moment.shape(self.layer), {"dtype": promote(weight).dtype, "device": weight.device}
-            state[key] = torch.zeros(shape, **options)
-            state[f"{key}_inverse"] = torch.zeros(shape, **options)
             state[f"{key}_damping"] = torch.zeros((), dtype=torch.float64)
-            if self.staleness().looks_back > 1:
-                state[f"{key}_before"] = torch.zeros(shape, **options)
+            if rank in (None, self.holders[key]):
+                state[key] = self.zeros(shape)
+                if self.staleness().looks_back > 1:
+                    state[f"{key}_before"] = self.zeros(shape)
+            if rank in (None, self.owner):
+                state[f"{key}_inverse"] = self.zeros(self.curvature.inverse_shape(shape))
+
+    def zeros(self, shape: Sequence[int], device: str | None = None) -> Tensor:
+        """Zeros in the statistics' precision, on the layer's device unless told otherwise."""
+        weight = self.layer.parameters[0]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.zeros(tuple(shape), dtype=dtype, device=device or weight.device)
 
     def clock(self, key: str) -> list[int]:
         return self.state()[f"{key}_clock"].tolist()
@@ -65,62 +90,66 @@ class Cell:
     @property
     def ready(self) -> bool:
         """Whether every statistic has been measured."""
-        return all(self.clock(m.key)[3] > 0 for m in self.curvature.statistics)
+        return all(self.clock(key)[3] > 0 for key in self.keys)
 
     def due(self, step: int) -> tuple[Moment, ...]:
         """The statistics to be measured in this step."""
         return tuple(m for m in self.curvature.statistics if self.clock(m.key)[0] <= step)
 
-    def absorb(self, key: str, value: Tensor, samples: int) -> int:
-        """Take in a fresh statistic at its owner. Returns the steps until the next one, 0 if the value is unusable."""
-        state = self.state()
-        _, interval, previous, refreshes = self.clock(key)
-        last, before = state[key], state.get(f"{key}_before")
+    def look(self, key: str, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A fresh measurement at its holder as the new statistic, and what is to be known of it, float64:
+
+        its sum (not finite: unusable) and |X - Y|, |Y| for each past value Y that the staleness rule asks for
+        (Frobenius norms, SP-NGD section 4.3.1).
+        """
+        state, refreshes = self.state(), self.clock(key)[3]
+        last = state[key]
         kept = min(self.decay, refreshes / (refreshes + 1)) if refreshes else 0.0
         fresh = value.to(last) if kept == 0 else kept * last + (1 - kept) * value.to(last)
-        staleness = self.staleness()
-        older = [last if refreshes > 0 else None, before if refreshes > 1 else None] if staleness.looks_back else []
-        norms = [norm for old in older if old is not None for norm in difference(fresh, old)]
-        total, *numbers = torch.stack([value.sum().to(last), *norms]).tolist()  # the one time that the host waits
+        past = [last, state.get(f"{key}_before")][: min(self.staleness().looks_back, refreshes)]
+        norms = [n for old in past if old is not None for n in (_norm(fresh - old), _norm(old))]
+        return fresh, torch.stack([value.sum().to(last), *norms]).double()
+
+    def keep(self, key: str, fresh: Tensor, known: list[float], samples: int) -> int:
+        """Take in a statistic, given what `look` told. Returns the steps until the next one, 0 if it is unusable."""
+        total, *norms = known
         if not math.isfinite(total):
             return 0
-        changes = [relative(*pair) for pair in zip(numbers[::2], numbers[1::2])] + [None, None]
-        if before is not None:
-            before.copy_(last)
-        last.copy_(fresh)
-        return staleness.next(Memory((changes[0], changes[1]), interval, previous, samples))
+        state = self.state()
+        _, interval, previous, _ = self.clock(key)
+        if f"{key}_before" in state:
+            state[f"{key}_before"].copy_(state[key])
+        state[key].copy_(fresh)
+        changes = [relative(*pair) for pair in zip(norms[::2], norms[1::2])] + [None, None]
+        return self.staleness().next(Memory((changes[0], changes[1]), interval, previous, samples))
 
-    def factor(self, damping: float, fresh: set[str]) -> int:
-        """Invert what is fresh, and what was made with a damping too far from this one. Returns the retries."""
-        state, retries = self.state(), 0
-        keys = [m.key for m in self.curvature.statistics]
-        stale = [k for k in keys if k in fresh or _far(damping, state[f"{k}_damping"].item())]
-        if not stale or not self.ready:
-            return 0
-        parts = self.curvature.split({k: mean_eigenvalue(state[k]) for k in keys}, damping)
-        for key in stale:
-            inverse, tries = self.curvature.factor(key, state[key], parts[key])
-            state[f"{key}_inverse"].copy_(inverse)
-            state[f"{key}_damping"].fill_(damping)
-            retries += tries
-        return retries
+    def outdated(self, damping: float, fresh: set[str]) -> list[str]:
+        """The statistics to be inverted again: fresh ones, and those inverted with a damping too far from this one.
 
-    def precondition(self, gradient: Tensor) -> Tensor:
+        Every rank comes to the same list.
+        """
+        if not self.ready:
+            return []
+        state = self.state()
+        return [k for k in self.keys if k in fresh or self._far(damping, state[f"{k}_damping"].item())]
+
+    def _far(self, damping: float, used: float) -> bool:
+        return used <= 0 or (abs(damping / used - 1) > TELLING and not self.curvature.redamps)
+
+    def trace(self, key: str) -> Tensor:
+        """The mean eigenvalue of a statistic's blocks [b], at its holder."""
+        return mean_eigenvalue(self.state()[key])
+
+    def precondition(self, gradient: Tensor, damping: float) -> Tensor:
         """The damped natural gradient of this layer, [b, o, i]."""
         state = self.state()
-        inverses = {m.key: state[f"{m.key}_inverse"] for m in self.curvature.statistics}
-        return self.curvature.precondition(inverses, gradient)
+        return self.curvature.precondition({k: state[f"{k}_inverse"] for k in self.keys}, gradient, damping)
 
 
-def difference(value: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """|value - old| and |old| in Frobenius norms (SP-NGD section 4.3.1)."""
-    return torch.linalg.vector_norm(value - old), torch.linalg.vector_norm(old)
+def _norm(value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value)
 
 
 def relative(change: float, norm: float) -> float:
     """A change as a share of what has changed; infinite against nothing."""
     return change / norm if norm > 0 else math.inf
-
-
-def _far(damping: float, used: float) -> bool:
-    return used <= 0 or abs(damping / used - 1) > TELLING

@@ -64,3 +64,27 @@ def mean_eigenvalue(matrix: Tensor) -> Tensor:
     """The trace over the dimension [b], of full blocks [b, d, d] or of diagonals [b, d]."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1) if matrix.dim() == 3 else matrix
     return diagonal.mean(-1)
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Eigenvectors [b, d, d] as columns and eigenvalues [b, d] of symmetric positive matrices, and the retries.
+
+    Negative eigenvalues are rounding and become 0. A block on which the algorithm does not converge is tried again
+    with a share of its trace added to its diagonal (and taken off again), and is finally taken as a multiple of I.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors, values.clamp_min(0), 0
+    except torch.linalg.LinAlgError:
+        if len(matrix) > 1:
+            parts = [eigen(block.unsqueeze(0)) for block in matrix]
+            return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), sum(p[2] for p in parts)
+    eye, mean = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device), mean_eigenvalue(matrix)
+    for retry in range(1, ATTEMPTS + 1):
+        shift = mean * torch.finfo(matrix.dtype).eps * GROWTH**retry
+        try:
+            values, vectors = torch.linalg.eigh(matrix + shift[:, None, None] * eye)
+            return vectors, (values - shift[:, None]).clamp_min(0), retry
+        except torch.linalg.LinAlgError:
+            continue
+    return eye.expand_as(matrix).clone(), mean[:, None].expand(matrix.shape[:2]).clone(), ATTEMPTS

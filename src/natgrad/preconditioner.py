@@ -1,8 +1,9 @@
 """All layers over all ranks: what is measured next, and how measurements become inverses at their owners.
 
-One refresh:  sums on every rank -> one small sum of counts (how many samples everyone saw) -> moments to their owners
-(triangles) -> owners average, decide when to measure again, factor -> one small sum tells all ranks the intervals.
-With nothing stale nothing is sent.
+One refresh:  sums on every rank -> one small sum of counts (how many samples everyone saw) -> moments to their holders
+(triangles) -> holders average and decide when to measure again -> one small sum tells all ranks the intervals ->
+holders invert. Where a layer is split over ranks, its holders first tell each other the traces (one small sum), by
+which the damping is divided, and then send the inverses to the layer's owner. With nothing stale nothing is sent.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from natgrad.capture import Capture, Key, Measured, Sampler, Watch
 from natgrad.cell import DORMANT, Cell
+from natgrad.inversion import Inversion
 from natgrad.parallel import Parcel, World
 
 
@@ -79,19 +82,30 @@ class Preconditioner:
             seen = [(key, n) for key, n in zip(plan, ranks) if n > 0]
             parcels = [self._parcel(key, measured, n, scale, reduction) for key, n in seen]
             received = self.world.reduce_narrow(parcels, "statistics")
-        intervals = torch.zeros(len(seen), dtype=torch.int64)
-        fresh: dict[int, set[str]] = {}
         with self.timed("factor"):
-            for place, ((index, key), value) in enumerate(zip((key for key, _ in seen), received)):
-                if value is not None:
-                    intervals[place] = self.cells[index].absorb(key, value, round(samples))
-                    fresh.setdefault(index, set()).add(key)
+            intervals = self._absorb([key for key, _ in seen], received, round(samples))
         with self.timed("messages"):
             self.world.sum([intervals], "scalars")
+        self._fresh = {}
         for ((index, key), _), interval in zip(seen, intervals.tolist()):
             self._advance(index, key, step, interval)
-        self._fresh = fresh
+            if interval:
+                self._fresh.setdefault(index, set()).add(key)
         return {index for (index, _), n in zip(plan, ranks) if n == 0}
+
+    def _absorb(self, keys: Sequence[Key], received: Sequence[Tensor | None], samples: int) -> Tensor:
+        """Take in what this rank holds. Returns everyone's intervals [keys], 0 for what others hold or was unusable."""
+        intervals = torch.zeros(len(keys), dtype=torch.int64)
+        mine = [k for k, value in enumerate(received) if value is not None]
+        looks = [self.cells[keys[k][0]].look(keys[k][1], value) for k in mine if (value := received[k]) is not None]
+        if not looks:
+            return intervals
+        numbers = torch.cat([known for _, known in looks]).tolist()  # the one time that the host waits
+        for k, (fresh, known) in zip(mine, looks):
+            index, key = keys[k]
+            intervals[k] = self.cells[index].keep(key, fresh, numbers[: len(known)], samples)
+            del numbers[: len(known)]
+        return intervals
 
     def _parcel(self, key: Key, measured: Measured, ranks: float, scale: float, reduction: str) -> Parcel:
         """A rank's share of a mean over all ranks' samples."""
@@ -99,9 +113,7 @@ class Preconditioner:
         moment = next(m for m in cell.curvature.statistics if m.key == key[1])
         value = measured.sums.get(key)
         if value is None:
-            weight = cell.layer.parameters[0]
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            value = torch.zeros(moment.shape(cell.layer), dtype=dtype, device=weight.device)
+            value = cell.zeros(moment.shape(cell.layer))
         elif moment.order == 0:
             value = value / (measured.weights[key] * ranks)
         else:
@@ -109,7 +121,7 @@ class Preconditioner:
                 reduction, scale = "sum", 1.0  # our own loss, unscaled
             weigh = measured.samples if reduction == "mean" else 1 / measured.samples
             value = value * (weigh / (self.world.size * scale**2))
-        return Parcel(value, cell.owner, moment.symmetric)
+        return Parcel(value, cell.holders[key[1]], moment.symmetric)
 
     def _advance(self, index: int, key: str, step: int, interval: int) -> None:
         cell = self.cells[index]
@@ -121,12 +133,21 @@ class Preconditioner:
             cell.set_clock(key, [step + interval, interval, current, refreshes + 1])
 
     def factor(self, dampings: Sequence[float]) -> None:
-        """Invert, at the owners, what is fresh or was damped otherwise."""
+        """Invert, at their holders, what is fresh or was damped otherwise, and bring it to the owners."""
         fresh, self._fresh = self._fresh, {}
-        with self.timed("factor"):
-            for index, (cell, damping) in enumerate(zip(self.cells, dampings)):
-                if cell.owner == self.world.rank:
-                    self.retries += cell.factor(damping, fresh.get(index, set()))
+        jobs = [
+            (index, key)
+            for index, (cell, damping) in enumerate(zip(self.cells, dampings))
+            for key in cell.outdated(damping, fresh.get(index, set()))
+        ]
+        if jobs:
+            work = Inversion(self.cells, self.world, jobs, dampings)
+            with self.timed("messages"):
+                work.divide()
+            with self.timed("factor"):
+                self.retries += work.invert()
+            with self.timed("messages"):
+                work.deliver()
 
     def sleep(self, index: int) -> None:
         """Do not watch a layer that is not in use."""

@@ -35,14 +35,14 @@ class Cost(NamedTuple):
     """What a curvature asks for, in multiplications and numbers held."""
 
     measure: float
-    factor: float
+    factors: Mapping[str, float]
     precondition: float
     numbers: int
 
     @property
     def work(self) -> float:
         """Multiplications that fall to the layer's owner when everything is refreshed."""
-        return self.factor + self.precondition
+        return sum(self.factors.values()) + self.precondition
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,14 @@ class Moment(ABC):
 
 
 class Curvature(ABC):
-    """How one layer's Fisher looks: pure formulas over its statistics. Subclasses are frozen dataclasses."""
+    """How one layer's Fisher looks: pure formulas over its statistics. Subclasses are frozen dataclasses.
+
+    `redamps`: an inverse serves every damping, which acts in `precondition` instead of `factor`.
+    """
 
     name: str
     statistics: tuple[Moment, ...]
+    redamps = False
 
     @abstractmethod
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
@@ -83,11 +87,20 @@ class Curvature(ABC):
 
     @abstractmethod
     def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
-        """The damped inverse of one statistic, shaped like it, and how many retries it took."""
+        """The damped inverses of a statistic's blocks, and how many retries they took.
+
+        Block by block: the statistics of several layers may be handed in as one, blocks behind blocks.
+        """
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what `factor` makes of a statistic of this shape."""
+        return shape
 
     @abstractmethod
-    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
-        """The damped natural gradient [b, o, i] of a gradient [b, o, i]."""
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
+        """The damped natural gradient [b, o, i] of a gradient [b, o, i]. Unless the curvature `redamps`, the damping
+        is in the inverses already.
+        """
 
     @abstractmethod
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:

@@ -30,7 +30,7 @@ class Diagonal(Curvature):
     def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         return 1 / (statistic + damping[:, None]), 0
 
-    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
         return gradient * inverses["F"].reshape(gradient.shape)
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
@@ -38,4 +38,4 @@ class Diagonal(Curvature):
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         numel = layer.shape.numel
-        return Cost(float(rows * numel), float(numel), float(numel), numel)
+        return Cost(float(rows * numel), {"F": float(numel)}, float(numel), numel)

@@ -26,11 +26,11 @@ class Identity(Curvature):
     def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         raise KeyError(key)
 
-    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
         return gradient.clone()
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         return torch.eye(shape.numel, dtype=torch.float64)
 
     def cost(self, layer: Layer, rows: int) -> Cost:
-        return Cost(0.0, 0.0, float(layer.shape.numel), 0)
+        return Cost(0.0, {}, float(layer.shape.numel), 0)

@@ -112,7 +112,7 @@ class Kronecker(Curvature):
             return 1 / (statistic + damping[:, None]), 0
         return damped_inverse(statistic, damping)
 
-    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
         a, g = inverses["A"], inverses["G"]
         left = g @ gradient if g.dim() == 3 else g.unsqueeze(2) * gradient
         return left @ a if a.dim() == 3 else left * a.unsqueeze(1)
@@ -131,7 +131,7 @@ class Kronecker(Curvature):
         a_side, g_side = (1 if self.diagonal_a else i), (1 if self.diagonal_g else o)
         return Cost(
             measure=b * (a_rows * i * a_side + g_rows * o * g_side),
-            factor=b * (a_side**3 + g_side**3),
+            factors={"A": float(b * a_side**3), "G": float(b * g_side**3)},
             precondition=b * o * i * (a_side + g_side),
             numbers=b * (i * a_side + o * g_side),
         )

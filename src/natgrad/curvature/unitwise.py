@@ -59,9 +59,14 @@ class SampleMoment(Moment):
             units = layer.sample_gradients(inputs, layer.output_rows(dy, index), taken).flatten(1, 2)
         return units if taken == samples else units * (samples / taken) ** 0.5
 
-    def close(self, parts: list[Tensor]) -> Tensor:
+    @staticmethod
+    def gradients(parts: list[Tensor]) -> Tensor:
+        """Per-sample gradients [n, b*o, i] of one backward pass: a sample's calls add up before they square."""
         same = all(p.shape == parts[0].shape for p in parts)
-        units = torch.stack(parts).sum(0) if same else torch.cat(parts)  # a sample's calls add up before they square
+        return torch.stack(parts).sum(0) if same else torch.cat(parts)
+
+    def close(self, parts: list[Tensor]) -> Tensor:
+        units = self.gradients(parts)
         if self.diagonal:
             return units.square().sum(0)
         return torch.einsum("nui,nuj->uij", units, units)
@@ -74,9 +79,10 @@ def _places_of(chosen: Tensor, places: int) -> Tensor:
 
 @dataclass(frozen=True)
 class UnitWise(Curvature):
-    """One damped block an output unit."""
+    """One damped block an output unit. Its damping is `coefficient` times the layer's (SP-NGD's release has 16)."""
 
     samples: int | None = None
+    coefficient: float = 1.0
     name: str = field(default="unit-wise", init=False)
 
     @property
@@ -84,20 +90,20 @@ class UnitWise(Curvature):
         return (SampleMoment(self.samples),)
 
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        return {"F": torch.full_like(traces["F"], damping)}
+        return {"F": torch.full_like(traces["F"], self.coefficient * damping)}
 
     def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         return damped_inverse(statistic, damping)
 
-    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
         units = gradient.flatten(0, 1).unsqueeze(1)
         return (units @ inverses["F"]).reshape(gradient.shape)
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         eye = torch.eye(shape.inner, dtype=statistics["F"].dtype)
-        return block_diagonal(statistics["F"] + damping * eye)
+        return block_diagonal(statistics["F"] + self.coefficient * damping * eye)
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         b, o, i = layer.shape
         units = b * o
-        return Cost(float(rows * units * i), float(units * i**3), float(units * i * i), units * i * i)
+        return Cost(float(rows * units * i * i), {"F": float(units * i**3)}, float(units * i * i), units * i * i)

@@ -1,6 +1,7 @@
 """Optimizers: each a choice of curvature, staleness, direction, length and ranks."""
 
 from natgrad.optim.base import SecondOrder
+from natgrad.optim.blocks import LayerBlocks, kfac_blocks, spngd_blocks
 from natgrad.optim.checks import NatgradWarning
 from natgrad.optim.fallback import Adam, adam
 from natgrad.optim.kfac import KFAC
@@ -12,6 +13,7 @@ __all__ = [
     "KFAC",
     "SPNGD",
     "Adam",
+    "LayerBlocks",
     "Momentum",
     "NatgradWarning",
     "PredictedChange",
@@ -19,8 +21,10 @@ __all__ = [
     "adam",
     "corrected",
     "heavy_ball",
+    "kfac_blocks",
     "plain",
     "predicted_change",
+    "spngd_blocks",
     "tied",
     "trust",
 ]

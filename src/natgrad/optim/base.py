@@ -7,7 +7,7 @@ Everything moves one way. With nothing stale, nothing but gradients and weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,13 +22,14 @@ from natgrad.optim.blocks import Blocks
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.lengths import Length
+from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule
 from natgrad.optim.state import exact_copies, whole_state
 from natgrad.optim.unseen import look_after
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
-from natgrad.parallel import Parcel, World, place
+from natgrad.parallel import Parcel, World
 from natgrad.preconditioner import Preconditioner
 from natgrad.staleness import Every, Staleness
 
@@ -94,18 +95,18 @@ class SecondOrder(Views, Optimizer):
         checks.no_loose(found, strict)
         self.strict = strict
         blocks = [curvature(f.layer, samples, max_size) for f in found]
-        owners = place([c.cost(f.layer, PLACEMENT_ROWS).work for f, c in zip(found, blocks)], self.world.size)
-        cells = [self.make_cell(f, c, owner) for f, c, owner in zip(found, blocks, owners)]
+        owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world.size)
+        cells = [self.make_cell(f, c, *where) for f, c, where in zip(found, blocks, owners)]
         self.whys = [f.why for f in found]
         for cell in cells:
-            for parameter, state in self.fresh_state(cell, cell.owner == self.world.rank).items():
+            for parameter, state in self.fresh_state(cell, self.world.rank).items():
                 self.state[parameter] = state
         self.engine = Preconditioner(cells, self.world, seed, fisher == "sampled")
         tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
         self.world.gather([Parcel(t, 0) for t in tensors], "start")
         self.engine.arm(self._steps() + 1)
 
-    def make_cell(self, found: Found, curvature: Curvature, owner: int) -> Cell:
+    def make_cell(self, found: Found, curvature: Curvature, owner: int, holders: Mapping[str, int]) -> Cell:
         """The cell of a layer that was found."""
         weight = found.layer.parameters[0]
         return Cell(
@@ -113,6 +114,7 @@ class SecondOrder(Views, Optimizer):
             found.layer,
             curvature,
             owner,
+            holders,
             state=lambda: self.state[weight],
             staleness=lambda: self._staleness(weight),
             decay=self.decay,
@@ -130,14 +132,20 @@ class SecondOrder(Views, Optimizer):
             place = self._places[parameter]
         return self.param_groups[place]
 
-    def fresh_state(self, cell: Cell, mine: bool) -> dict[nn.Parameter, dict[str, Any]]:
-        """What a rank holds of a cell at the start, by parameter."""
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """The type in which owners send new weights, where it is not the weights' own."""
+        return self.world.weights if self.world.size > 1 and self.gather == "weights" else None
+
+    def fresh_state(self, cell: Cell, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
+        """What a rank holds of a cell at the start, by parameter; None: what any rank holds."""
+        mine = rank in (None, cell.owner)
         states: dict[nn.Parameter, dict[str, Any]] = {
-            p: {"step": torch.tensor(0.0), **(master(p) if mine or self.gather == "directions" else {})}
+            p: {"step": torch.tensor(0.0), **(master(p, self.narrow) if mine or self.gather == "directions" else {})}
             for p in cell.layer.parameters
         }
         own = states[cell.layer.parameters[0]]
-        cell.allocate(own, mine)
+        cell.allocate(own, rank)
         if mine and isinstance(cell.layer, Loose):
             self.fallback.allocate(cell.layer, own)
         elif mine:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from natgrad.curvature import Curvature, Identity, Kronecker, UnitWise
+from natgrad.curvature import Curvature, Full, Identity, Kronecker, UnitWise
 from natgrad.layers import Layer, Loose
 from natgrad.layers.norm import Norm
 
@@ -12,16 +13,34 @@ Blocks = Callable[[Layer, "int | None", int], Curvature]
 """blocks(layer, samples, max_size) -> its curvature."""
 
 
-def spngd_blocks(layer: Layer, samples: int | None, max_size: int) -> Curvature:
-    """SP-NGD: Kronecker factors, and unit-wise 2x2 blocks for normalisations (section 4.2)."""
-    if isinstance(layer, Norm):
-        return UnitWise(samples)
-    return kfac_blocks(layer, samples, max_size)
+@dataclass(frozen=True)
+class LayerBlocks:
+    """One curvature for matrices and one for normalisations. Both are made from `samples`.
+
+    matrix: Kronecker or EigenKronecker.
+    norm: UnitWise, Full (a block above `max_size` becomes unit-wise) or Identity, or a partial of one, such as
+        partial(Full, coefficient=16) for the block of SP-NGD's release.
+
+    A side of a matrix above `max_size` is kept diagonal. What has no curvature gets none.
+    """
+
+    matrix: Callable[..., Curvature] = Kronecker
+    norm: Callable[[int | None], Curvature] = UnitWise
+
+    def __call__(self, layer: Layer, samples: int | None, max_size: int) -> Curvature:
+        if isinstance(layer, Loose):
+            return Identity()
+        if isinstance(layer, Norm):
+            curvature = self.norm(samples)
+            if isinstance(curvature, Full) and layer.shape.numel > max_size:
+                return UnitWise(samples, curvature.coefficient)
+            return curvature
+        wide_a = layer.diagonal_inputs or layer.shape.inner > max_size
+        return self.matrix(samples, diagonal_a=wide_a, diagonal_g=layer.shape.out > max_size)
 
 
-def kfac_blocks(layer: Layer, samples: int | None, max_size: int) -> Curvature:
-    """K-FAC: Kronecker factors, a side above `max_size` diagonal; normalisations take the plain gradient."""
-    if isinstance(layer, (Norm, Loose)):
-        return Identity()
-    wide_a = layer.diagonal_inputs or layer.shape.inner > max_size
-    return Kronecker(samples, diagonal_a=wide_a, diagonal_g=layer.shape.out > max_size)
+spngd_blocks = LayerBlocks()
+"""SP-NGD: Kronecker factors, and unit-wise 2x2 blocks for normalisations (section 4.2)."""
+
+kfac_blocks = LayerBlocks(norm=Identity)
+"""K-FAC: Kronecker factors; normalisations take the plain gradient."""

@@ -27,7 +27,7 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
     for parameter, mine, theirs in pairs(saved, groups, state):
         if was_loosened(mine, theirs):
             continue
-        missing = sorted(key for key in mine if key not in theirs)
+        missing = sorted(key for key in mine if key not in theirs and key != "master")  # the weight itself will do
         if missing:
             raise ValueError(
                 f"this state_dict lacks {', '.join(missing)} of a parameter of shape {tuple(parameter.shape)}: it is "
@@ -88,11 +88,11 @@ def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:
     whole: dict[nn.Parameter, dict[str, Any]] = {}
     parcels = []
     for cell in optimizer.cells:
-        for parameter, fresh in optimizer.fresh_state(cell, mine=True).items():
+        for parameter, fresh in optimizer.fresh_state(cell, None).items():
             whole[parameter] = fresh
             for key, value in fresh.items():
-                if cell.owner == optimizer.world.rank:
+                if cell.place_of(key) == optimizer.world.rank:
                     value.copy_(optimizer.state[parameter][key])
-                parcels.append(Parcel(value, cell.owner))
+                parcels.append(Parcel(value, cell.place_of(key)))
     optimizer.world.gather(parcels)
     return {k: whole[p] for k, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}

@@ -50,9 +50,9 @@ def loosen(optimizer: SecondOrder, indices: Sequence[int]) -> None:
         for parameter in cell.layer.parameters:
             key = next(n for n, p in cell.layer.module.named_parameters() if p is parameter)
             found = Found(f"{cell.name}.{key}".lstrip("."), Loose(cell.layer.module, parameter), WHY)
-            loose = optimizer.make_cell(found, Identity(), cell.owner)
+            loose = optimizer.make_cell(found, Identity(), cell.owner, {})
             step = optimizer.state[parameter]["step"]
-            optimizer.state[parameter] = optimizer.fresh_state(loose, loose.owner == optimizer.world.rank)[parameter]
+            optimizer.state[parameter] = optimizer.fresh_state(loose, optimizer.world.rank)[parameter]
             optimizer.state[parameter]["step"] = step
             cells.append(loose)
             whys.append(WHY)

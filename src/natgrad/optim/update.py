@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,7 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
     if optimizer.gather == "weights":
         with timed("messages"):
             parcels = [Parcel(p.detach(), cell.owner) for cell in moving for p in cell.layer.parameters]
-            optimizer.world.gather(parcels, "weights")
+            optimizer.world.gather_narrow(parcels, "weights")
 
 
 def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Parameter, Tensor]) -> None:
@@ -60,13 +61,14 @@ def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Paramet
                 parts[parameter] = torch.empty_like(parameter, dtype=promote(parameter).dtype)
             parcels.append(Parcel(parts[parameter].contiguous(), cell.owner))
             parts[parameter] = parcels[-1].tensor
-    optimizer.world.gather(parcels, "directions")
+    optimizer.world.gather_narrow(parcels, "directions")
 
 
 def prepare(optimizer: SecondOrder, cell: Cell, gradient: Tensor) -> Step:
     """The step of one layer. Its direction is the rule's to say, save for loose parameters, which have their own."""
     groups = [optimizer.group_of(p) for p in cell.layer.parameters]
-    step = Step(cell.layer, gradient, cell.precondition, cell.state(), groups, gradient)
+    precondition = partial(cell.precondition, damping=groups[0]["damping"])
+    step = Step(cell.layer, gradient, precondition, cell.state(), groups, gradient)
     if isinstance(cell.layer, Loose):
         step.curved = False
         direction = optimizer.fallback.direction(step.state, gradient, groups[0]["momentum"])
@@ -76,7 +78,7 @@ def prepare(optimizer: SecondOrder, cell: Cell, gradient: Tensor) -> Step:
 
 def move(optimizer: SecondOrder, cell: Cell, parameter: nn.Parameter, part: Tensor) -> None:
     """W <- w - lr * part with the lr of the parameter's own group, and rescaled if asked for."""
-    weight = latest(parameter, optimizer.state[parameter])
+    weight = latest(parameter, optimizer.state[parameter], optimizer.narrow)
     weight.add_(part.to(weight.dtype), alpha=-optimizer.group_of(parameter)["lr"])
     if optimizer.rescale is not None and parameter is cell.layer.parameters[0]:
         rescale(weight, cell.layer, optimizer.rescale)
@@ -84,17 +86,18 @@ def move(optimizer: SecondOrder, cell: Cell, parameter: nn.Parameter, part: Tens
         parameter.copy_(weight)
 
 
-def master(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What is kept of a half-precision parameter: its value in single precision, where small steps add up."""
-    if torch.promote_types(parameter.dtype, torch.float32) == parameter.dtype:
+def master(parameter: nn.Parameter, narrow: torch.dtype | None) -> dict[str, Tensor]:
+    """What is kept of a parameter that is rounded to half precision: its value before, where small steps add up."""
+    single = torch.promote_types(parameter.dtype, torch.float32)
+    if single == parameter.dtype and narrow is None:
         return {}
-    return {"master": parameter.detach().float()}
+    return {"master": parameter.detach().to(single, copy=True)}
 
 
-def latest(parameter: nn.Parameter, state: dict[str, Any]) -> Tensor:
+def latest(parameter: nn.Parameter, state: dict[str, Any], narrow: torch.dtype | None) -> Tensor:
     """The tensor to update: the parameter itself, or its master wherever nobody has changed the parameter since."""
     kept = state.get("master")
     if kept is None:
         return parameter
-    ours = kept.to(parameter.dtype) == parameter
-    return kept.copy_(torch.where(ours, kept, parameter.float()))
+    ours = kept.to(narrow or parameter.dtype).to(parameter.dtype) == parameter
+    return kept.copy_(torch.where(ours, kept, parameter.to(kept.dtype)))

@@ -129,11 +129,22 @@ class World:
                     for k, value in zip(chunk, self._unpack(parcels, chunk, received[owner])):
                         parcels[k].tensor.copy_(value)
 
+    def gather_narrow(self, parcels: Sequence[Parcel], kind: str = "other") -> None:
+        """`gather` in the `weights` type, if there is one. Owners' tensors are rounded too, so all ranks stay equal."""
+        narrow = list(parcels)
+        if self.size > 1 and self.weights is not None:
+            limit = torch.finfo(self.weights).max
+            narrow = [p._replace(tensor=p.tensor.clamp(-limit, limit).to(self.weights)) for p in parcels]
+        self.gather(narrow, kind)
+        for parcel, sent in zip(parcels, narrow):
+            if sent is not parcel:
+                parcel.tensor.copy_(sent.tensor)
+
     def send(self, parcels: Sequence[Parcel], sources: Sequence[int], kind: str = "other") -> None:
         """Every parcel's tensor at its owner takes the value that it has on its source, in place."""
         if self.size == 1 or not parcels:
             return
-        self._count(kind, parcels)
+        self._count(kind, [p for p, source in zip(parcels, sources) if source != p.owner])
         for dtype in dict.fromkeys(p.tensor.dtype for p in parcels):
             routes: dict[tuple[int, int], list[int]] = defaultdict(list)
             for k, (parcel, source) in enumerate(zip(parcels, sources)):
