@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 import natgrad
 from helpers import Mixed, Net, backward, train, weights
+from natgrad.parallel import placement
+from natgrad.parallel.transport import Processes
 
 STEPS, RANKS = 6, 2
 MODELS = {"net": Net, "mixed": Mixed}
@@ -35,12 +37,13 @@ def spngd(model, **options):
 def work(rank, port, name, wrapped, results):
     """One rank's training. Plain models start unlike: construction brings rank 0's weights."""
     torch.set_num_threads(1)
+    placement.WORTH = 0  # layers as small as these are split over ranks too
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     try:
-        model = build(name, seed=0 if wrapped else rank)
+        model = build(name, seed=0 if wrapped in ("before", "after") else rank)
         if wrapped == "before":
             model = nn.parallel.DistributedDataParallel(model)
-        opt = spngd(model)
+        opt = spngd(model, world=natgrad.World(overlap=wrapped == "overlap"))
         if wrapped == "after":
             model = nn.parallel.DistributedDataParallel(model)
         for k in range(STEPS):
@@ -56,7 +59,9 @@ def work(rank, port, name, wrapped, results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "wrapped"), [("mixed", ""), ("net", "before"), ("mixed", "after")], ids=["plain", "ddp", "ddp later"]
+    ("name", "wrapped"),
+    [("mixed", ""), ("net", "before"), ("mixed", "after"), ("mixed", "overlap")],
+    ids=["plain", "ddp", "ddp later", "overlap"],
 )
 def test_two_processes_are_one_rank(name, wrapped):
     with mp.Manager() as manager:
@@ -69,8 +74,54 @@ def test_two_processes_are_one_rank(name, wrapped):
     assert torch.equal(first[0], second[0])
     assert_close(first[0], weights(model), rtol=1e-6, atol=1e-9)
     assert first[1] == second[1] == opt.intervals()
-    assert ("gradients" in first[2]) == (not wrapped)  # a wrapper has sent them already
+    assert ("gradients" in first[2]) == (wrapped in ("", "overlap"))  # a wrapper has sent them already
     assert first[3] == len(opt.state_dict()["state"])
+
+
+LENGTHS = {"even": [5, 5, 4], "uneven": [3, 0, 50], "one": [0, 0, 7]}
+
+
+def messages(rank, port, results):
+    """Every collective with chunks of every kind of length, on every other process of the world."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
+    try:
+        dist.new_group([0, 2])
+        group = dist.new_group([1, 2, 3])
+        if rank == 0:
+            return
+        transport = Processes(group)
+        me = transport.rank
+        got = {}
+        for name, lengths in LENGTHS.items():
+            waits = [
+                transport.reduce_scatter([torch.full((n,), 10.0 * k * (r + 1) + me) for r, n in enumerate(lengths)])
+                for k in (1, 2)
+            ]
+            got[name, "reduce"] = [wait() for wait in reversed(waits)]
+            got[name, "gather"] = transport.all_gather(torch.full((lengths[me],), float(me)), lengths)
+        into = {r: torch.zeros(2) for r in range(3) if r != me}
+        transport.exchange({r: torch.full((2,), 10.0 * me + r) for r in into}, into)
+        got["exchange"] = into
+        transport.exchange({}, {})
+        results[me] = got
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_chunks_of_any_length_travel_between_processes():
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(messages, (free_port(), results), 4)
+        got = dict(results)
+    for me in range(3):
+        for name, lengths in LENGTHS.items():
+            for k, value in zip((2, 1), got[me][name, "reduce"]):
+                assert torch.equal(value, torch.full((lengths[me],), 3 * 10.0 * k * (me + 1) + 0 + 1 + 2))
+            for r, value in enumerate(got[me][name, "gather"]):
+                assert torch.equal(value, torch.full((lengths[r],), float(r)))
+        for r, value in got[me]["exchange"].items():
+            assert torch.equal(value, torch.full((2,), 10.0 * r + me))
 
 
 @pytest.fixture

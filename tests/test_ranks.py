@@ -12,10 +12,18 @@ from natgrad.parallel import World, run_threads
 ADAPTIVE = natgrad.Adaptive(tolerance=0.5, at=24)
 
 
+@pytest.fixture(params=[False, True], ids=["whole layers", "split layers"])
+def split(request, monkeypatch):
+    """Whether layers as small as these are worth being split over ranks."""
+    if request.param:
+        monkeypatch.setattr("natgrad.parallel.placement.WORTH", 0)
+    return request.param
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
-def test_ranks_end_with_the_weights_of_one(optimizer, ranks, double):
-    batches = [Mixed.batch(24, k) for k in range(8)]
+def test_ranks_end_with_the_weights_of_one(optimizer, ranks, split, double):
+    batches = [Mixed.batch(24, k) for k in range(20)]
 
     def build(model, world):
         return optimizer(model, lr=0.02, damping=0.03, samples=None, refresh=ADAPTIVE, weight_decay=1e-3, world=world)
@@ -23,6 +31,7 @@ def test_ranks_end_with_the_weights_of_one(optimizer, ranks, double):
     results = check(ranks, Mixed(), batches, build)
     assert {c.owner for c in results[0][1].cells} == set(range(ranks))
     assert max(results[0][1].intervals().values()) > 1  # staleness took part
+    assert any(c.split for c in results[0][1].cells) == split
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.__name__)
@@ -44,10 +53,11 @@ def test_without_loose_parameters(optimizer, double):
         {"rescale": "always"},
         {"max_norm": 0.1},
         {"decay": 0.5, "refresh": 2},
+        {"curvature": natgrad.LayerBlocks(natgrad.EigenKronecker, natgrad.Full)},
     ],
     ids=lambda o: "-".join(o),
 )
-def test_directions_and_lengths_over_ranks(options, double):
+def test_directions_and_lengths_over_ranks(options, split, double):
     batches = [Net.batch(24, k) for k in range(5)]
 
     def build(model, world):

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 import natgrad
 from helpers import Mixed, backward, clone, quiet, train, weights
 from multi import share
-from natgrad.layers import layer_of
-from natgrad.optim.blocks import spngd_blocks
+from natgrad.capture import Measured
+from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import Parcel, World, run_threads
-from natgrad.parallel.packing import packed_numel
+from natgrad.parallel.transport import Alone
 
 
 def counts(model, ranks=2, steps=1, kind=natgrad.SPNGD, **options):
@@ -64,27 +64,36 @@ def test_one_rank_sends_nothing():
     assert not any(only.values())
 
 
-def test_the_volume_of_a_resnet50_is_the_papers():
-    """Spec section 7: 308.2 MB packed in single precision (615.8 MB as full squares), over 53 + 53 + 1 layers."""
-    stem = [(3, 64, 7)]
-    blocks, c = [], 64
-    for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for k in range(depth):
-            blocks += [(c, width, 1), (width, width, 3), (width, 4 * width, 1)]
-            blocks += [(c, 4 * width, 1)] if k == 0 else []
-            c = 4 * width
-    convs = [nn.Conv2d(i, o, k, bias=False, device="meta") for i, o, k in stem + blocks]
-    norms = [nn.BatchNorm2d(m.out_channels, device="meta") for m in convs]
-    full = packed = 0
-    for module in (*convs, *norms, nn.Linear(2048, 1000, device="meta")):
-        layer = layer_of(module)
-        for moment in spngd_blocks(layer, None, 8192).statistics:
-            shape = moment.shape(layer)
-            full += torch.Size(shape).numel()
-            packed += packed_numel(shape, True)
-    assert len(convs) + len(norms) + 1 == 107
-    assert full * 4 / 1e6 == pytest.approx(615.8, abs=0.1)
-    assert packed * 4 / 1e6 == pytest.approx(308.2, abs=0.1)
+class Silent(Alone):
+    """Several ranks of which only this one is there; nothing is really sent."""
+
+    size = 107
+
+    def reduce_scatter(self, chunks):
+        return lambda: chunks[0]
+
+    def all_gather(self, chunk, lengths):
+        return [chunk.new_empty(n) for n in lengths]
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16], ids=str)
+def test_an_all_fresh_step_of_a_resnet50_sends_the_papers_bytes(wire):
+    """Spec section 7: 615.8 MB as full squares in single precision, 308.2 MB as triangles; half of it in bf16."""
+    with torch.device("meta"):
+        model = ImageResNet(depth=50).build((3, 224, 224), 1000)
+    world = World(Silent(), wire=wire, weights=wire)
+    opt = natgrad.SPNGD(model, lr=0.1, samples=None, refresh=1, world=world)
+    world.sent.clear()
+    keys = [(k, m.key) for k, cell in enumerate(opt.cells) for m in cell.curvature.statistics]
+    parcels = [opt.engine._parcel(key, Measured({}, {}, 1), 1.0, 1.0, "mean") for key in keys]
+    world.reduce_narrow(parcels, "statistics")
+    narrower = 1 if wire is None else 2
+    assert world.sent["statistics"] / 1e6 == pytest.approx(308.2 / narrower, abs=0.1)
+    assert sum(4 * p.tensor.numel() for p in parcels) / 1e6 == pytest.approx(615.8, abs=0.1)
+    assert len(opt.cells) == 107
+    weights = [Parcel(p.detach(), c.owner) for c in opt.cells for p in c.layer.parameters]
+    world.gather_narrow(weights, "weights")
+    assert world.sent["weights"] == 4 * 25_557_032 / narrower
 
 
 WIRES = [torch.bfloat16, torch.float16]
@@ -149,3 +158,76 @@ def test_a_dead_layer_on_a_narrow_wire():
 def test_an_unknown_wire_is_refused():
     with pytest.raises(ValueError, match=r"wire=torch.int8.*torch.bfloat16"):
         World(wire=torch.int8)
+
+
+@pytest.mark.parametrize("narrow", WIRES, ids=str)
+def test_half_precision_weights_have_masters_at_their_owners(narrow):
+    """All ranks see rounded weights; small steps add up all the same."""
+    start = Mixed()
+
+    def work(world, lr=1e-5):
+        model = clone(start)
+        opt = natgrad.SPNGD(model, lr=lr, damping=0.03, samples=None, world=world)
+        for k in range(30):
+            backward(model, share(Mixed.batch(16, k % 2), world))
+            opt.step()
+            opt.zero_grad()
+        return weights(model), opt.traffic(), opt
+
+    rounded, exact = run_threads(2, work, weights=narrow), run_threads(2, work)
+    assert torch.equal(rounded[0][0], rounded[1][0])
+    assert torch.equal(rounded[0][0], rounded[0][0].to(narrow).float())
+    assert rounded[0][1]["weights"] * 2 == exact[0][1]["weights"]
+    assert rounded[0][1]["gradients"] == exact[0][1]["gradients"]
+    masters = 0
+    for (_, _, opt), (_, _, other) in zip(rounded, exact):
+        both = zip(opt.param_groups[0]["params"], other.param_groups[0]["params"], start.parameters())
+        for rough, fine, first in both:
+            kept = opt.state[rough].get("master")
+            if kept is not None:
+                masters += 1
+                assert torch.equal(kept.to(narrow).float(), rough)
+                assert (kept - fine).norm() < 0.2 * (fine - first).norm()  # of steps that rounding would swallow
+    assert masters == len(list(start.parameters()))  # each at one rank
+
+
+def test_directions_may_be_half_precision_too():
+    start = Mixed()
+
+    def work(world):
+        model = clone(start)
+        opt = natgrad.KFAC(model, lr=0.01, samples=None, gather="directions", world=world)
+        for k in range(3):
+            backward(model, share(Mixed.batch(16, k), world))
+            opt.step()
+            opt.zero_grad()
+        return weights(model), opt.traffic()
+
+    narrow, wide = run_threads(3, work, weights=torch.bfloat16), run_threads(3, work)
+    assert narrow[0][1]["directions"] * 2 == wide[0][1]["directions"]
+    assert all(torch.equal(final, narrow[0][0]) for final, _ in narrow)
+    assert_close(narrow[0][0], wide[0][0], rtol=0.02, atol=0.005)
+
+
+def test_a_state_without_masters_is_taken():
+    """Saved where weights travel as they are, loaded where they travel rounded."""
+    start = Mixed()
+
+    def work(world):
+        model = clone(start)
+        opt = natgrad.SPNGD(model, lr=0.01, samples=None, world=world)
+        backward(model, share(Mixed.batch(16, 0), world))
+        opt.step()
+        return model, opt.gather_state_dict()
+
+    model, saved = run_threads(2, work)[0]
+
+    def resume(world):
+        mine = clone(model)
+        opt = natgrad.SPNGD(mine, lr=0.01, samples=None, world=world)
+        opt.load_state_dict(saved)
+        backward(mine, share(Mixed.batch(16, 1), world))
+        opt.step()
+        return weights(mine)
+
+    assert_close(run_threads(2, resume, weights=torch.bfloat16)[0], run_threads(2, resume)[0], rtol=0.01, atol=1e-3)

@@ -8,6 +8,7 @@ Everything moves one way. With nothing stale, nothing but gradients and weights 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from natgrad.optim.lengths import Length
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule
+from natgrad.optim.scaling import hook_scale, loss_scale
 from natgrad.optim.state import exact_copies, whole_state
 from natgrad.optim.unseen import look_after
 from natgrad.optim.update import master, update
@@ -104,6 +106,7 @@ class SecondOrder(Views, Optimizer):
         self.engine = Preconditioner(cells, self.world, seed, fisher == "sampled")
         tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
         self.world.gather([Parcel(t, 0) for t in tensors], "start")
+        self.gradients.begin_early(cells)
         self.engine.arm(self._steps() + 1)
 
     def make_cell(self, found: Found, curvature: Curvature, owner: int, holders: Mapping[str, int]) -> Cell:
@@ -166,12 +169,22 @@ class SecondOrder(Views, Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.engine.capture.discard()  # a step that was given up leaves nothing to the next one
+        self.gradients.give_up()
         super().zero_grad(set_to_none)
 
     def reduce(self) -> None:
         """Average gradients over ranks now, to look at them or to clip them before `step()`."""
-        self.world.sent.clear()
+        if self.gradients.overlap is None:  # else traffic counts from the first bucket
+            self.world.sent.clear()
         self.gradients.average([p for g in self.param_groups for p in g["params"]])
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Around every backward pass of a step but the last, with World(overlap=True): gradients add up, unsent.
+
+        Other worlds send nothing before `step()`, so there it does nothing.
+        """
+        overlap = self.gradients.overlap
+        return nullcontext() if overlap is None else overlap.paused()
 
     def sample(self, output: Tensor) -> None:
         """With fisher="sampled", before `backward()`: measure curvature on labels drawn from the model's prediction.
@@ -192,20 +205,21 @@ class SecondOrder(Views, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.gradients.reduced:  # else traffic counts from reduce()
+        if not self.gradients.reduced and self.gradients.overlap is None:  # else traffic counts from reduce()
             self.world.sent.clear()
         for group in self.param_groups:
             checks.check_group(group)
-        step, scale, bad = self._steps() + 1, *self._loss_scale()
+        step, scale, bad = self._steps() + 1, *loss_scale(self)
+        sent_scale = hook_scale(self, scale)
         with self.engine.timed("messages"):
-            present = self.gradients.agree(self.cells, bad, self.engine.capture.armed)
+            present = self.gradients.agree(self.cells, bad, self.engine.capture.armed, sent_scale)
         if present is None:
             self.skipped += 1
             self.engine.capture.discard()
             return loss
         with self.engine.timed("messages"):
-            gradients = self.gradients.to_owners(self.cells, present, scale)
-        unseen = self.engine.refresh(step, self._hook_scale(scale), self.reduction)
+            gradients = self.gradients.to_owners(self.cells, present, scale, sent_scale)
+        unseen = self.engine.refresh(step, sent_scale, self.reduction)
         self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
         update(self, present, gradients)
         look_after(self, unseen, present, step)
@@ -213,23 +227,6 @@ class SecondOrder(Views, Optimizer):
             state["step"] += 1
         self.engine.arm(step + 1)
         return loss
-
-    def _loss_scale(self) -> tuple[float, bool]:
-        """By what the gradients are still to be divided, and whether GradScaler found them infinite."""
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return (1.0 if scale is None else float(scale)), (found is not None and bool(found))
-
-    def _hook_scale(self, scale: float) -> float:
-        """The factor on the gradients that the hooks saw: they came before any unscaling."""
-        if self.scaler is not None:
-            return float(self.scaler.get_scale())
-        unscaled = hasattr(self, "found_inf") and getattr(self, "grad_scale", None) is None
-        if unscaled and self.engine.capture.armed:
-            raise ValueError(
-                "the gradients were unscaled before step(), so the statistics' scale is not known: "
-                "build the optimizer with scaler=, the GradScaler"
-            )
-        return scale
 
     def gather_state_dict(self) -> dict[str, Any]:
         """The whole state on every rank, to be loaded by any number of ranks. All ranks must call it."""

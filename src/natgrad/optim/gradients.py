@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.cell import Cell
+from natgrad.optim.overlap import Overlap, on_host
 from natgrad.parallel import Parcel, World
 
 
@@ -19,34 +20,69 @@ class Gradients:
         self.max_norm = max_norm
         self.mode = world.gradients if world.size > 1 else "averaged"
         self.reduced = False
+        self.overlap: Overlap | None = None
+
+    def begin_early(self, cells: Sequence[Cell]) -> None:
+        """Send gradients during the backward pass from now on, if the world asks for it."""
+        if self.world.overlap and self.world.size > 1:
+            pairs = [(p, c.owner) for c in cells for p in c.layer.parameters]
+            self.overlap = Overlap(self.world, [p for p, _ in pairs], [owner for _, owner in pairs])
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average `.grad` over ranks in place, unless a wrapper has done so."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not self.reduced and self._are_local(gradients):
-            self.world.mean(gradients, "gradients")
+        if self.reduced:
+            return
         self.reduced = True
+        if self.overlap is not None:
+            self.overlap.flush()
+        present = torch.tensor([float(p.grad is not None) for p in parameters])
+        self.world.max([present], "scalars")
+        chosen = [p for p, here in zip(parameters, present.tolist()) if here]
+        if not self._are_local([p.grad for p in chosen if p.grad is not None]):
+            return
+        for parameter in chosen:  # ranks may have used unlike parts of the model
+            parameter.grad = _gradient(parameter)
+        if self.overlap is None:
+            self.world.mean([_gradient(p) for p in chosen], "gradients")
+            return
+        sums, owners = self.overlap.collect(), self.overlap.owners
+        for parameter in chosen:
+            if parameter in sums:
+                _gradient(parameter).copy_(sums[parameter] / self.world.size)
+        self.world.gather([Parcel(_gradient(p), owners[p]) for p in chosen], "gradients")
 
-    def agree(self, cells: Sequence[Cell], bad: bool, look: bool) -> list[bool] | None:
+    def agree(self, cells: Sequence[Cell], bad: bool, look: bool, scale: float) -> list[bool] | None:
         """Which cells have a gradient on any rank; None if a gradient is not finite on any.
 
-        With `look`, "auto" is decided again: whoever averages gradients does it in every step.
+        With `look`, "auto" is decided again: whoever averages gradients does it in every step. `scale` is that of the
+        gradients that the backward pass left.
         """
+        early = self.overlap if not self.reduced else None
+        if early is not None:
+            early.flush()
         gradients = [p.grad for c in cells for p in c.layer.parameters if p.grad is not None]
         if not gradients:
             norms = torch.zeros(1)
         else:
-            norms = torch.stack([n.double().cpu() for n in torch._foreach_norm(gradients)])
+            norms = on_host(torch._foreach_norm(gradients))
         bad = bad or not bool(torch.isfinite(norms).all())
         here = [any(p.grad is not None for p in c.layer.parameters) for c in cells]
         flags = torch.tensor([float(bad), *map(float, here)], dtype=torch.float64)
         self.world.max([flags], "scalars")
         if flags[0] > 0:
-            self.reduced = False
+            self.give_up()
             return None
+        if early is not None:
+            early.check(scale)
         if (look or self.mode == "auto") and not self.reduced:
             self._are_local(gradients)
         return [bool(f) for f in flags[1:]]
+
+    def give_up(self) -> None:
+        """Forget the gradients of this step."""
+        self.reduced = False
+        if self.overlap is not None:
+            self.overlap.drop()
 
     def _are_local(self, gradients: Sequence[Tensor]) -> bool:
         """Whether ranks still hold their own gradients. Bit-equal ones were averaged before we saw them."""
@@ -64,13 +100,24 @@ class Gradients:
         self.mode = mode
         return mode == "local"
 
-    def to_owners(self, cells: Sequence[Cell], present: Sequence[bool], scale: float) -> dict[int, Tensor]:
-        """The mean gradients [b, o, i] of the cells that this rank owns, unscaled and clipped."""
+    def to_owners(
+        self, cells: Sequence[Cell], present: Sequence[bool], scale: float, sent_scale: float
+    ) -> dict[int, Tensor]:
+        """The mean gradients [b, o, i] of the cells that this rank owns, unscaled and clipped.
+
+        `scale` is by what gradients are still to be divided, `sent_scale` the same of those that left early.
+        """
         chosen = [k for k, here in enumerate(present) if here]
         local = self.mode == "local" and not self.reduced
-        self.reduced = False
         parcels = [Parcel(_gradient(p), cells[k].owner) for k in chosen for p in cells[k].layer.parameters]
-        received = iter(self.world.reduce(parcels, "gradients") if local else [p.tensor for p in parcels])
+        if not local:
+            received = iter([p.tensor for p in parcels])
+        elif self.overlap is None:
+            received = iter(self.world.reduce(parcels, "gradients"))
+        else:
+            sums, scale = self.overlap.collect(), sent_scale
+            received = iter([sums.get(p) for k in chosen for p in cells[k].layer.parameters])
+        self.reduced = False
         divisor = scale * (self.world.size if local else 1)
         mine: dict[int, Tensor] = {}
         for k in chosen:

@@ -34,7 +34,7 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
                 "of another optimizer, or one rank's part (save gather_state_dict() to load on other ranks)"
             )
         for key, value in mine.items():
-            if isinstance(value, Tensor) and value.shape != theirs[key].shape:
+            if key in theirs and isinstance(value, Tensor) and value.shape != theirs[key].shape:
                 raise ValueError(
                     f"this state_dict is of another model: its {key} has shape {tuple(theirs[key].shape)}, "
                     f"here it is {tuple(value.shape)}"
