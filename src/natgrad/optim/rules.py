@@ -39,7 +39,7 @@ def heavy_ball(momentum: float, lr: float, last: float, first: float) -> float:
 
 
 class Rule(Protocol):
-    """A rule of direction."""
+    """A rule of direction. One that has `moved` too hears of weights that were rescaled (see Momentum)."""
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         """Make the rule's tensors for one layer."""
@@ -53,11 +53,17 @@ class Momentum:
     """A buffer of gradients that is then preconditioned (before=True), or of preconditioned gradients (False).
 
     Weight decay is added to the preconditioned gradient: it is not curved. `before=False` is SP-NGD's order (eq. 23);
-    momentum on gradients sees today's curvature in all of its past.
+    momentum on gradients sees today's curvature in all of its past. `displaced`: what is repeated is the weight's whole
+    last displacement w(t) - w(t-1), rescaling included, as eq. 23 reads; the release's buffer leaves it out.
     """
 
     before: bool = False
     coefficient: Coefficient = corrected
+    displaced: bool = False
+
+    def __post_init__(self):
+        if self.before and self.displaced:
+            raise ValueError("Momentum(before=True, displaced=True): gradients have no displacement; leave one out")
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         weight = layer.parameters[0]
@@ -76,6 +82,11 @@ class Momentum:
             else:
                 buffer.mul_(keep).add_(with_decay(step, step.precondition(step.gradient)))
                 step.direction = buffer
+
+    def moved(self, layer: Layer, state: dict[str, Any], direction: torch.Tensor) -> None:
+        """Take over a weight's displacement over -lr where it was not the direction alone."""
+        if self.displaced:
+            state["momentum"].copy_(layer.pack([direction, *layer.unpack(state["momentum"])[1:]]))
 
 
 def with_decay(step: Step, direction: torch.Tensor) -> torch.Tensor:

@@ -78,10 +78,17 @@ def prepare(optimizer: SecondOrder, cell: Cell, gradient: Tensor) -> Step:
 
 def move(optimizer: SecondOrder, cell: Cell, parameter: nn.Parameter, part: Tensor) -> None:
     """W <- w - lr * part with the lr of the parameter's own group, and rescaled if asked for."""
-    weight = latest(parameter, optimizer.state[parameter], optimizer.narrow)
-    weight.add_(part.to(weight.dtype), alpha=-optimizer.group_of(parameter)["lr"])
-    if optimizer.rescale is not None and parameter is cell.layer.parameters[0]:
+    state, lr = optimizer.state[parameter], optimizer.group_of(parameter)["lr"]
+    weight = latest(parameter, state, optimizer.narrow)
+    if optimizer.rescale is None or parameter is not cell.layer.parameters[0]:
+        weight.add_(part.to(weight.dtype), alpha=-lr)
+    else:
+        before = weight.clone()
+        weight.add_(part.to(weight.dtype), alpha=-lr)
         rescale(weight, cell.layer, optimizer.rescale)
+        hears = getattr(optimizer.rule, "moved", None)
+        if hears is not None and lr > 0 and cell.owner == optimizer.world.rank and not isinstance(cell.layer, Loose):
+            hears(cell.layer, state, (before - weight).to(part.dtype) / lr)
     if weight is not parameter:
         parameter.copy_(weight)
 
