@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from natgrad.optim.lengths import Length
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule
-from natgrad.optim.scaling import hook_scale, loss_scale
+from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
 from natgrad.optim.state import exact_copies, whole_state
 from natgrad.optim.unseen import look_after
 from natgrad.optim.update import master, update
@@ -90,9 +91,9 @@ class SecondOrder(Views, Optimizer):
         self.rescale: Rescale | None = rescale
         self.gather = gather
         self.reduction, self.scaler, self.decay, self.skipped = reduction, scaler, decay, 0
-        self._step_supports_amp_scaling = scaler is None
+        self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
         self.world = world if isinstance(world, World) else World(world)
-        self.gradients = Gradients(self.world, max_norm)
+        self.gradients = Gradients(self.world, max_norm, partial(known_scale, self))
         found = find_layers(model, [p for group in groups for p in group["params"]])
         checks.no_loose(found, strict)
         self.strict = strict
@@ -218,7 +219,7 @@ class SecondOrder(Views, Optimizer):
             self.engine.capture.discard()
             return loss
         with self.engine.timed("messages"):
-            gradients = self.gradients.to_owners(self.cells, present, scale, sent_scale)
+            gradients = self.gradients.to_owners(self.cells, present, scale)
         unseen = self.engine.refresh(step, sent_scale, self.reduction)
         self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
         update(self, present, gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from natgrad.parallel import Parcel, World
 class Gradients:
     """Knows how this model's gradients relate to the world: every rank its own, or averaged by a wrapper."""
 
-    def __init__(self, world: World, max_norm: float | None):
+    def __init__(self, world: World, max_norm: float | None, scale: Callable[[], float] = lambda: 1.0):
         self.world = world
+        self.scale = scale  # on this rank's loss, as far as it is known before step()
         self.max_norm = max_norm
         self.mode = world.gradients if world.size > 1 else "averaged"
         self.reduced = False
@@ -26,7 +27,12 @@ class Gradients:
         """Send gradients during the backward pass from now on, if the world asks for it."""
         if self.world.overlap and self.world.size > 1:
             pairs = [(p, c.owner) for c in cells for p in c.layer.parameters]
-            self.overlap = Overlap(self.world, [p for p, _ in pairs], [owner for _, owner in pairs])
+            self.overlap = Overlap(self.world, [p for p, _ in pairs], [owner for _, owner in pairs], self.scale)
+
+    @property
+    def sent_local(self) -> bool:
+        """Whether this rank's own gradients left it before `step()`."""
+        return self.world.size > 1 and self.mode == "local" and (self.reduced or self.overlap is not None)
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average `.grad` over ranks in place, unless a wrapper has done so."""
@@ -42,14 +48,17 @@ class Gradients:
             return
         for parameter in chosen:  # ranks may have used unlike parts of the model
             parameter.grad = _gradient(parameter)
+        gradients, scale = [_gradient(p) for p in chosen], self.scale()
         if self.overlap is None:
-            self.world.mean([_gradient(p) for p in chosen], "gradients")
-            return
-        sums, owners = self.overlap.collect(), self.overlap.owners
-        for parameter in chosen:
-            if parameter in sums:
-                _gradient(parameter).copy_(sums[parameter] / self.world.size)
-        self.world.gather([Parcel(_gradient(p), owners[p]) for p in chosen], "gradients")
+            unscale(gradients, scale)
+            self.world.mean(gradients, "gradients")
+        else:
+            sums, owners = self.overlap.collect(), self.overlap.owners
+            for parameter in chosen:
+                if parameter in sums:
+                    _gradient(parameter).copy_(sums[parameter] / self.world.size)
+            self.world.gather([Parcel(_gradient(p), owners[p]) for p in chosen], "gradients")
+        unscale(gradients, 1 / scale)  # whoever looks next expects them as the backward pass left them
 
     def agree(self, cells: Sequence[Cell], bad: bool, look: bool, scale: float) -> list[bool] | None:
         """Which cells have a gradient on any rank; None if a gradient is not finite on any.
@@ -100,25 +109,24 @@ class Gradients:
         self.mode = mode
         return mode == "local"
 
-    def to_owners(
-        self, cells: Sequence[Cell], present: Sequence[bool], scale: float, sent_scale: float
-    ) -> dict[int, Tensor]:
-        """The mean gradients [b, o, i] of the cells that this rank owns, unscaled and clipped.
+    def to_owners(self, cells: Sequence[Cell], present: Sequence[bool], scale: float) -> dict[int, Tensor]:
+        """The mean gradients [b, o, i] of the cells that this rank owns, divided by `scale` and clipped.
 
-        `scale` is by what gradients are still to be divided, `sent_scale` the same of those that left early.
+        Ranks may have unlike scales, so each divides its own gradients before they are summed.
         """
         chosen = [k for k, here in enumerate(present) if here]
         local = self.mode == "local" and not self.reduced
         parcels = [Parcel(_gradient(p), cells[k].owner) for k in chosen for p in cells[k].layer.parameters]
-        if not local:
-            received = iter([p.tensor for p in parcels])
-        elif self.overlap is None:
-            received = iter(self.world.reduce(parcels, "gradients"))
-        else:
-            sums, scale = self.overlap.collect(), sent_scale
+        if local and self.overlap is not None:
+            sums, divisor = self.overlap.collect(), self.world.size
             received = iter([sums.get(p) for k in chosen for p in cells[k].layer.parameters])
+        elif local:
+            if scale != 1:
+                parcels = [p._replace(tensor=p.tensor / scale) for p in parcels]
+            received, divisor = iter(self.world.reduce(parcels, "gradients")), self.world.size
+        else:
+            received, divisor = iter([p.tensor for p in parcels]), scale
         self.reduced = False
-        divisor = scale * (self.world.size if local else 1)
         mine: dict[int, Tensor] = {}
         for k in chosen:
             layer = cells[k].layer
@@ -136,6 +144,12 @@ class Gradients:
         self.world.sum([square], "scalars")
         factor = self.max_norm / (square.sqrt().item() + 1e-6)
         return mine if factor >= 1 else {k: g * factor for k, g in mine.items()}
+
+
+def unscale(gradients: Sequence[Tensor], scale: float) -> None:
+    """Divide in place."""
+    if scale != 1 and gradients:
+        torch._foreach_mul_(list(gradients), 1 / scale)
 
 
 def _mark(gradient: Tensor) -> Tensor:

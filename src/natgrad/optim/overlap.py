@@ -23,10 +23,14 @@ SHARES = 4  # a small model's gradients go in about so many buckets
 
 
 class Overlap:
-    """The buckets of one model's gradients. `owners` is the rank of every parameter, in the model's order."""
+    """The buckets of one model's gradients. `owners` is the rank of every parameter, in the model's order; gradients
+    are divided by `scale` before they leave.
+    """
 
-    def __init__(self, world: World, parameters: Sequence[nn.Parameter], owners: Sequence[int]):
-        self.world = world
+    def __init__(
+        self, world: World, parameters: Sequence[nn.Parameter], owners: Sequence[int], scale: Callable[[], float]
+    ):
+        self.world, self.scale = world, scale
         self.owners = dict(zip(parameters, owners))
         self.buckets = fill(list(reversed(parameters)))
         self.place = {p: k for k, bucket in enumerate(self.buckets) for p in bucket}
@@ -75,7 +79,9 @@ class Overlap:
         if gradients:
             self.norms |= zip(present, torch._foreach_norm(gradients))
         with torch.no_grad():
-            parcels = [Parcel(torch.zeros_like(p) if p.grad is None else p.grad, self.owners[p]) for p in bucket]
+            scale = self.scale()
+            values = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            parcels = [Parcel(v if scale == 1 else v / scale, self.owners[p]) for p, v in zip(bucket, values)]
             self.under_way.append(self.world.begin(parcels, "gradients"))
 
     def flush(self) -> None:

@@ -17,11 +17,18 @@ def loss_scale(optimizer: SecondOrder) -> tuple[float, bool]:
 def hook_scale(optimizer: SecondOrder, scale: float) -> float:
     """The factor on the gradients that hooks saw, and on those sent early: they came before any unscaling."""
     if optimizer.scaler is not None:
-        return float(optimizer.scaler.get_scale())
-    unscaled = hasattr(optimizer, "found_inf") and getattr(optimizer, "grad_scale", None) is None
-    if unscaled and (optimizer.engine.capture.armed or optimizer.gradients.overlap is not None):
+        return known_scale(optimizer)
+    scaled = hasattr(optimizer, "found_inf")
+    unscaled = scaled and getattr(optimizer, "grad_scale", None) is None
+    sent = optimizer.gradients.sent_local
+    if (unscaled and optimizer.engine.capture.armed) or (scaled and sent):
         raise ValueError(
-            "the gradients were unscaled before step(), so the scale of what was measured or sent is not known: "
-            "build the optimizer with scaler=, the GradScaler"
+            f"the gradients were {'sent to other ranks' if sent else 'unscaled'} before step(), when the scale of the "
+            "loss was not known: build the optimizer with scaler=, the GradScaler"
         )
     return scale
+
+
+def known_scale(optimizer: SecondOrder) -> float:
+    """The factor on the loss right now. On ranks with gradients of their own it may differ from rank to rank."""
+    return 1.0 if optimizer.scaler is None else float(optimizer.scaler.get_scale())

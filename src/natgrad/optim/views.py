@@ -16,7 +16,7 @@ class Views:
     world: World
     fallback: Fallback
     whys: list[str]
-    skipped: int  # steps given up because a gradient was not finite (a `scaler=` that skips them itself does not tell)
+    skipped: int  # steps given up because a gradient was not finite
 
     @property
     def cells(self) -> list[Cell]:
