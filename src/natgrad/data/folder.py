@@ -1,5 +1,6 @@
 """Any images in class folders: PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, brought to one size."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -60,7 +61,7 @@ class ImageFolder(Source):
     def check(self) -> None:
         self.classes()
         for split in ("train", "val"):
-            if not self._files(split):
+            if next(self._files(split), None) is None:
                 raise ValueError(f"no images in {self.path!r}/{split}; expected {split}/CLASS/*.jpg, png, bmp or webp")
 
     def load(self) -> Splits:
@@ -80,16 +81,14 @@ class ImageFolder(Source):
         folder = Path(self.path, "train")
         return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
 
-    def _files(self, split: str) -> list[tuple[Path, int]]:
-        return [
-            (file, label)
-            for label, name in enumerate(self._classes())
-            for file in sorted(Path(self.path, split, name).rglob("*"))
-            if file.suffix.lower() in ENDINGS
-        ]
+    def _files(self, split: str) -> Iterator[tuple[Path, int]]:
+        for label, name in enumerate(self._classes()):
+            for file in sorted(Path(self.path, split, name).rglob("*")):
+                if file.suffix.lower() in ENDINGS:
+                    yield file, label
 
     def _read(self, split: str) -> Images:
-        labelled = self._files(split)
+        labelled = list(self._files(split))
         files = [file for file, _ in labelled]
         images = read(files, self.size) if self.in_memory else Pictures(files, self.size)
         labels = torch.tensor([label for _, label in labelled])

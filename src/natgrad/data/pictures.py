@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 class Pictures:
@@ -60,3 +64,13 @@ def picture(file: Path, size: int) -> np.ndarray:
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{str(file)!r} is no readable image ({error}); remove it") from None
     return np.asarray(small, dtype=np.uint8).transpose(2, 0, 1)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the same items, the next one being made in a thread while the last one is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]

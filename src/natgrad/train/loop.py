@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from natgrad.data import Regulariser, Sampler, Splits
+from natgrad.data.pictures import ahead
 from natgrad.data.sampler import Batch
 from natgrad.parallel import World
 from natgrad.train.evaluate import CHUNK, Score, estimate_norms, evaluate
@@ -129,8 +130,7 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
     seed = (job.recipe.seed * 1_000_003 + step) * job.world.size + job.world.rank
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros((), device=job.device)
-    for part, index in enumerate(batch.index.split(job.recipe.micro_batch or len(batch.index))):
-        inputs, targets = part_of(job, part, index, generator)
+    for inputs, targets in parts(job, batch, generator):
         clock.lap("data")
         output = job.model(inputs)
         loss = F.cross_entropy(output, targets, reduction="sum") * (job.world.size / batch.total)
@@ -144,10 +144,19 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
     return total
 
 
-def part_of(job: Job, part: int, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return one part of a share, varied, blended and erased: inputs [n, c, h, w], and labels [n] or [n, classes]."""
-    inputs, labels = job.splits.train.batch(index, generator)
-    return job.regulariser(part, job.splits.augment(inputs, generator), labels, generator)
+def parts(job: Job, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's share, varied, blended and erased: inputs [n, c, h, w], and labels [n] or [n, classes].
+
+    At most `micro_batch` images at a time; where they come from files, the next are read while these are in use.
+    """
+    train = job.splits.train
+
+    def made() -> Iterator[tuple[Tensor, Tensor]]:
+        for part, index in enumerate(batch.index.split(job.recipe.micro_batch or len(batch.index))):
+            inputs, labels = train.batch(index, generator)
+            yield job.regulariser(part, job.splits.augment(inputs, generator), labels, generator)
+
+    return made() if isinstance(train.images, Tensor) else ahead(made())
 
 
 class Clock:

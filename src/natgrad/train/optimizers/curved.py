@@ -1,6 +1,6 @@
 """SP-NGD and K-FAC as numbers: every choice that natgrad.SPNGD and natgrad.KFAC offer, by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,8 @@ class Curved(Settings):
     """Measure every so many steps; None: each statistic when it has changed by more than `tolerance`."""
     tolerance: float = 0.1
     """Relative change of a statistic that counts as change, quoted at 4,096 measured samples."""
+    widen_below: int = 4096
+    """Samples in a step below which `tolerance` grows as 1/sqrt(samples), for sampling noise; 1: it never does."""
     limit: int | None = None
     """The longest interval in steps where `refresh` is None; None: no limit."""
     decay: float = 0.0
@@ -94,11 +96,12 @@ class Curved(Settings):
     def staleness(self) -> int | Staleness:
         """When statistics are measured again; numbers of the adaptive rule beside a fixed interval are refused."""
         if self.refresh is None:
-            return Adaptive(self.tolerance, limit=self.limit)
-        for name, value, unset in (("tolerance", self.tolerance, 0.1), ("limit", self.limit, None)):
-            if value != unset:
+            return Adaptive(self.tolerance, self.widen_below, self.limit)
+        unset = {entry.name: entry.default for entry in fields(Curved)}
+        for name in ("tolerance", "widen_below", "limit"):
+            if getattr(self, name) != unset[name]:
                 raise ValueError(
-                    f"{name}={value} belongs to the adaptive rule, but refresh={self.refresh} is fixed; "
+                    f"{name}={getattr(self, name)} belongs to the adaptive rule, but refresh={self.refresh} is fixed; "
                     "set --optimizer.refresh None"
                 )
         return self.refresh
