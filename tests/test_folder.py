@@ -1,6 +1,7 @@
 """Images in class folders: read at once or when asked for, cut as SP-NGD cuts them, less their mean image."""
 
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from natgrad.data import ImageFolder
 from natgrad.data.augment import Crop
-from natgrad.data.pictures import Pictures
+from natgrad.data.pictures import Pictures, ahead
 from natgrad.parallel import World
 from natgrad.train.evaluate import evaluate
 
@@ -129,3 +130,32 @@ def test_images_left_in_their_files_are_those_in_memory(tmp_path, crop):
 def test_a_crop_larger_than_the_images_is_refused():
     with pytest.raises(ValueError, match=r"crop=65 .*size=64; set --data\.crop"):
         ImageFolder(crop=65)
+
+
+def test_the_next_item_is_made_while_the_last_one_is_in_use():
+    made, used = [], []
+    second = threading.Event()
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield number
+
+    for number in ahead(items()):
+        if number == 0:
+            assert second.wait(30)  # would never be set if items were made on demand
+        used.append(number)
+    assert used == made == [0, 1, 2]
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_needed(tmp_path):
+    write_images(tmp_path)
+    broken = tmp_path / "train" / "dog" / "1.png"
+    splits = ImageFolder(str(tmp_path), size=8, in_memory=False).load()
+    broken.write_text("no picture")
+    batches = ahead(splits.train.batch(torch.tensor([place])) for place in (0, 3))
+    assert next(batches)[1].tolist() == [0]
+    with pytest.raises(ValueError, match=r"1\.png"):
+        next(batches)

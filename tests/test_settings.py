@@ -37,7 +37,7 @@ OTHER = {
     "sampling_seed": 3,
     "gather": "directions",
 }
-ADAPTIVE = dict.fromkeys(("tolerance", "widen_below", "limit"), {"refresh": None})
+ADAPTIVE = {key: {"refresh": None} for key in ("tolerance", "widen_below", "limit")}
 NEEDS = {**ADAPTIVE, "largest_change": {"length": "predicted_change"}}
 
 
@@ -71,10 +71,16 @@ def test_every_name_of_a_choice_is_known(kind):
 
 def test_names_become_what_they_say(monkeypatch):
     settings = SpNgd(
-        tolerance=0.2, limit=5, norms="plain", length="predicted_change", largest_change=0.5, wire="bfloat16"
+        tolerance=0.2,
+        widen_below=7,
+        limit=5,
+        norms="plain",
+        length="predicted_change",
+        largest_change=0.5,
+        wire="bfloat16",
     )
     given = handed_over(settings, monkeypatch)
-    assert given["refresh"] == Adaptive(0.2, limit=5)
+    assert given["refresh"] == Adaptive(0.2, 7, 5)
     assert given["curvature"] is blocks.kfac_blocks
     assert given["length"] == lengths.PredictedChange(0.5)
     assert given["world"] == torch.bfloat16

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 T = TypeVar("T")
 
 
