@@ -1,6 +1,7 @@
 """Optimizers as settings: every field reaches the optimizer, and what cannot go together is refused."""
 
 from dataclasses import fields, replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -64,7 +65,10 @@ def test_every_field_is_passed_on(kind, monkeypatch):
 def test_every_name_of_a_choice_is_known(kind):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     choices = {"coefficient": COEFFICIENTS, "length": LENGTHS, "norms": NORMS, "wire": WIRES}
+    hints = get_type_hints(kind)
     for name, known in choices.items():
+        offered = hints[name] if name != "wire" else get_args(hints[name])[0]  # beside None
+        assert set(get_args(offered)) == set(known)
         for value in known:
             assert isinstance(replace(kind(), **{name: value}).build(model, World()), natgrad.optim.SecondOrder)
 
