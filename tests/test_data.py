@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -105,48 +104,11 @@ def test_augmentation_depends_on_its_generator_alone():
     assert not torch.equal(one, other)
 
 
-def write_images(folder: Path, classes=("cat", "dog"), count=2):
-    from PIL import Image
-
-    for split in ("train", "val"):
-        for label, name in enumerate(classes):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.full((10, 14, 3), 100 * label + number, dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
-
-
-def test_a_folder_of_images_is_read_at_one_size(tmp_path):
-    write_images(tmp_path)
-    source = ImageFolder(str(tmp_path), size=6)
-    splits = source.load()
-    assert splits.train.images.shape == (4, 3, 6, 6)
-    assert splits.train.images.dtype == torch.uint8
-    assert splits.train.labels.tolist() == [0, 0, 1, 1]
-    assert splits.test.images.flatten(1).float().mean(1).tolist() == [0, 1, 100, 101]
-    assert (source.shape(), source.classes()) == ((3, 6, 6), 2)
-
-
-def test_an_unreadable_picture_is_named(tmp_path):
-    write_images(tmp_path)
-    (tmp_path / "train" / "cat" / "broken.jpg").write_text("no picture")
-    with pytest.raises(ValueError, match=r"broken\.jpg"):
-        ImageFolder(str(tmp_path)).load()
-
-
 @pytest.mark.parametrize("source", [Cifar100(path="no/such/place"), ImageFolder(path="no/such/place")])
 def test_a_missing_path_is_named_with_what_is_expected(source):
     with pytest.raises(ValueError, match=r"no/such/place.*--data\.path") as refused:
         source.check()
     assert "\n" not in str(refused.value)
-
-
-def test_a_folder_without_validation_images_is_refused(tmp_path):
-    write_images(tmp_path)
-    for picture in (tmp_path / "val").rglob("*.png"):
-        picture.unlink()
-    with pytest.raises(ValueError, match="val/CLASS"):
-        ImageFolder(str(tmp_path)).check()
 
 
 @pytest.mark.slow
@@ -159,10 +121,3 @@ def test_cifar100_is_decoded_once_to_uint8():
     inputs, _ = splits.train.batch(torch.arange(0, 50_000, 50))
     assert inputs.mean().abs() < 0.05
     assert abs(inputs.std() - 1) < 0.05
-
-
-@pytest.mark.skipif(not (DATA / "tinyimagenet10").is_dir(), reason="no tinyimagenet10 in NATGRAD_DATA")
-def test_real_pictures_in_class_folders_are_read():
-    splits = ImageFolder(str(DATA / "tinyimagenet10"), size=16).load()
-    assert (len(splits.train), len(splits.test), splits.train.classes) == (5000, 500, 10)
-    assert splits.train.images.float().std() > 30

@@ -40,8 +40,14 @@ def test_a_share_for_each_sample_and_a_short_last_batch():
     mixup(torch.zeros(64, 1), torch.zeros(64, dtype=torch.long), 2, generator)
     inputs, _ = mixup(torch.ones(64, 1), torch.ones(64, dtype=torch.long), 2, generator)
     assert len(inputs.unique()) > 60
-    short, _ = mixup(torch.ones(5, 1), torch.ones(5, dtype=torch.long), 2, generator)
-    assert short.eq(1).all()
+    short, soft = mixup(torch.full((5, 1), 5.0), torch.ones(5, dtype=torch.long), 2, generator)
+    assert (short > inputs[:5]).all()
+    torch.testing.assert_close(soft.sum(1), torch.ones(5))
+    long, _ = mixup(torch.full((70, 1), 9.0), torch.ones(70, dtype=torch.long), 2, generator)
+    assert (long[:5] > short).all()  # blended with the short batch
+    assert (long[5:64] > inputs[5:]).all()  # with those who waited
+    assert (long[5:64] < 9).all()
+    assert long[64:].eq(9).all()  # without a partner
 
 
 def test_alpha_must_be_positive():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.schedules import Constant, Cosine, Piecewise, Polynomial, WarmUp
+from natgrad.schedules import Constant, Cosine, DampingWarmUp, Piecewise, Polynomial, WarmUp
 
 # batch: power, begin, end, epochs trained, learning rate at the stop over that at the start
 TABLE = {
@@ -73,6 +73,10 @@ def test_decays_never_rise(one, other):
         (lambda: Piecewise((0.5,), (1.0,)), "1 values for 1 boundaries"),
         (lambda: Piecewise((0.5, 0.2), (1.0, 0.1, 0.01)), "must rise"),
         (lambda: WarmUp(length=0.0), "from 0 to 0"),
+        (lambda: DampingWarmUp(length=0.0), "from 0 to 0"),
+        (lambda: DampingWarmUp(ratio=0.5), "ratio=0.5 must be at least 1"),
+        (lambda: DampingWarmUp(ratio=1000.0, steps=6), "steps=6 .* give more than 6"),
+        (lambda: DampingWarmUp(steps=0), "steps=0"),
     ],
 )
 def test_impossible_schedules_are_refused_by_value(make, says):
@@ -85,3 +89,18 @@ def test_half_way_momentum_of_the_paper():
     power, begin, end, stop, _ = TABLE["32K"]
     assert 0.97 * Polynomial(power, begin, end)(stop / 2) == pytest.approx(0.130, abs=0.001)
     assert math.isclose(0.93 * Polynomial(2.9, 3, 100)(45), 0.18, abs_tol=0.005)
+
+
+@pytest.mark.parametrize(("ratio", "steps"), [(100.0, 50), (1.0, 10), (2000.0, 7)])
+def test_damping_warm_up_is_the_recursion_of_its_paper(ratio, steps):
+    """lambda_t = (1 - c) lambda_(t-1) + c lambda_target, c = 2 log10(lambda_0 / lambda_target) / T_warmup."""
+    target, run = 2.5e-4, 4 * steps
+    schedule = DampingWarmUp(ratio, length=0.25, steps=steps)
+    c, damping = 2 * math.log10(ratio) / steps, ratio * target
+    for step in range(run):
+        assert target * schedule(step / run) == pytest.approx(damping, rel=1e-9)
+        damping = (1 - c) * damping + c * target
+
+
+def test_damping_warm_up_ends_near_the_power_that_its_docstring_states():
+    assert DampingWarmUp(100.0, length=0.1, steps=10_000)(0.1) == pytest.approx(1 + 99 / 100**0.8686, rel=1e-3)

@@ -140,7 +140,9 @@ def show_recipes(arguments: list[str]) -> int:
     """List all recipes with the first line of their descriptions."""
     from natgrad.recipes import every
 
-    lines = [f"  {name:<18} {(inspect.getdoc(maker) or '').splitlines()[0]}" for name, maker in every().items()]
+    known = every()
+    wide = max(len(name) for name in known)
+    lines = [f"  {name:<{wide}} {(inspect.getdoc(maker) or '').splitlines()[0]}" for name, maker in known.items()]
     return show("natgrad train RECIPE [--field value ...]; the recipes:\n", lines, arguments)
 
 

@@ -103,6 +103,42 @@ class WarmUp(Schedule):
         return (self.start + (1.0 - self.start) * _share(t, 0.0, self.length)) * self.then(t)
 
 
+@dataclass(frozen=True)
+class DampingWarmUp(Schedule):
+    """From `ratio` down towards 1: the damping warm-up of distributed K-FAC (attributed to Osawa et al. 2019).
+
+        lambda(n) = (1 - c) lambda(n - 1) + c lambda_target,   c = 2 log10(lambda_0 / lambda_target) / steps
+
+    after n updates, here in closed form: lambda(n) / lambda_target = 1 + (ratio - 1) (1 - c)^n. It goes on beyond
+    the warm-up's steps, after which it is near (ratio - 1) / ratio^0.87 above 1.
+    """
+
+    ratio: float = 100.0
+    """Damping at the start over the damping that is aimed at, lambda_0 / lambda_target."""
+    length: float = 0.1
+    """Progress at which the warm-up's steps are done."""
+    steps: int = 100
+    """Updates within that length, T_warmup."""
+
+    def __post_init__(self) -> None:
+        _ordered(0.0, self.length)
+        if not 1 <= self.ratio < math.inf:
+            raise ValueError(f"ratio={self.ratio:g} must be at least 1: the damping at the start over its target")
+        if self.steps < 1 or self.rate >= 1:
+            raise ValueError(
+                f"steps={self.steps} are too few to come down from {self.ratio:g} times the damping; "
+                f"give more than {2 * math.log10(self.ratio):g}"
+            )
+
+    @property
+    def rate(self) -> float:
+        """c, the share of the way that an update goes."""
+        return 2 * math.log10(self.ratio) / self.steps
+
+    def __call__(self, t: float) -> float:
+        return 1 + (self.ratio - 1) * (1 - self.rate) ** (t / self.length * self.steps)
+
+
 def _share(t: float, begin: float, end: float) -> float:
     """How much of [begin, end] lies behind t, from 0 to 1."""
     return min(1.0, max(0.0, (t - begin) / (end - begin)))

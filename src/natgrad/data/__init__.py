@@ -4,6 +4,18 @@ from natgrad.data.cifar import Cifar100
 from natgrad.data.digits import Digits
 from natgrad.data.folder import ImageFolder
 from natgrad.data.images import Images, Source, Splits, hold_out
+from natgrad.data.regularisation import Regularisation, Regulariser
 from natgrad.data.sampler import Sampler
 
-__all__ = ["Cifar100", "Digits", "ImageFolder", "Images", "Sampler", "Source", "Splits", "hold_out"]
+__all__ = [
+    "Cifar100",
+    "Digits",
+    "ImageFolder",
+    "Images",
+    "Regularisation",
+    "Regulariser",
+    "Sampler",
+    "Source",
+    "Splits",
+    "hold_out",
+]

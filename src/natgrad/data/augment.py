@@ -1,5 +1,7 @@
 """Variations of a batch as plain tensor functions, on whatever device the batch is."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,14 +15,36 @@ def flip(inputs: Tensor, generator: torch.Generator) -> Tensor:
 
 def pad_crop(inputs: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
     """Shift each image by up to `padding` pixels both ways, zeros coming in from the border."""
-    n, channels, height, width = inputs.shape
-    shifts = torch.randint(0, 2 * padding + 1, (2, n), generator=generator).to(inputs.device)
-    rows = shifts[0].view(-1, 1) + torch.arange(height, device=inputs.device)
-    columns = shifts[1].view(-1, 1) + torch.arange(width, device=inputs.device)
-    padded = F.pad(inputs, (padding,) * 4)
+    corners = torch.randint(0, 2 * padding + 1, (2, len(inputs)), generator=generator)
+    return windows(F.pad(inputs, (padding,) * 4), corners, inputs.shape[2], inputs.shape[3])
+
+
+def windows(inputs: Tensor, corners: Tensor, height: int, width: int) -> Tensor:
+    """Cut height x width out of each image [n, c, h, w], its upper left at corners [2, n] (row, column)."""
+    n, channels = inputs.shape[:2]
+    corners = corners.to(inputs.device)
+    rows = corners[0].view(-1, 1) + torch.arange(height, device=inputs.device)
+    columns = corners[1].view(-1, 1) + torch.arange(width, device=inputs.device)
     images = torch.arange(n, device=inputs.device).view(-1, 1, 1, 1)
     channel = torch.arange(channels, device=inputs.device).view(1, -1, 1, 1)
-    return padded[images, channel, rows.view(n, 1, -1, 1), columns.view(n, 1, 1, -1)]
+    return inputs[images, channel, rows.view(n, 1, -1, 1), columns.view(n, 1, 1, -1)]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of `size` pixels out of each raw image: at random while learning, in the middle otherwise."""
+
+    size: int
+    random: bool = False
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        n, _, height, width = images.shape
+        room = torch.tensor([[height - self.size], [width - self.size]])
+        if generator is None or not self.random:
+            corners = (room // 2).expand(2, n)
+        else:
+            corners = (torch.rand((2, n), generator=generator) * (room + 1)).floor().long()
+        return windows(images, corners, self.size, self.size)
 
 
 def crop_and_flip(inputs: Tensor, generator: torch.Generator) -> Tensor:

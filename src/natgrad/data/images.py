@@ -1,7 +1,8 @@
 """A data set is a few tensors in memory: raw images on the device, labels, and what turns raw values into
 inputs.
 
-Kept as uint8, CIFAR takes 150 MB; a batch is an index, a cast and one multiply-add on the device.
+Kept as uint8, CIFAR takes 150 MB; a batch is an index, a cast and one multiply-add on the device. What is too large
+for that stays in its files (pictures.py).
 """
 
 from collections.abc import Callable
@@ -10,7 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from natgrad.data.pictures import Pictures
+
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+Cut = Callable[[Tensor, "torch.Generator | None"], Tensor]
+"""Takes a part of each raw image; without a generator always the same part."""
 
 
 def as_they_are(inputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -18,24 +25,31 @@ def as_they_are(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return inputs
 
 
+def whole(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Take all of each image."""
+    return images
+
+
 @dataclass(frozen=True)
 class Images:
     """n images with their labels, and the mean and deviation of their channels in raw units."""
 
-    images: Tensor
+    images: Tensor | Pictures
     """[n, channels, height, width], uint8 or float, raw values."""
     labels: Tensor
     """[n], int64."""
     classes: int
-    mean: tuple[float, ...]
+    mean: tuple[float, ...] | Tensor
+    """Of each channel, or an image [channels, height, width] of what `cut` leaves."""
     std: tuple[float, ...]
+    cut: Cut = whole
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def device(self) -> torch.device:
-        return self.images.device
+        return self.labels.device
 
     def to(self, device: torch.device) -> "Images":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -43,14 +57,19 @@ class Images:
     def take(self, index: Tensor) -> "Images":
         """Return the images at these places as a data set of their own."""
         index = index.to(self.device)
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        images = self.images[index] if isinstance(self.images, Tensor) else self.images.take(index)
+        return replace(self, images=images, labels=self.labels[index])
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs [n, channels, height, width] in float, normalised, and labels [n]."""
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return inputs [n, channels, height, width] in float, cut and normalised, and labels [n].
+
+        With a generator, for learning: what is cut out of an image may be drawn anew.
+        """
         index = index.to(self.device)
-        raw = self.images[index].float()
-        mean, std = (raw.new_tensor(value).view(1, -1, 1, 1) for value in (self.mean, self.std))
-        return (raw - mean) / std, self.labels[index]
+        raw = self.cut(self.images[index], generator).float()
+        mean = torch.as_tensor(self.mean, dtype=raw.dtype, device=raw.device)
+        mean = mean.view(1, -1, 1, 1) if mean.dim() == 1 else mean
+        return (raw - mean) / raw.new_tensor(self.std).view(1, -1, 1, 1), self.labels[index]
 
 
 @dataclass(frozen=True)

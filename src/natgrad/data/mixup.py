@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 @dataclass
 class RunningMixup:
-    """Blends a stream of batches; holds the last blended one. The first batch, and one of another size, stays whole.
+    """Blends a stream of batches, image by image; holds the last blended ones. Images without a partner stay whole:
+    the first batch, and what a batch has more than the one before. A shorter batch leaves the others' partners waiting.
 
     per_sample: one l an image, as in the authors' release, instead of one a batch.
     fresh_majority: l <- max(l, 1 - l), as in the release: the fresh image weighs at least half.
@@ -37,12 +38,19 @@ class RunningMixup:
     ) -> tuple[Tensor, Tensor]:
         """Inputs [n, ...] and labels [n] as blended inputs and soft targets [n, classes]."""
         targets = F.one_hot(labels, classes).to(inputs.dtype)
-        if self._inputs is not None and self._targets is not None and self._inputs.shape == inputs.shape:
-            share = self.draw(len(inputs) if self.per_sample else 1, generator).to(inputs)
-            inputs = torch.lerp(self._inputs, inputs, share.view(-1, *[1] * (inputs.dim() - 1)))
-            targets = torch.lerp(self._targets, targets, share.view(-1, 1))
-        self._inputs, self._targets = inputs, targets
+        if self._inputs is None or self._targets is None:
+            self._inputs, self._targets = inputs, targets
+        else:
+            share = self.draw(len(inputs) if self.per_sample else 1, generator).to(inputs).expand(len(inputs))
+            inputs = blend(self._inputs, inputs, share)
+            targets = blend(self._targets, targets, share)
+            self._targets = over(self._targets, targets)
+            self.keep(inputs)
         return inputs, targets
+
+    def keep(self, inputs: Tensor) -> None:
+        """Blend the next batch with these images instead of those that were returned last."""
+        self._inputs = inputs if self._inputs is None else over(self._inputs, inputs)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` shares of the fresh image."""
@@ -50,6 +58,18 @@ class RunningMixup:
         gamma = torch._standard_gamma(alpha, generator=generator)  # torch's Beta takes no generator
         share = gamma[0] / gamma.sum(0).clamp_min(1e-300)
         return torch.maximum(share, 1 - share) if self.fresh_majority else share
+
+
+def blend(last: Tensor, fresh: Tensor, share: Tensor) -> Tensor:
+    """Return share x fresh + (1 - share) x last for the images that have a partner; the others stay."""
+    n = min(len(last), len(fresh))
+    blended = torch.lerp(last[:n], fresh[:n], share[:n].view(-1, *[1] * (fresh.dim() - 1)))
+    return blended if n == len(fresh) else torch.cat((blended, fresh[n:]))
+
+
+def over(last: Tensor, fresh: Tensor) -> Tensor:
+    """`fresh`, and behind it what `last` has more."""
+    return fresh if len(fresh) >= len(last) else torch.cat((fresh, last[len(fresh) :]))
 
 
 def erase(

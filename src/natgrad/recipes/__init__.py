@@ -1,5 +1,5 @@
 """One run a function: each module of this folder holds functions that return a Recipe, found here by
-themselves.
+themselves; a module whose name begins with _ holds what several of them share.
 
 A recipe's name is its function's; its docstring states the command, the cost and the result.
 """
@@ -19,7 +19,8 @@ Maker = Callable[[], Recipe]
 def every() -> dict[str, Maker]:
     """Return all recipes by name, in the order of their names."""
     found: dict[str, Maker] = {}
-    for module in sorted(entry.name for entry in pkgutil.iter_modules(__path__)):
+    names = (entry.name for entry in pkgutil.iter_modules(__path__))
+    for module in sorted(name for name in names if not name.startswith("_")):
         found |= in_module(f"{__name__}.{module}")
     return dict(sorted(found.items()))
 

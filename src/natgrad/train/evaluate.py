@@ -18,7 +18,7 @@ from natgrad.data import Images
 from natgrad.parallel import World
 
 CHUNK = 1024
-"""Images judged at a time: bounds memory, and changes no result but for BatchNorm's estimates."""
+"""Images judged at a time at most: bounds memory, and changes no result but for BatchNorm's estimates."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Score:
     accuracy: float
 
 
-def evaluate(model: nn.Module, images: Images, world: World) -> Score:
+def evaluate(model: nn.Module, images: Images, world: World, chunk: int = CHUNK) -> Score:
     """Return loss (cross-entropy) and accuracy over all images, the model in evaluation mode."""
     total = torch.zeros(3, dtype=torch.float64)
     with _mode(model, training=False), torch.no_grad():
-        for index in _share(len(images), world).split(CHUNK):
+        for index in _share(len(images), world).split(chunk):
             inputs, labels = images.batch(index)
             logits = model(inputs).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -45,7 +45,7 @@ def evaluate(model: nn.Module, images: Images, world: World) -> Score:
     return Score(loss / count, right / count)
 
 
-def estimate_norms(model: nn.Module, images: Images, world: World, samples: int = 4096) -> None:
+def estimate_norms(model: nn.Module, images: Images, world: World, samples: int = 4096, chunk: int = CHUNK) -> None:
     """Replace every BatchNorm's running averages by those of `samples` training images at the present
     weights.
 
@@ -57,7 +57,7 @@ def estimate_norms(model: nn.Module, images: Images, world: World, samples: int 
         return
     places = torch.linspace(0, len(images) - 1, min(samples, len(images))).long()
     with _mode(model, training=True), _plain_average(norms), torch.no_grad():
-        for index in places[_share(len(places), world)].split(CHUNK):
+        for index in places[_share(len(places), world)].split(chunk):
             model(images.batch(index)[0])
     world.mean([value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None])
 

@@ -1,6 +1,6 @@
 """The training loop for any recipe, on one rank or many: each takes its share of every batch.
 
-    share of the batch -> loss -> gradient -> optimizer.step() -> one record
+    share of the batch -> its parts: mixup, erasing, loss, gradient -> optimizer.step() -> one record
 
 What travels between ranks: gradients (and what a second-order optimizer needs) within `optimizer.step()`, and
 two numbers a step, the loss and whether anyone wants to stop; so all ranks stop after the same step.
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from natgrad.data import Sampler, Splits
+from natgrad.data import Regulariser, Sampler, Splits
+from natgrad.data.pictures import ahead
 from natgrad.data.sampler import Batch
 from natgrad.parallel import World
-from natgrad.train.evaluate import Score, estimate_norms, evaluate
+from natgrad.train.evaluate import CHUNK, Score, estimate_norms, evaluate
+from natgrad.train.pace import Pace
 from natgrad.train.recipe import Recipe
 
 
@@ -33,6 +35,7 @@ class Job:
     model: nn.Module
     optimizer: Optimizer
     sampler: Sampler
+    regulariser: Regulariser
     steps: int
 
     @property
@@ -41,8 +44,9 @@ class Job:
 
     def score(self, split: str = "test") -> Score:
         """Judge the model as it is now on one split, BatchNorm's statistics estimated anew."""
-        estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples)
-        return evaluate(self.model, getattr(self.splits, split), self.world)
+        chunk = min(CHUNK, self.recipe.micro_batch or CHUNK)
+        estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples, chunk)
+        return evaluate(self.model, getattr(self.splits, split), self.world, chunk)
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Step:
     step: int
     epoch: float
     loss: float
-    """Mean over the batch on all ranks."""
+    """Of what was trained on (blended images have blended labels): mean over the batch on all ranks."""
     lr: float
     seconds: float
     elapsed: float
@@ -61,20 +65,24 @@ class Step:
     stages: dict[str, float]
     """Seconds by stage of the step."""
     second_order: dict[str, Any] = field(default_factory=dict)
-    """Share of statistics refreshed, intervals and traffic by stage, where the optimizer has them."""
+    """Damping, share of statistics refreshed, intervals and traffic by stage, where the optimizer has them."""
     stop: bool = False
     """Whether any rank was asked to stop."""
 
 
 def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
     """Build model, optimizer and sampler; raise ValueError for values that do not fit each other."""
+    recipe.check_values()
     train = splits.train
     sampler = Sampler(len(train), recipe.batch, recipe.seed, world.rank, world.size, recipe.drop_last)
     steps = recipe.steps if recipe.steps is not None else round(recipe.epochs * len(sampler))
     if steps < 1:
         raise ValueError(f"epochs={recipe.epochs:g} of {len(sampler)} steps make no step; raise epochs or set steps")
     model = build_model(recipe).to(train.device)
-    return Job(recipe, world, splits, model, recipe.optimizer.build(model, world), sampler, steps)
+    optimizer = recipe.optimizer.build(model, world)
+    return Job(
+        recipe, world, splits, model, optimizer, sampler, Regulariser(recipe.regularisation, train.classes), steps
+    )
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -85,12 +93,10 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
     """Train, yielding a record after each step; the job's model may be judged in between."""
-    rates = [group["lr"] for group in job.optimizer.param_groups]
+    pace = Pace(job.optimizer, lr=job.recipe.schedule, damping=job.recipe.damping_schedule)
     elapsed = 0.0
     for step, batch in zip(range(1, job.steps + 1), job.sampler.stream()):
-        factor = job.recipe.schedule((step - 1) / job.steps)
-        for group, rate in zip(job.optimizer.param_groups, rates):
-            group["lr"] = rate * factor
+        pace.set((step - 1) / job.steps)
         before, clock = _second_order_seconds(job.optimizer), Clock(job.device)
         loss = descend(job, batch, step, clock)
         news = torch.stack((loss, loss.new_tensor(float(stop()))))
@@ -102,7 +108,7 @@ def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
             step=step,
             epoch=step / len(job.sampler),
             loss=value,
-            lr=rates[0] * factor,
+            lr=job.optimizer.param_groups[0]["lr"],
             seconds=clock.total,
             elapsed=elapsed,
             images_per_second=batch.total / clock.total,
@@ -118,19 +124,39 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
     """Take one step on this rank's share of a batch; return the share's part of the loss, such that ranks'
     mean it.
 
-    Shares may differ by one sample, so a rank's loss is its sum over (samples in the batch / ranks).
+    Shares may differ by one sample, so a rank's loss is its sum over (samples in the batch / ranks). Gradients of the
+    share's parts add up, and a second-order optimizer's statistics with them.
     """
-    inputs, labels = job.splits.train.batch(batch.index)
     seed = (job.recipe.seed * 1_000_003 + step) * job.world.size + job.world.rank
-    inputs = job.splits.augment(inputs, torch.Generator().manual_seed(seed))
-    clock.lap("data")
-    loss = F.cross_entropy(job.model(inputs), labels, reduction="sum") * (job.world.size / batch.total)
-    loss.backward()
-    clock.lap("network")
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros((), device=job.device)
+    for inputs, targets in parts(job, batch, generator):
+        clock.lap("data")
+        output = job.model(inputs)
+        loss = F.cross_entropy(output, targets, reduction="sum") * (job.world.size / batch.total)
+        job.recipe.optimizer.before_backward(job.optimizer, output)
+        loss.backward()
+        total += loss.detach()
+        clock.lap("network")
     job.optimizer.step()
     job.optimizer.zero_grad()
     clock.lap("update")
-    return loss.detach()
+    return total
+
+
+def parts(job: Job, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's share, varied, blended and erased: inputs [n, c, h, w], and labels [n] or [n, classes].
+
+    At most `micro_batch` images at a time; where they come from files, the next are read while these are in use.
+    """
+    train = job.splits.train
+
+    def made() -> Iterator[tuple[Tensor, Tensor]]:
+        for part, index in enumerate(batch.index.split(job.recipe.micro_batch or len(batch.index))):
+            inputs, labels = train.batch(index, generator)
+            yield job.regulariser(part, job.splits.augment(inputs, generator), labels, generator)
+
+    return made() if isinstance(train.images, Tensor) else ahead(made())
 
 
 class Clock:
@@ -173,6 +199,7 @@ def _second_order(optimizer: Optimizer) -> dict[str, Any]:
         return {}
     told: Any = optimizer
     return {
+        "damping": told.param_groups[0]["damping"],
         "refreshed": told.refreshed,
         "skipped": told.skipped,
         "intervals": told.intervals(),

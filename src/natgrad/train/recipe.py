@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from natgrad.data import Source
+from natgrad.data import Regularisation, Source
 from natgrad.models import Architecture
-from natgrad.schedules import Cosine, Schedule
+from natgrad.schedules import Constant, Cosine, Schedule
 from natgrad.train.optimizers import Settings, positive
 
 
@@ -22,8 +22,14 @@ class Recipe:
     """The optimizer and its numbers."""
     schedule: Schedule = field(default_factory=Cosine)
     """Multiplies the learning rate, by progress from 0 to 1."""
+    damping_schedule: Schedule = field(default_factory=Constant)
+    """Multiplies the damping of an optimizer that has one, by progress from 0 to 1."""
+    regularisation: Regularisation = field(default_factory=Regularisation)
+    """Running mixup and random erasing of the training images."""
     batch: int = 128
     """Samples in a step, over all ranks."""
+    micro_batch: int | None = None
+    """Samples that a rank takes at once, the rest of its share one part after the other; None: all."""
     epochs: float = 10.0
     """Passes over the training data."""
     steps: int | None = None
@@ -39,12 +45,20 @@ class Recipe:
 
     def check(self) -> None:
         """Raise a ValueError for values that no run could use, before anything is read or written."""
+        self.check_values()
+        self.data.check()
+
+    def check_values(self) -> None:
+        """Do the same, but for the data, which need not be there."""
         positive("lr", self.optimizer.lr)
-        for name in ("batch", "epochs", "steps", "evaluate_every", "norm_samples"):
+        for name in ("batch", "micro_batch", "epochs", "steps", "evaluate_every", "norm_samples"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value:g} must be positive; set --{name.replace('_', '-')}")
-        self.data.check()
+        self.regularisation.check()
+        if not isinstance(self.damping_schedule, Constant) and not hasattr(self.optimizer, "damping"):
+            names = type(self.damping_schedule).__name__, type(self.optimizer).__name__
+            raise ValueError(f"damping_schedule={names[0]} but {names[1]} has no damping; leave it Constant()")
 
 
 def described(value: Any) -> Any:

@@ -1,0 +1,11 @@
+"""What a recipe can name as its optimizer: frozen numbers, and how to build the optimizer from them.
+
+A new optimizer is one more class in a file of this folder, or in any module that a recipe imports; the command line
+learns its fields by itself.
+"""
+
+from natgrad.train.optimizers.base import Settings, alone, positive
+from natgrad.train.optimizers.curved import KFac, SpNgd
+from natgrad.train.optimizers.plain import AdamW, Sgd
+
+__all__ = ["AdamW", "KFac", "Settings", "Sgd", "SpNgd", "alone", "positive"]

@@ -1,0 +1,46 @@
+"""The numbers of an optimizer as a recipe holds them, and what those need that know nothing of ranks."""
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from natgrad.parallel import Parcel, World
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of an optimizer; `build` makes one for a model on the ranks of a world."""
+
+    lr: float = 0.1
+    """Learning rate at the start; the schedule multiplies it."""
+
+    def build(self, model: nn.Module, world: World) -> Optimizer:
+        raise NotImplementedError(f"{type(self).__name__} does not say how to build its optimizer")
+
+    def before_backward(self, optimizer: Optimizer, output: Tensor) -> None:
+        """Called with a part's logits between its forward and its backward pass; most have nothing to do."""
+
+
+def alone(optimizer: Optimizer, model: nn.Module, world: World) -> Optimizer:
+    """Make an optimizer that knows of one rank begin as rank 0 does and step by the mean gradient."""
+    world.gather([Parcel(tensor.detach(), 0) for tensor in (*model.parameters(), *model.buffers())])
+    seconds = {"messages": 0.0}
+
+    def average(*_: object) -> None:
+        began = time.perf_counter()
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        world.mean([parameter.grad for parameter in parameters if parameter.grad is not None], "gradients")
+        seconds["messages"] += time.perf_counter() - began
+
+    if world.size > 1:
+        optimizer.register_step_pre_hook(average)
+        vars(optimizer)["seconds"] = seconds
+    return optimizer
+
+
+def positive(name: str, value: float) -> None:
+    """Refuse zero, negative numbers and what is no number."""
+    if not value > 0 or value == float("inf"):
+        raise ValueError(f"{name}={value:g} must be a positive number; set --optimizer.{name}")

@@ -1,0 +1,143 @@
+"""SP-NGD and K-FAC as numbers: every choice that natgrad.SPNGD and natgrad.KFAC offer, by name."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import natgrad
+from natgrad.optim import SecondOrder, blocks, lengths, rules
+from natgrad.optim.rules import Momentum
+from natgrad.parallel import World
+from natgrad.staleness import Adaptive, Staleness
+from natgrad.train.optimizers.base import Settings
+
+COEFFICIENTS = {"corrected": rules.corrected, "tied": rules.tied, "heavy_ball": rules.heavy_ball}
+LENGTHS = {"plain": lengths.plain, "trust": lengths.trust, "predicted_change": lengths.predicted_change}
+NORMS = {"unitwise": blocks.spngd_blocks, "plain": blocks.kfac_blocks}
+"""What normalisations get, by the name that a recipe gives; another kind of block is one more entry here."""
+WIRES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Curved(Settings):
+    """What SP-NGD and K-FAC have in common."""
+
+    momentum: float = 0.9
+    """Share of the last direction that is repeated."""
+    damping: float = 1e-3
+    """Added to the curvature before it is inverted, split between the two factors."""
+    weight_decay: float = 0.0
+    """Strength of the L2 penalty."""
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """Labels of the curvature: the data's, or drawn from the prediction at one more backward pass a measurement."""
+    refresh: int | None = None
+    """Measure every so many steps; None: each statistic when it has changed by more than `tolerance`."""
+    tolerance: float = 0.1
+    """Relative change of a statistic that counts as change, quoted at 4,096 measured samples."""
+    widen_below: int = 4096
+    """Samples in a step below which `tolerance` grows as 1/sqrt(samples), for sampling noise; 1: it never does."""
+    limit: int | None = None
+    """The longest interval in steps where `refresh` is None; None: no limit."""
+    decay: float = 0.0
+    """Share of the old average that a refresh keeps; 0: each measurement replaces the last."""
+    samples: int | None = 8
+    """Rows measured for each dimension of a statistic; None: every row."""
+    norms: Literal["unitwise", "plain"] = "unitwise"
+    """Curvature of normalisations: a 2x2 block for each channel, or none."""
+    max_size: int = 8192
+    """A side of a layer above this many dimensions keeps the diagonal of its factor only."""
+    length: Literal["plain", "trust", "predicted_change"] = "plain"
+    """How far a step goes along its direction."""
+    largest_change: float | None = None
+    """With length predicted_change: the change of the output (KL) above which a step is shortened; None: 0.01."""
+    coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
+    """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike (the paper)."""
+    before: bool = False
+    """Average gradients and precondition the average, instead of averaging preconditioned gradients."""
+    rescale: Literal["always", "shrink"] | None = None
+    """Hold each weight at the norm it had at initialisation (always, or only when it has grown)."""
+    max_norm: float | None = None
+    """Norm to which the mean gradient of all parameters is clipped; None: no clipping."""
+    strict: bool = False
+    """Refuse a network with parameters that have no curvature, instead of training these by Adam's direction."""
+    wire: Literal["float16", "bfloat16"] | None = None
+    """Type in which statistics travel; None: their own."""
+    sampling_seed: int = 0
+    """Decides which rows are measured and which labels are drawn."""
+
+    def before_backward(self, optimizer: Optimizer, output: Tensor) -> None:
+        if self.fisher == "sampled" and isinstance(optimizer, SecondOrder):
+            optimizer.sample(output)
+
+    def arguments(self, world: World) -> dict[str, Any]:
+        """What SPNGD and KFAC are called with, beside the model and the learning rate."""
+        return {
+            "momentum": self.momentum,
+            "damping": self.damping,
+            "weight_decay": self.weight_decay,
+            "fisher": self.fisher,
+            "refresh": self.staleness(),
+            "decay": self.decay,
+            "samples": self.samples,
+            "curvature": NORMS[self.norms],
+            "max_size": self.max_size,
+            "length": self.how_far(),
+            "rule": Momentum(self.before, COEFFICIENTS[self.coefficient]),
+            "rescale": self.rescale,
+            "max_norm": self.max_norm,
+            "strict": self.strict,
+            "seed": self.sampling_seed,
+            "world": world if self.wire is None else World(world.transport, wire=WIRES[self.wire]),
+        }
+
+    def staleness(self) -> int | Staleness:
+        """When statistics are measured again; numbers of the adaptive rule beside a fixed interval are refused."""
+        if self.refresh is None:
+            return Adaptive(self.tolerance, self.widen_below, self.limit)
+        unset = {entry.name: entry.default for entry in fields(Curved)}
+        for name in ("tolerance", "widen_below", "limit"):
+            if getattr(self, name) != unset[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} belongs to the adaptive rule, but refresh={self.refresh} is fixed; "
+                    "set --optimizer.refresh None"
+                )
+        return self.refresh
+
+    def how_far(self) -> lengths.Length:
+        """The length as a function."""
+        if self.largest_change is None:
+            return LENGTHS[self.length]
+        if self.length != "predicted_change":
+            raise ValueError(
+                f"largest_change={self.largest_change:g} says nothing to length={self.length}; "
+                "set --optimizer.length predicted_change"
+            )
+        return lengths.PredictedChange(self.largest_change)
+
+
+@dataclass(frozen=True)
+class SpNgd(Curved):
+    """SP-NGD: natural gradient with Kronecker factors, refreshed when they have changed."""
+
+    def build(self, model: nn.Module, world: World) -> Optimizer:
+        return natgrad.SPNGD(model, self.lr, **self.arguments(world))
+
+
+@dataclass(frozen=True)
+class KFac(Curved):
+    """K-FAC: Kronecker factors averaged over time, refreshed every k steps."""
+
+    refresh: int | None = 10
+    """Measure every so many steps; None: each statistic when it has changed by more than `tolerance`."""
+    decay: float = 0.95
+    """Share of the old average that a refresh keeps."""
+    norms: Literal["unitwise", "plain"] = "plain"
+    """Curvature of normalisations: a 2x2 block for each channel, or none."""
+    gather: Literal["weights", "directions"] = "weights"
+    """What owners send to everyone: new weights, or directions for every rank to apply (the paper of 2019)."""
+
+    def build(self, model: nn.Module, world: World) -> Optimizer:
+        return natgrad.KFAC(model, self.lr, gather=self.gather, **self.arguments(world))

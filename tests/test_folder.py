@@ -1,0 +1,161 @@
+"""Images in class folders: read at once or when asked for, cut as SP-NGD cuts them, less their mean image."""
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from natgrad.data import ImageFolder
+from natgrad.data.augment import Crop
+from natgrad.data.pictures import Pictures, ahead
+from natgrad.parallel import World
+from natgrad.train.evaluate import evaluate
+
+DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+
+
+def write_images(folder: Path, classes=("cat", "dog"), count=2):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((10, 14, 3), 100 * label + number, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+
+
+def test_a_folder_of_images_is_read_at_one_size(tmp_path):
+    write_images(tmp_path)
+    source = ImageFolder(str(tmp_path), size=6)
+    splits = source.load()
+    assert splits.train.images.shape == (4, 3, 6, 6)
+    assert splits.train.images.dtype == torch.uint8
+    assert splits.train.labels.tolist() == [0, 0, 1, 1]
+    assert splits.test.images.flatten(1).float().mean(1).tolist() == [0, 1, 100, 101]
+    assert (source.shape(), source.classes()) == ((3, 6, 6), 2)
+
+
+def test_an_unreadable_picture_is_named(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / "broken.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"broken\.jpg"):
+        ImageFolder(str(tmp_path)).load()
+
+
+def test_a_folder_without_validation_images_is_refused(tmp_path):
+    write_images(tmp_path)
+    for picture in (tmp_path / "val").rglob("*.png"):
+        picture.unlink()
+    with pytest.raises(ValueError, match="val/CLASS"):
+        ImageFolder(str(tmp_path)).check()
+
+
+@pytest.mark.skipif(not (DATA / "tinyimagenet10").is_dir(), reason="no tinyimagenet10 in NATGRAD_DATA")
+def test_real_pictures_in_class_folders_are_read():
+    splits = ImageFolder(str(DATA / "tinyimagenet10"), size=16).load()
+    assert (len(splits.train), len(splits.test), splits.train.classes) == (5000, 500, 10)
+    assert splits.train.images.float().std() > 30
+
+
+def grid(n: int, size: int) -> torch.Tensor:
+    """Images whose pixel (row, column) is 10 row + column, the second channel one more."""
+    pixels = 10 * torch.arange(size).view(-1, 1) + torch.arange(size)
+    return torch.stack((pixels, pixels + 1)).expand(n, 2, size, size)
+
+
+def test_a_crop_is_anywhere_while_learning_and_in_the_middle_otherwise():
+    images = grid(500, 5)
+    found = Crop(3, random=True)(images, torch.Generator().manual_seed(0))
+    assert set(found[:, 0, 0, 0].tolist()) == {10 * row + column for row in range(3) for column in range(3)}
+    corner = found[:, :1, :1, :1]
+    assert torch.equal(found, corner + grid(500, 3))
+    middle = grid(500, 3) + 11
+    assert torch.equal(Crop(3, random=True)(images, None), middle)
+    assert torch.equal(Crop(3)(images, torch.Generator()), middle)
+
+
+def test_the_papers_preprocessing(tmp_path):
+    """Resized, cut, less the upper left of the mean image, over 255; the middle for judging."""
+    write_images(tmp_path, count=3)
+    source = ImageFolder(str(tmp_path), size=10, crop=8, subtract="image")
+    plain = ImageFolder(str(tmp_path), size=10).load()
+    splits = source.load()
+    assert source.shape() == (3, 8, 8)
+    mean = plain.train.images.double().mean(0)[:, :8, :8].float()
+    for images, raw in ((splits.train, plain.train), (splits.test, plain.test)):
+        inputs, labels = images.batch(torch.arange(6))
+        torch.testing.assert_close(inputs, (raw.images[:, :, 1:9, 1:9] - mean) / 255)
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert splits.train.batch(torch.arange(6), torch.Generator())[0].shape == (6, 3, 8, 8)
+
+
+def test_training_images_are_cut_anew_and_mirrored_unless_told_otherwise(tmp_path):
+    from PIL import Image
+
+    write_images(tmp_path, count=1)
+    noise = np.random.default_rng(0).integers(0, 255, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "train" / "cat" / "0.png")
+    places = torch.zeros(100, dtype=torch.int64)
+    for augment, least in ((True, 10), (False, 1)):
+        splits = ImageFolder(str(tmp_path), size=12, crop=9, augment=augment).load()
+        generator = torch.Generator().manual_seed(0)
+        varied = splits.augment(splits.train.batch(places, generator)[0], generator)
+        kinds = len(varied.flatten(1).unique(dim=0))
+        assert kinds >= least
+        assert (kinds == 1) is not augment
+        assert kinds <= 32
+
+
+@pytest.mark.parametrize("crop", [None, 8])
+def test_images_left_in_their_files_are_those_in_memory(tmp_path, crop):
+    write_images(tmp_path, count=4)
+    source = ImageFolder(str(tmp_path), size=10, crop=crop, subtract="image")
+    kept, read = source.load(), replace(source, in_memory=False).load()
+    assert isinstance(read.train.images, Pictures)
+    assert len(read.train) == 8
+    index = torch.tensor([7, 0, 3, 3])
+    for a, b in zip(kept.train.batch(index), read.to(torch.device("cpu")).train.batch(index)):
+        assert torch.equal(a, b)
+    taken = read.train.take(torch.tensor([5, 1]))
+    assert torch.equal(taken.batch(torch.tensor([1]))[0], kept.train.batch(torch.tensor([1]))[0])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * source.seen**2, 2))
+    assert evaluate(model, read.test, World()) == evaluate(model, kept.test, World())
+
+
+def test_a_crop_larger_than_the_images_is_refused():
+    with pytest.raises(ValueError, match=r"crop=65 .*size=64; set --data\.crop"):
+        ImageFolder(crop=65)
+
+
+def test_the_next_item_is_made_while_the_last_one_is_in_use():
+    made, used = [], []
+    second = threading.Event()
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield number
+
+    for number in ahead(items()):
+        if number == 0:
+            assert second.wait(30)  # would never be set if items were made on demand
+        used.append(number)
+    assert used == made == [0, 1, 2]
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_needed(tmp_path):
+    write_images(tmp_path)
+    broken = tmp_path / "train" / "dog" / "1.png"
+    splits = ImageFolder(str(tmp_path), size=8, in_memory=False).load()
+    broken.write_text("no picture")
+    batches = ahead(splits.train.batch(torch.tensor([place])) for place in (0, 3))
+    assert next(batches)[1].tolist() == [0]
+    with pytest.raises(ValueError, match=r"1\.png"):
+        next(batches)

@@ -1,0 +1,109 @@
+"""Optimizers as settings: every field reaches the optimizer, and what cannot go together is refused."""
+
+from dataclasses import fields, replace
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad
+from natgrad.optim import blocks, lengths
+from natgrad.parallel import World
+from natgrad.staleness import Adaptive
+from natgrad.train.optimizers import KFac, SpNgd
+from natgrad.train.optimizers.curved import COEFFICIENTS, LENGTHS, NORMS, WIRES
+
+OTHER = {
+    "lr": 0.3,
+    "momentum": 0.5,
+    "damping": 0.2,
+    "weight_decay": 0.1,
+    "fisher": "sampled",
+    "refresh": 7,
+    "tolerance": 0.5,
+    "widen_below": 1,
+    "limit": 9,
+    "decay": 0.3,
+    "samples": None,
+    "max_size": 4,
+    "length": "trust",
+    "largest_change": 0.5,
+    "coefficient": "tied",
+    "before": True,
+    "rescale": "shrink",
+    "max_norm": 2.0,
+    "strict": True,
+    "wire": "float16",
+    "sampling_seed": 3,
+    "gather": "directions",
+}
+ADAPTIVE = {key: {"refresh": None} for key in ("tolerance", "widen_below", "limit")}
+NEEDS = {**ADAPTIVE, "largest_change": {"length": "predicted_change"}}
+
+
+def handed_over(settings, monkeypatch):
+    """What the optimizer's constructor is called with; worlds by their wire."""
+    calls = []
+    for name in ("SPNGD", "KFAC"):
+        monkeypatch.setattr(natgrad, name, lambda model, lr, **given: calls.append({"lr": lr, **given}))
+    settings.build(nn.Linear(2, 2), World())
+    return {**calls[0], "world": calls[0]["world"].wire}
+
+
+@pytest.mark.parametrize("kind", [SpNgd, KFac])
+def test_every_field_is_passed_on(kind, monkeypatch):
+    for entry in fields(kind):
+        base = replace(kind(), **NEEDS.get(entry.name, {}))
+        given = getattr(base, entry.name)
+        other = next(v for v in ("plain", "unitwise") if v != given) if entry.name == "norms" else OTHER[entry.name]
+        changed = handed_over(replace(base, **{entry.name: other}), monkeypatch)
+        assert changed != handed_over(base, monkeypatch), entry.name
+
+
+@pytest.mark.parametrize("kind", [SpNgd, KFac])
+def test_every_name_of_a_choice_is_known(kind):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    choices = {"coefficient": COEFFICIENTS, "length": LENGTHS, "norms": NORMS, "wire": WIRES}
+    hints = get_type_hints(kind)
+    for name, known in choices.items():
+        offered = hints[name] if name != "wire" else get_args(hints[name])[0]  # beside None
+        assert set(get_args(offered)) == set(known)
+        for value in known:
+            assert isinstance(replace(kind(), **{name: value}).build(model, World()), natgrad.optim.SecondOrder)
+
+
+def test_names_become_what_they_say(monkeypatch):
+    settings = SpNgd(
+        tolerance=0.2,
+        widen_below=7,
+        limit=5,
+        norms="plain",
+        length="predicted_change",
+        largest_change=0.5,
+        wire="bfloat16",
+    )
+    given = handed_over(settings, monkeypatch)
+    assert given["refresh"] == Adaptive(0.2, 7, 5)
+    assert given["curvature"] is blocks.kfac_blocks
+    assert given["length"] == lengths.PredictedChange(0.5)
+    assert given["world"] == torch.bfloat16
+    assert handed_over(KFac(), monkeypatch)["refresh"] == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (SpNgd(refresh=3, tolerance=0.2), "tolerance=0.2 .*refresh=3"),
+        (SpNgd(refresh=3, widen_below=1), "widen_below=1 .*refresh=3"),
+        (KFac(limit=4), "limit=4 .*refresh=10.*--optimizer.refresh None"),
+        (SpNgd(largest_change=0.1), "largest_change=0.1 .*length=plain"),
+        (SpNgd(limit=0), "limit=0"),
+        (KFac(max_norm=-1.0), "max_norm=-1"),
+        (KFac(decay=1.0), "decay=1"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(settings, says):
+    with pytest.raises(ValueError, match=says) as refused:
+        settings.build(nn.Linear(2, 2), World())
+    assert "\n" not in str(refused.value)
