@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import natgrad
-from natgrad.optim import blocks, lengths
+from natgrad.optim import lengths
 from natgrad.parallel import World
 from natgrad.staleness import Adaptive
 from natgrad.train.optimizers import KFac, SpNgd
-from natgrad.train.optimizers.curved import COEFFICIENTS, LENGTHS, NORMS, WIRES
+from natgrad.train.optimizers.curved import COEFFICIENTS, INVERSES, LENGTHS, NORMS, WIRES
 
 OTHER = {
     "lr": 0.3,
@@ -31,6 +31,12 @@ OTHER = {
     "largest_change": 0.5,
     "coefficient": "tied",
     "before": True,
+    "displaced": True,
+    "inverse": "eigen",
+    "norms": "full",
+    "norm_damping": 16.0,
+    "weights_wire": "bfloat16",
+    "overlap": True,
     "rescale": "shrink",
     "max_norm": 2.0,
     "strict": True,
@@ -39,36 +45,46 @@ OTHER = {
     "gather": "directions",
 }
 ADAPTIVE = {key: {"refresh": None} for key in ("tolerance", "widen_below", "limit")}
-NEEDS = {**ADAPTIVE, "largest_change": {"length": "predicted_change"}}
+NEEDS = {**ADAPTIVE, "largest_change": {"length": "predicted_change"}, "norm_damping": {"norms": "unitwise"}}
 
 
 def handed_over(settings, monkeypatch):
-    """What the optimizer's constructor is called with; worlds by their wire."""
+    """What the optimizer's constructor is called with; worlds and blocks by what they come to."""
     calls = []
     for name in ("SPNGD", "KFAC"):
         monkeypatch.setattr(natgrad, name, lambda model, lr, **given: calls.append({"lr": lr, **given}))
     settings.build(nn.Linear(2, 2), World())
-    return {**calls[0], "world": calls[0]["world"].wire}
+    world, chosen = calls[0]["world"], calls[0]["curvature"]
+    return {
+        **calls[0],
+        "world": (world.wire, world.weights, world.overlap),
+        "curvature": (chosen.matrix, chosen.norm(None)),
+    }
 
 
 @pytest.mark.parametrize("kind", [SpNgd, KFac])
 def test_every_field_is_passed_on(kind, monkeypatch):
     for entry in fields(kind):
         base = replace(kind(), **NEEDS.get(entry.name, {}))
-        given = getattr(base, entry.name)
-        other = next(v for v in ("plain", "unitwise") if v != given) if entry.name == "norms" else OTHER[entry.name]
-        changed = handed_over(replace(base, **{entry.name: other}), monkeypatch)
+        changed = handed_over(replace(base, **{entry.name: OTHER[entry.name]}), monkeypatch)
+        assert handed_over(base, monkeypatch) == handed_over(replace(base), monkeypatch)
         assert changed != handed_over(base, monkeypatch), entry.name
 
 
 @pytest.mark.parametrize("kind", [SpNgd, KFac])
 def test_every_name_of_a_choice_is_known(kind):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    choices = {"coefficient": COEFFICIENTS, "length": LENGTHS, "norms": NORMS, "wire": WIRES}
+    choices = {
+        "coefficient": COEFFICIENTS,
+        "length": LENGTHS,
+        "inverse": INVERSES,
+        "wire": WIRES,
+        "weights_wire": WIRES,
+    }
     hints = get_type_hints(kind)
-    for name, known in choices.items():
-        offered = hints[name] if name != "wire" else get_args(hints[name])[0]  # beside None
-        assert set(get_args(offered)) == set(known)
+    for name, known in {**choices, "norms": {**NORMS, "plain": None}}.items():
+        offered = {value for part in get_args(hints[name]) for value in get_args(part) or (part,)} - {type(None)}
+        assert offered == set(known) - {None}
         for value in known:
             assert isinstance(replace(kind(), **{name: value}).build(model, World()), natgrad.optim.SecondOrder)
 
@@ -85,9 +101,9 @@ def test_names_become_what_they_say(monkeypatch):
     )
     given = handed_over(settings, monkeypatch)
     assert given["refresh"] == Adaptive(0.2, 7, 5)
-    assert given["curvature"] is blocks.kfac_blocks
+    assert given["curvature"] == (natgrad.Kronecker, natgrad.Identity())
     assert given["length"] == lengths.PredictedChange(0.5)
-    assert given["world"] == torch.bfloat16
+    assert given["world"] == (torch.bfloat16, None, False)
     assert handed_over(KFac(), monkeypatch)["refresh"] == 10
 
 
@@ -101,6 +117,9 @@ def test_names_become_what_they_say(monkeypatch):
         (SpNgd(limit=0), "limit=0"),
         (KFac(max_norm=-1.0), "max_norm=-1"),
         (KFac(decay=1.0), "decay=1"),
+        (SpNgd(norm_damping=0.0), "norm_damping=0 .*--optimizer.norm-damping"),
+        (KFac(norm_damping=16.0), "norm_damping=16 .*norms=plain"),
+        (SpNgd(before=True, displaced=True), "leave one out"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(settings, says):

@@ -2,7 +2,8 @@
 
 Unlike the paper (imagenet_spngd.py): momentum corrected for the learning rate's change, weights only shrunk, mixup
 with a share for each sample of at least one half for the fresh image, blended with erased images, statistics of
-every step. The epochs are those that the released configurations run, one more than those of the published results.
+every step, one 2c x 2c block for a BatchNorm with 16 times the damping. The epochs are those that the released
+configurations run, one more than those of the published results.
 
 Ours: the release's first convolution has a bias, which ImageResNet's has not.
 """
@@ -24,9 +25,7 @@ TABLE = {
     "128k": Row(131_072, 1.0, 3.0, 1, 95, 7.0e-2, 0.93, 1.0e-4, 81, 792),
 }
 
-NORMS = "unitwise"
-"""The release has one full 2c x 2c block for each BatchNorm, its damping times 16; this is the place to name it."""
-OPTIMIZER = SpNgd(norms=NORMS, samples=None, refresh=1, coefficient="corrected", rescale="shrink")
+OPTIMIZER = SpNgd(norms="full", norm_damping=16, samples=None, refresh=1, coefficient="corrected", rescale="shrink")
 REGULARISATION = Regularisation(erase=0.5, per_sample=True, fresh_majority=True, keep_erased=True)
 
 

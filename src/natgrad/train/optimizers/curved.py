@@ -1,6 +1,7 @@
 """SP-NGD and K-FAC as numbers: every choice that natgrad.SPNGD and natgrad.KFAC offer, by name."""
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import natgrad
-from natgrad.optim import SecondOrder, blocks, lengths, rules
+from natgrad.optim import LayerBlocks, SecondOrder, lengths, rules
 from natgrad.optim.rules import Momentum
 from natgrad.parallel import World
 from natgrad.staleness import Adaptive, Staleness
@@ -16,9 +17,10 @@ from natgrad.train.optimizers.base import Settings
 
 COEFFICIENTS = {"corrected": rules.corrected, "tied": rules.tied, "heavy_ball": rules.heavy_ball}
 LENGTHS = {"plain": lengths.plain, "trust": lengths.trust, "predicted_change": lengths.predicted_change}
-NORMS = {"unitwise": blocks.spngd_blocks, "plain": blocks.kfac_blocks}
+NORMS = {"unitwise": natgrad.UnitWise, "full": natgrad.Full}
 """What normalisations get, by the name that a recipe gives; another kind of block is one more entry here."""
-WIRES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+INVERSES = {"cholesky": natgrad.Kronecker, "eigen": natgrad.EigenKronecker}
+WIRES = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ class Curved(Settings):
     """Share of the old average that a refresh keeps; 0: each measurement replaces the last."""
     samples: int | None = 8
     """Rows measured for each dimension of a statistic; None: every row."""
-    norms: Literal["unitwise", "plain"] = "unitwise"
-    """Curvature of normalisations: a 2x2 block for each channel, or none."""
+    inverse: Literal["cholesky", "eigen"] = "cholesky"
+    """How factors are inverted; eigenvectors are dearer, but follow every change of the damping."""
+    norms: Literal["unitwise", "full", "plain"] = "unitwise"
+    """Curvature of normalisations: a 2x2 block for each channel, one block for all of a layer, or none."""
+    norm_damping: float = 1.0
+    """Damping of normalisations, as a multiple of the others' (the release: 16)."""
     max_size: int = 8192
     """A side of a layer above this many dimensions keeps the diagonal of its factor only."""
     length: Literal["plain", "trust", "predicted_change"] = "plain"
@@ -57,6 +63,8 @@ class Curved(Settings):
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike (the paper)."""
     before: bool = False
     """Average gradients and precondition the average, instead of averaging preconditioned gradients."""
+    displaced: bool = False
+    """Repeat a weight's whole last displacement, rescaling included (the paper), instead of its direction."""
     rescale: Literal["always", "shrink"] | None = None
     """Hold each weight at the norm it had at initialisation (always, or only when it has grown)."""
     max_norm: float | None = None
@@ -65,6 +73,10 @@ class Curved(Settings):
     """Refuse a network with parameters that have no curvature, instead of training these by Adam's direction."""
     wire: Literal["float16", "bfloat16"] | None = None
     """Type in which statistics travel; None: their own."""
+    weights_wire: Literal["float16", "bfloat16"] | None = None
+    """Type in which owners send new weights or directions; None: their own."""
+    overlap: bool = False
+    """Send gradients while the backward pass runs."""
     sampling_seed: int = 0
     """Decides which rows are measured and which labels are drawn."""
 
@@ -82,16 +94,30 @@ class Curved(Settings):
             "refresh": self.staleness(),
             "decay": self.decay,
             "samples": self.samples,
-            "curvature": NORMS[self.norms],
+            "curvature": self.blocks(),
             "max_size": self.max_size,
             "length": self.how_far(),
-            "rule": Momentum(self.before, COEFFICIENTS[self.coefficient]),
+            "rule": Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
             "rescale": self.rescale,
             "max_norm": self.max_norm,
             "strict": self.strict,
             "seed": self.sampling_seed,
-            "world": world if self.wire is None else World(world.transport, wire=WIRES[self.wire]),
+            "world": World(
+                world.transport, wire=WIRES[self.wire], weights=WIRES[self.weights_wire], overlap=self.overlap
+            ),
         }
+
+    def blocks(self) -> LayerBlocks:
+        """The curvature of every kind of layer."""
+        if self.norms == "plain":
+            if self.norm_damping != 1:
+                raise ValueError(
+                    f"norm_damping={self.norm_damping:g} says nothing to norms=plain; set --optimizer.norms unitwise"
+                )
+            return LayerBlocks(INVERSES[self.inverse], natgrad.Identity)
+        if not self.norm_damping > 0:
+            raise ValueError(f"norm_damping={self.norm_damping:g} must be positive; set --optimizer.norm-damping")
+        return LayerBlocks(INVERSES[self.inverse], partial(NORMS[self.norms], coefficient=self.norm_damping))
 
     def staleness(self) -> int | Staleness:
         """When statistics are measured again; numbers of the adaptive rule beside a fixed interval are refused."""
@@ -134,8 +160,8 @@ class KFac(Curved):
     """Measure every so many steps; None: each statistic when it has changed by more than `tolerance`."""
     decay: float = 0.95
     """Share of the old average that a refresh keeps."""
-    norms: Literal["unitwise", "plain"] = "plain"
-    """Curvature of normalisations: a 2x2 block for each channel, or none."""
+    norms: Literal["unitwise", "full", "plain"] = "plain"
+    """Curvature of normalisations: a 2x2 block for each channel, one block for all of a layer, or none."""
     gather: Literal["weights", "directions"] = "weights"
     """What owners send to everyone: new weights, or directions for every rank to apply (the paper of 2019)."""
 
