@@ -204,10 +204,10 @@ def test_a_rule_and_a_length_of_your_own():
         def allocate(self, layer, state):
             state["mine"] = torch.zeros(1)
 
-        def __call__(self, steps, world):
-            for step in steps:
+        def __call__(self, steps, natural, world):
+            for step, curved in zip(steps, natural(steps, [s.gradient for s in steps])):
                 step.state["mine"] += 1
-                step.direction = step.gradient.sign()
+                step.direction = curved.sign()
 
     model = mlp()
     start = weights(model)

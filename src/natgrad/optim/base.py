@@ -23,7 +23,7 @@ from natgrad.optim import checks
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
-from natgrad.optim.lengths import Length
+from natgrad.optim.lengths import Length, layerwise
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule
@@ -87,7 +87,7 @@ class SecondOrder(Views, Optimizer):
             checks.check_group(group)
         self._places: dict[nn.Parameter, int] = {}
         self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
-        self.rule, self.length, self.fallback = rule, length, fallback
+        self.rule, self.length, self.fallback, self.natural = rule, length, fallback, layerwise
         self.rescale: Rescale | None = rescale
         self.gather = gather
         self.reduction, self.scaler, self.decay, self.skipped = reduction, scaler, decay, 0

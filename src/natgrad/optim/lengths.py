@@ -40,6 +40,15 @@ class Step:
         return self.layer.pack([p.detach() for p in self.layer.parameters])
 
 
+Natural = Callable[["Sequence[Step]", Sequence[Tensor]], "list[Tensor]"]
+"""natural(steps, gradients) -> the damped natural gradients of these gradients [b, o, i], step by step."""
+
+
+def layerwise(steps: Sequence[Step], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Natural gradients of layers that know nothing of each other."""
+    return [step.precondition(gradient) for step, gradient in zip(steps, gradients)]
+
+
 Length = Callable[[Sequence[Step], World], "list[Tensor | float]"]
 
 

@@ -1,4 +1,4 @@
-"""Where a step goes, given gradients and curvature: rules of (steps, world) that fill in directions.
+"""Where a step goes, given gradients and curvature: rules of (steps, natural, world) that fill in directions.
 
 A rule keeps its vectors in the state of each layer's weight, in the layer's form [b, o, i].
 """
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from natgrad.layers.base import Layer, promote
-from natgrad.optim.lengths import Step
+from natgrad.optim.lengths import Natural, Step
 from natgrad.parallel import World
 
 Coefficient = Callable[[float, float, float, float], float]
@@ -44,8 +44,8 @@ class Rule(Protocol):
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         """Make the rule's tensors for one layer."""
 
-    def __call__(self, steps: Sequence[Step], world: World) -> None:
-        """Fill in every step's direction."""
+    def __call__(self, steps: Sequence[Step], natural: Natural, world: World) -> None:
+        """Fill in every step's direction. `natural` is to be called once, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,22 @@ class Momentum:
         weight = layer.parameters[0]
         state["momentum"] = torch.zeros(layer.shape, dtype=promote(weight).dtype, device=weight.device)
 
-    def __call__(self, steps: Sequence[Step], world: World) -> None:
+    def __call__(self, steps: Sequence[Step], natural: Natural, world: World) -> None:
         for step in steps:
-            group, buffer = step.groups[0], step.state["momentum"]
+            group = step.groups[0]
             lr = group["lr"]
             keep = self.coefficient(
                 group["momentum"], lr, group.get("lr_last", lr), group.get("initial_lr", group.get("lr_first", lr))
             )
+            step.state["momentum"].mul_(keep)
             if self.before:
-                buffer.mul_(keep).add_(step.gradient)
-                step.direction = with_decay(step, step.precondition(buffer))
+                step.state["momentum"].add_(step.gradient)
+        curved = natural(steps, [s.state["momentum"] if self.before else s.gradient for s in steps])
+        for step, direction in zip(steps, curved):
+            if self.before:
+                step.direction = with_decay(step, direction)
             else:
-                buffer.mul_(keep).add_(with_decay(step, step.precondition(step.gradient)))
-                step.direction = buffer
+                step.direction = step.state["momentum"].add_(with_decay(step, direction))
 
     def moved(self, layer: Layer, state: dict[str, Any], direction: torch.Tensor) -> None:
         """Take over a weight's displacement over -lr where it was not the direction alone."""

@@ -27,7 +27,7 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
     with timed("precondition"):
         steps = [prepare(optimizer, cells[k], g) for k, g in gradients.items() if cells[k].ready]
         curved = [step for step in steps if step.curved]
-        optimizer.rule(curved, optimizer.world)
+        optimizer.rule(curved, optimizer.natural, optimizer.world)
         factors = {id(s): f for s, f in zip(curved, optimizer.length(curved, optimizer.world))}
         parts: dict[nn.Parameter, Tensor] = {}
         for step in steps:
