@@ -29,7 +29,6 @@ from natgrad.linalg import mean_eigenvalue
 from natgrad.staleness import Memory, Staleness
 
 DORMANT = 2**62  # a clock that waits until its layer is used
-TELLING = 0.1  # a change of damping by more makes the inverse due
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Cell:
         return [k for k in self.keys if k in fresh or self._far(damping, state[f"{k}_damping"].item())]
 
     def _far(self, damping: float, used: float) -> bool:
-        return used <= 0 or (abs(damping / used - 1) > TELLING and not self.curvature.redamps)
+        return used <= 0 or (abs(damping / used - 1) > self.curvature.telling and not self.curvature.redamps)
 
     def trace(self, key: str) -> Tensor:
         """The mean eigenvalue of a statistic's blocks [b], at its holder."""

@@ -88,3 +88,21 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor, int]:
         except torch.linalg.LinAlgError:
             continue
     return eye.expand_as(matrix).clone(), mean[:, None].expand(matrix.shape[:2]).clone(), ATTEMPTS
+
+
+def damped_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+    """The lower Cholesky factors of matrix + damping I for symmetric positive [b, d, d], damping [b], and the retries.
+
+    A block that never succeeds gets the factor of its trace plus the damping times I: it shortens, and turns nothing.
+    """
+    factor, good = _cholesky(matrix, damping)
+    retries = 0
+    floor = torch.finfo(matrix.dtype).eps * matrix.abs().amax((1, 2))
+    while retries < ATTEMPTS and not bool(good.all()):
+        retries += 1
+        again, better = _cholesky(matrix, torch.maximum(damping, floor) * GROWTH**retries)
+        factor = torch.where((better & ~good)[:, None, None], again, factor)
+        good = good | better
+    size = torch.nan_to_num(mean_eigenvalue(matrix) * matrix.shape[-1], posinf=0.0, neginf=0.0).clamp_min(0) + damping
+    last = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) * size.sqrt()[:, None, None]
+    return torch.where(good[:, None, None], factor, last), retries

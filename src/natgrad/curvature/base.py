@@ -1,9 +1,10 @@
 """What curvature is made of: statistics that a backward pass leaves behind, and formulas over them.
 
-A Moment is a mean over samples. Micro-batches, ranks and time may average it. It is measured in two moves, because
-inputs are at hand in the forward pass and gradients in the backward pass: `before` looks at a layer's input and keeps
-what little it needs, `after` looks at the output's gradient, `close` ends a backward pass (a layer called twice in
-it hands in two parts).
+A Moment is a mean over samples. Micro-batches, ranks and time may average it. Rows (rows.py) are something of each
+sample: micro-batches and ranks stack them, time replaces them. Both are measured in two moves, because inputs are at
+hand in the forward pass and gradients in the backward pass: `before` looks at a layer's input and keeps what little it
+needs, `after` looks at the output's gradient, `close` ends a backward pass (a layer called twice in it hands in two
+parts).
 
 Gradients reach the hooks as the loss sends them, g_hook = w g with w the weight of a sample in the loss (1/n for a
 mean). A part is a sum over samples of w-scaled products; `order` says how often w is in it, so that whoever knows
@@ -46,25 +47,35 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Moment(ABC):
-    """One statistic of one layer. `samples`: rows measured per dimension; None measures every row."""
+class Statistic(ABC):
+    """One statistic of one layer. `samples`: how much of a batch is measured; None measures all of it.
+
+    `together`: all layers are to draw the same samples.
+    """
 
     samples: int | None = None
     key = "?"
-    order = 2
-    symmetric = True
-
-    @abstractmethod
-    def shape(self, layer: Layer) -> tuple[int, ...]:
-        """The statistic's fixed shape."""
+    together = False
 
     @abstractmethod
     def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Any:
         """What to keep of the layer's input until the backward pass (and may be read off its output's graph)."""
 
     @abstractmethod
-    def after(self, layer: Layer, kept: Any, dy: Tensor, draw: Draw) -> Tensor:
+    def after(self, layer: Layer, kept: Any, dy: Tensor, draw: Draw) -> Any:
         """The part of one call, from what was kept and the output's gradient."""
+
+
+@dataclass(frozen=True)
+class Moment(Statistic):
+    """A mean over samples. `samples`: rows measured per dimension."""
+
+    order = 2
+    symmetric = True
+
+    @abstractmethod
+    def shape(self, layer: Layer) -> tuple[int, ...]:
+        """The statistic's fixed shape."""
 
     def close(self, parts: list[Tensor]) -> Tensor:
         """The statistic of one backward pass from the parts of its calls."""
@@ -78,8 +89,9 @@ class Curvature(ABC):
     """
 
     name: str
-    statistics: tuple[Moment, ...]
+    statistics: tuple[Any, ...]  # Moments, or one Rows
     redamps = False
+    telling = 0.1  # a relative change of damping above this makes the inverses due
 
     @abstractmethod
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:

@@ -73,6 +73,10 @@ class Layer(ABC):
     def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """W[b, o, i] as tensors shaped like `parameters`; the inverse of `pack`."""
 
+    def tokens(self, x: Tensor) -> Tensor | None:
+        """Where rows are one-hot: the place of the one in every row [m], -1 for none. None where they are not."""
+        return None
+
     def second_moment(self, x: Tensor) -> Tensor:
         """The mean over all rows of a a^T [b, i, i]."""
         return moment(self.rows(x), mean=True)

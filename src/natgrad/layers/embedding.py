@@ -30,6 +30,10 @@ class Embedding(Layer):
             rows[:, self.padding] = 0  # the padding row gets no gradient, so it is no input either
         return rows.unsqueeze(1)
 
+    def tokens(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1)
+        return tokens if self.padding is None else torch.where(tokens == self.padding, -1, tokens)
+
     def mean_square(self, x: Tensor) -> Tensor:
         counts = torch.bincount(x.reshape(-1), minlength=self.shape.inner)
         share = counts.to(promote(self.parameters[0]).dtype) / max(x.numel(), 1)

@@ -1,0 +1,158 @@
+"""Curvature in the space of samples: the empirical Fisher by its columns (SENG: Yang et al. 2022).
+
+U [D, n] has the per-sample gradients over sqrt(n) as columns, F = U U^T, and (Sherman, Morrison and Woodbury)
+
+    (lambda I + U U^T)^-1 g = (g - U b) / lambda,    b = (lambda I + K)^-1 U^T g,    K = U^T U  [n, n].
+
+Where g = U c is known to be the mean of the very columns, it is U (lambda I + K)^-1 c: no difference of large numbers,
+so single precision serves every damping. With a sketch S [q, D], K = (S U)^T (S U) and U^T g becomes (S U)^T (S g);
+U b stays exact. Columns may be those of the improved Fisher (arXiv 2406.06420): u_n over the norm of the gradient with
+respect to the sample's own logits. K is kept; its factor is made anew with every change of the damping.
+
+Kept of a layer beside K and its factor: U's rows, `short_left` and `short_right` where they were cut for K and U^T g,
+`sketched` [n, q] = S U and the map `drawn`, `mean` [n] = c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from natgrad.curvature.base import Cost, Curvature
+from natgrad.curvature.legacy import Legacy, mean_field
+from natgrad.curvature.rows import (
+    Sample,
+    SampleGradients,
+    combine,
+    count,
+    explicit,
+    gram,
+    in_portions,
+    places_of,
+    project,
+    scaled,
+)
+from natgrad.curvature.sketching import Sketch
+from natgrad.layers.base import Layer, Shape
+from natgrad.linalg import damped_cholesky
+
+STORED = ("columns", "left", "right", "tokens", "short_left", "short_right", "sketched", "drawn", "mean")
+
+
+@dataclass(frozen=True)
+class SampleSpace(Curvature):
+    """The Fisher of `samples` samples by their gradients. See the optimizer SENG for the arguments."""
+
+    samples: int | None = None
+    sketch: Sketch | None = None
+    rank: int | None = None
+    columns: Literal["empirical", "improved"] = "empirical"
+    budget: int = 2**30
+    legacy: Legacy | None = None
+    name: str = field(default="per-sample", init=False)
+    telling = 0.0
+    stored = STORED
+
+    @property
+    def statistics(self) -> tuple[SampleGradients, ...]:  # type: ignore[override]
+        return (SampleGradients(self.samples, self.budget),)
+
+    def digest(self, rows: Sample, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Sample]:
+        """K [1, n, n] and what else is kept, from all rows, whose `mean` [n] says how they make up the gradient."""
+        n = max(count(rows), 1)
+        kept = scaled({k: v for k, v in rows.items() if k in STORED}, n**-0.5)
+        kept["mean"] = rows["mean"] * n**-0.5
+        kept |= shortened(kept, self.rank)
+        used, sketch = short(kept), self.sketch
+        size = shape.numel if sketch is None else sketch.wanted(n)
+        if sketch is None or size >= shape.numel or (places_of(used) == 1 and "right" in used):
+            product = gram(used, shape)
+        else:
+            energy = None
+            if sketch.needs_energy:
+                energy = in_portions(used, shape, lambda c: c.square().sum(0, keepdim=True)).sum(0)
+            drawn = sketch.draw(shape.numel, size, generator, energy)
+            kept["drawn"] = drawn
+            kept["sketched"] = in_portions(used, shape, lambda columns: sketch.apply(drawn, columns, size))
+            product = kept["sketched"] @ kept["sketched"].T
+        return (self._boost(shape) * product).unsqueeze(0), kept
+
+    def _boost(self, shape: Shape) -> float:
+        return 1.0 if self.legacy is None else self.legacy.boost(shape)
+
+    def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        return {"U": torch.full_like(traces["U"], damping)}
+
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+        return damped_cholesky(statistic, damping)
+
+    def against(self, kept: Sample, gradient: Tensor) -> Tensor:
+        """U^T g [n], as the sketch sees both."""
+        shape = Shape(*gradient.shape)
+        if "sketched" in kept:
+            assert self.sketch is not None
+            size = kept["sketched"].shape[1]
+            inner = kept["sketched"] @ self.sketch.apply(kept["drawn"], gradient.flatten(), size)
+        else:
+            inner = project(short(kept), gradient)
+        return self._boost(shape) * inner
+
+    def without(self, kept: Sample, gradient: Tensor, weights: Tensor, damping: float) -> Tensor:
+        """(g - U b) / lambda with b = `weights`."""
+        shape = Shape(*gradient.shape)
+        if self.legacy is not None and self.legacy.blurs(kept, shape):
+            return (gradient - mean_field(kept, weights)) / damping
+        return (gradient - combine(kept, weights, shape)) / damping
+
+    def makes_up(self, kept: Sample, gradient: Tensor) -> bool:
+        """Whether the gradient is U c to rounding, c being `mean`."""
+        rest = gradient - combine(kept, kept["mean"], Shape(*gradient.shape))
+        limit = torch.finfo(gradient.dtype).eps ** 0.5
+        return bool(torch.linalg.vector_norm(rest) <= limit * torch.linalg.vector_norm(gradient))
+
+    def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
+        kept, root = dict(inverses), inverses["U"][0]
+        if "fresh" in kept and self.legacy is None and self.makes_up(kept, gradient):
+            return combine(kept, solved(root, kept["mean"]), Shape(*gradient.shape))
+        return self.without(kept, gradient, solved(root, self.against(kept, gradient)), damping)
+
+    def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
+        columns = explicit(dict(statistics), shape).flatten(1)
+        fisher = self._boost(shape) * columns.T @ columns
+        return fisher + damping * torch.eye(shape.numel, dtype=columns.dtype)
+
+    def cost(self, layer: Layer, rows: int) -> Cost:
+        d, n = layer.shape.numel, rows if self.samples is None else min(rows, self.samples)
+        return Cost(float(n * n * d), {"U": float(n**3)}, 2.0 * n * d, n * (d + n))
+
+
+def solved(root: Tensor, right: Tensor) -> Tensor:
+    """(L L^T)^-1 right [n]."""
+    return torch.cholesky_solve(right.unsqueeze(1), root)[:, 0]
+
+
+def shortened(rows: Sample, rank: int | None) -> Sample:
+    """Factors cut to `rank` places by the singular vectors of each sample's left one, under names of their own.
+
+    left = P S Q^T over (outputs, places): P S and right Q, cut, have the best rank-k approximation of left.
+    """
+    if rank is None or "right" not in rows or places_of(rows) <= rank or rows["left"].shape[2] > 1:
+        return {}
+    left, right = rows["left"][:, :, 0], rows["right"][:, :, 0]  # [n, s, o], [n, s, i]
+    q, values, p = torch.linalg.svd(left, full_matrices=False)
+    q, values, p = q[..., :rank], values[:, :rank], p[:, :rank]
+    return {
+        "short_left": (values.unsqueeze(2) * p).unsqueeze(2),
+        "short_right": (q.transpose(1, 2) @ right).unsqueeze(2),
+    }
+
+
+def short(rows: Sample) -> Sample:
+    """The rows that K and U^T g are made of: those that were cut short, if any were."""
+    if "short_left" not in rows:
+        return {k: rows[k] for k in ("columns", "left", "right", "tokens") if k in rows}
+    return {"left": rows["short_left"], "right": rows["short_right"]}
