@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,16 @@ EXACT_ROWS = 16_384  # up to so many rows the output moment is one cheap pass (d
 LEAST_ROWS = 4_096
 LEAST_SAMPLES = 64  # whole samples for norms (docs/math.md)
 
-Draw = Callable[[int, int], "Tensor | None"]
-"""draw(total, wanted): `wanted` places of `total`, one in each of equal strata, sorted; None means all of them."""
+class Draw(Protocol):
+    """Which places or samples of one call of one layer are measured; None means all of them."""
+
+    def __call__(self, total: int, wanted: int) -> Tensor | None:
+        """`wanted` places of `total`, one in each of equal strata, sorted: for rows, which are gathered anyway."""
+        ...
+
+    def every(self, total: int, wanted: int) -> slice | None:
+        """One of every `step` samples from a random first on, at least `wanted` but for the last: a view, no copy."""
+        ...
 
 
 class Cost(NamedTuple):

@@ -39,9 +39,9 @@ class InputMoment(Moment):
         b, _, i = layer.shape
         return (b, i) if self.diagonal else (b, i, i)
 
-    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> tuple[Tensor, int]:
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Tensor:
         samples, places = layer.count(x)
-        return self._measure(layer, x, samples * places, draw), samples
+        return self._measure(layer, x, samples * places, draw).mul_(samples)  # calls weigh by their samples
 
     def _measure(self, layer: Layer, x: Tensor, total: int, draw: Draw) -> Tensor:
         if self.diagonal:
@@ -54,9 +54,8 @@ class InputMoment(Moment):
             return layer.second_moment(x)
         return moment(layer.rows(x, index), mean=True)
 
-    def after(self, layer: Layer, kept: tuple[Tensor, int], dy: Tensor, draw: Draw) -> Tensor:
-        mean, samples = kept
-        return mean * samples  # calls and micro-batches weigh by their samples
+    def after(self, layer: Layer, kept: Tensor, dy: Tensor, draw: Draw) -> Tensor:
+        return kept
 
 
 @dataclass(frozen=True)
