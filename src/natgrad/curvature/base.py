@@ -26,6 +26,9 @@ from natgrad.layers.base import Layer, Shape
 EXACT_ROWS = 16_384  # up to so many rows the output moment is one cheap pass (docs/math.md)
 LEAST_ROWS = 4_096
 LEAST_SAMPLES = 64  # whole samples for norms (docs/math.md)
+WORTH = 64  # samples that one row per dimension is worth in A's noise, measured (docs/math.md)
+ROWS_OF_A_SAMPLE = 8  # rows of G that are worth one sample, measured likewise
+
 
 class Draw(Protocol):
     """Which places or samples of one call of one layer are measured; None means all of them."""
@@ -73,6 +76,13 @@ class Moment(ABC):
     @abstractmethod
     def after(self, layer: Layer, kept: Any, dy: Tensor, draw: Draw) -> Tensor:
         """The part of one call, from what was kept and the output's gradient."""
+
+    def behind(self, layer: Layer, samples: int) -> int:
+        """How many samples a statistic of a step of `samples` is worth: two measurements differ by as much as theirs.
+
+        Staleness asks, lest it takes the noise of bounded samples for a change (docs/math.md).
+        """
+        return samples
 
     def close(self, parts: list[Tensor]) -> Tensor:
         """The statistic of one backward pass from the parts of its calls."""

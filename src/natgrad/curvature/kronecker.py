@@ -16,6 +16,8 @@ from torch import Tensor
 from natgrad.curvature.base import (
     EXACT_ROWS,
     LEAST_ROWS,
+    ROWS_OF_A_SAMPLE,
+    WORTH,
     Cost,
     Curvature,
     Draw,
@@ -57,6 +59,11 @@ class InputMoment(Moment):
     def after(self, layer: Layer, kept: Tensor, dy: Tensor, draw: Draw) -> Tensor:
         return kept
 
+    def behind(self, layer: Layer, samples: int) -> int:
+        if self.samples is None or self.diagonal:
+            return samples
+        return min(samples, wanted_rows(self.samples, layer.shape.inner) // 2, WORTH * self.samples)
+
 
 @dataclass(frozen=True)
 class OutputMoment(Moment):
@@ -76,7 +83,7 @@ class OutputMoment(Moment):
     def after(self, layer: Layer, kept: int, dy: Tensor, draw: Draw) -> Tensor:
         index = None
         if self.samples is not None and kept > EXACT_ROWS:
-            index = draw(kept, max(LEAST_ROWS, 32 * layer.shape.out))
+            index = draw(kept, self._wanted(layer))
         if self.diagonal:
             total = layer.output_rows(dy, index).square().sum(0)
         elif index is None:
@@ -84,6 +91,12 @@ class OutputMoment(Moment):
         else:
             total = moment(layer.output_rows(dy, index), mean=False)
         return total if index is None else total * (kept / len(index))
+
+    def _wanted(self, layer: Layer) -> int:
+        return max(LEAST_ROWS, 32 * layer.shape.out)
+
+    def behind(self, layer: Layer, samples: int) -> int:
+        return samples if self.samples is None else min(samples, self._wanted(layer) // ROWS_OF_A_SAMPLE)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ channel with (scale, shift), and the 2x2 block has a closed-form inverse (eq. 15
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class SampleMoment(Moment):
         samples, places = layer.count(x)
         chosen = None
         if self.samples is not None:
-            chosen = draw.every(samples, max(LEAST_SAMPLES, self.samples * layer.shape.inner))
+            chosen = draw.every(samples, self._wanted(layer, self.samples))
         if isinstance(layer, Norm):  # its statistics come from all samples, its rows from the chosen ones
             return Kept(layer.keep(x, chosen, output), chosen, samples, places)
         index = None if chosen is None else _places_of(chosen, samples, places, x.device)
@@ -58,6 +59,14 @@ class SampleMoment(Moment):
             taken = samples if chosen is None else len(range(samples)[chosen])
             units = layer.sample_gradients(inputs, layer.output_rows(dy, index), taken).flatten(1, 2)
         return units if chosen is None else units.mul_(chosen.step**0.5)  # each stands for `step` samples
+
+    def _wanted(self, layer: Layer, samples: int) -> int:
+        return max(LEAST_SAMPLES, samples * layer.shape.inner)
+
+    def behind(self, layer: Layer, samples: int) -> int:
+        if self.samples is None:
+            return samples
+        return math.ceil(samples / max(1, samples // self._wanted(layer, self.samples)))
 
     def close(self, parts: list[Tensor]) -> Tensor:
         same = all(p.shape == parts[0].shape for p in parts)

@@ -74,8 +74,7 @@ class Norm(Layer):
         """X as [n, s, c]; a view where strides allow."""
 
     def count(self, x: Tensor) -> tuple[int, int]:
-        n, s, _ = self.places(x).shape
-        return n, s
+        return x.shape[0], math.prod(x.shape[2:])
 
     def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         rows = self.normalized(x).flatten(0, 1)
@@ -179,6 +178,10 @@ class LayerNorm(Norm):
     def __init__(self, module: Any, centered: bool):
         super().__init__(module)
         self.centered = centered
+
+    def count(self, x: Tensor) -> tuple[int, int]:
+        n, s, _ = self.places(x).shape
+        return n, s
 
     def places(self, x: Tensor) -> Tensor:
         samples = x.shape[0] if x.dim() > len(self.module.normalized_shape) else 1

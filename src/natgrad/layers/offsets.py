@@ -73,7 +73,7 @@ def _strip(first: Tensor, second: Tensor, kw: int, q: int, e: int, out_w: int, s
 
     The same in one dimension: correlations, less those whose first pixel tap j does not read.
     """
-    n, c, w = first.shape
+    c, w = first.shape[1:]
     same = first.data_ptr() == second.data_ptr()
     left = _line(first, (kw - 1) * e)
     right = left if same else _line(second, (kw - 1) * e)
