@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from natgrad.layers import layer_of
@@ -81,6 +82,31 @@ def test_offsets_equal_rows_where_they_apply(kernel, padding, dilation, more, bi
     assert layer.offsets_apply(x)
     a = layer.rows(x)[:, 0]
     assert_close(layer.second_moment(x)[0], a.T @ a / len(a), **EXACT)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "padding", "dilation"),
+    [
+        ((4, 8, 6, 7), 3, 1, 1),
+        ((3, 16, 1, 5), 3, 1, 1),
+        ((3, 8, 9, 8), (3, 2), (0, 1), (2, 3)),
+        ((2, 8, 9, 9), 5, 2, 1),
+        ((2, 8, 6, 6), 3, 2, 1),
+    ],
+    ids=str,
+)
+def test_offsets_equal_unfolded_patches(shape, kernel, padding, dilation, last, monkeypatch):
+    x = torch.randn(shape, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    layer = layer_of(nn.Conv2d(shape[1], 2, kernel, 1, padding, dilation, bias=False).double())
+    patches = F.unfold(x, kernel, dilation, padding).transpose(1, 2).flatten(0, 1)  # columns (channel, tap)
+    patches = patches.unflatten(1, (shape[1], -1)).transpose(1, 2).flatten(1)
+    expected = patches.T @ patches / len(patches)
+    assert layer.offsets_apply(x) == (shape[2] > 2)
+    assert_close(layer.second_moment(x)[0], expected, **EXACT)
+    monkeypatch.setattr("natgrad.layers.offsets.CHUNK", x[0].numel())  # one image at a time
+    assert_close(layer.second_moment(x)[0], expected, **EXACT)
 
 
 def test_an_image_without_a_batch_is_a_batch_of_one():

@@ -176,20 +176,26 @@ class _Hook:
             return
         start = time.perf_counter()
         layer, watch = capture.layers[index], capture.watches.get(index)
-        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).detach()
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         samples, _ = layer.count(x)
         draw = capture.sampler.draw(index, capture.calls[index], x.device)
         capture.calls[index] += 1
-        with torch.no_grad():
-            kept = [(m, m.before(layer, x, draw, output)) for m in (watch.moments if watch else ())]
+        kept = []
+        if watch:
+            with torch.no_grad():
+                x = x.detach()
+                kept = [(m, m.before(layer, x, draw, output)) for m in watch.moments]
         capture.seconds += time.perf_counter() - start
 
         def arrived(dy: Tensor) -> None:
             if capture.edges is not None and not capture.inside:
                 return
             start = time.perf_counter()
-            with torch.no_grad():
-                parts = {m.key: m.after(layer, k, dy.detach(), draw) for m, k in kept}
+            parts = {}
+            if kept:
+                with torch.no_grad():
+                    dy = dy.detach()
+                    parts = {m.key: m.after(layer, k, dy, draw) for m, k in kept}
             capture.saw(index, samples, parts, outer if outer >= 0 else torch._C._current_graph_task_id())
             capture.seconds += time.perf_counter() - start
 

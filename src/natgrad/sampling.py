@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,15 +22,7 @@ class Sampler:
 
     def draw(self, layer: int, call: int, device: torch.device) -> Draw:
         """The draws of one call of one layer."""
-
-        def pick(total: int, wanted: int) -> Tensor | None:
-            wanted = max(1, round(wanted * self.share))
-            if wanted >= total:
-                return None
-            generator = torch.Generator(device).manual_seed(self.mix(layer, call, wanted))
-            return stratified(total, wanted, generator)
-
-        return pick
+        return Picked(self, layer, call, device)
 
     def mix(self, *numbers: int) -> int:
         """One seed of many numbers."""
@@ -40,9 +33,40 @@ class Sampler:
         return value % 2**63
 
 
+@dataclass(frozen=True)
+class Picked(Draw):
+    """The draws of one call of one layer."""
+
+    sampler: Sampler
+    layer: int
+    call: int
+    device: torch.device
+
+    def __call__(self, total: int, wanted: int) -> Tensor | None:
+        wanted = self._mine(wanted)
+        if wanted >= total:
+            return None
+        seed = self.sampler.mix(self.layer, self.call, wanted)
+        return stratified(total, wanted, torch.Generator(self.device).manual_seed(seed))
+
+    def every(self, total: int, wanted: int) -> slice | None:
+        stride = total // self._mine(wanted)
+        if stride <= 1:
+            return None
+        return slice(self.sampler.mix(self.layer, self.call, wanted) % stride, None, stride)
+
+    def _mine(self, wanted: int) -> int:
+        return max(1, round(wanted * self.sampler.share))
+
+
 def stratified(total: int, wanted: int, generator: torch.Generator) -> Tensor:
     """`wanted` of `total` places, one uniform draw in each of equal strata, ascending (docs/math.md)."""
     device = generator.device
     noise = torch.rand(wanted, generator=generator, dtype=torch.float64, device=device)
-    edges = torch.arange(wanted, dtype=torch.float64, device=device)
-    return ((edges + noise) * (total / wanted)).long().clamp_(max=total - 1)
+    # just below 1, so that the last stratum's draw cannot be rounded up to `total`
+    return torch.add(_edges(wanted, device), noise, alpha=1 - 2**-30).mul_(total / wanted).long()
+
+
+@lru_cache(maxsize=64)
+def _edges(wanted: int, device: torch.device) -> Tensor:
+    return torch.arange(wanted, dtype=torch.float64, device=device)

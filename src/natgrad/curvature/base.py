@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,20 @@ from natgrad.layers.base import Layer, Shape
 EXACT_ROWS = 16_384  # up to so many rows the output moment is one cheap pass (docs/math.md)
 LEAST_ROWS = 4_096
 LEAST_SAMPLES = 64  # whole samples for norms (docs/math.md)
+WORTH = 64  # samples that one row per dimension is worth in A's noise, measured (docs/math.md)
+ROWS_OF_A_SAMPLE = 8  # rows of G that are worth one sample, measured likewise
 
-Draw = Callable[[int, int], "Tensor | None"]
-"""draw(total, wanted): `wanted` places of `total`, one in each of equal strata, sorted; None means all of them."""
+
+class Draw(Protocol):
+    """Which places or samples of one call of one layer are measured; None means all of them."""
+
+    def __call__(self, total: int, wanted: int) -> Tensor | None:
+        """`wanted` places of `total`, one in each of equal strata, sorted: for rows, which are gathered anyway."""
+        ...
+
+    def every(self, total: int, wanted: int) -> slice | None:
+        """One of every `step` samples from a random first on, at least `wanted` but for the last: a view, no copy."""
+        ...
 
 
 class Cost(NamedTuple):
@@ -76,6 +87,13 @@ class Moment(Statistic):
     @abstractmethod
     def shape(self, layer: Layer) -> tuple[int, ...]:
         """The statistic's fixed shape."""
+
+    def behind(self, layer: Layer, samples: int) -> int:
+        """How many samples a statistic of a step of `samples` is worth: two measurements differ by as much as theirs.
+
+        Staleness asks, lest it takes the noise of bounded samples for a change (docs/math.md).
+        """
+        return samples
 
     def close(self, parts: list[Tensor]) -> Tensor:
         """The statistic of one backward pass from the parts of its calls."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from natgrad.curvature.base import (
     EXACT_ROWS,
     LEAST_ROWS,
+    ROWS_OF_A_SAMPLE,
+    WORTH,
     Cost,
     Curvature,
     Draw,
@@ -39,9 +41,9 @@ class InputMoment(Moment):
         b, _, i = layer.shape
         return (b, i) if self.diagonal else (b, i, i)
 
-    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> tuple[Tensor, int]:
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Tensor:
         samples, places = layer.count(x)
-        return self._measure(layer, x, samples * places, draw), samples
+        return self._measure(layer, x, samples * places, draw).mul_(samples)  # calls weigh by their samples
 
     def _measure(self, layer: Layer, x: Tensor, total: int, draw: Draw) -> Tensor:
         if self.diagonal:
@@ -54,9 +56,13 @@ class InputMoment(Moment):
             return layer.second_moment(x)
         return moment(layer.rows(x, index), mean=True)
 
-    def after(self, layer: Layer, kept: tuple[Tensor, int], dy: Tensor, draw: Draw) -> Tensor:
-        mean, samples = kept
-        return mean * samples  # calls and micro-batches weigh by their samples
+    def after(self, layer: Layer, kept: Tensor, dy: Tensor, draw: Draw) -> Tensor:
+        return kept
+
+    def behind(self, layer: Layer, samples: int) -> int:
+        if self.samples is None or self.diagonal:
+            return samples
+        return min(samples, wanted_rows(self.samples, layer.shape.inner) // 2, WORTH * self.samples)
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class OutputMoment(Moment):
     def after(self, layer: Layer, kept: int, dy: Tensor, draw: Draw) -> Tensor:
         index = None
         if self.samples is not None and kept > EXACT_ROWS:
-            index = draw(kept, max(LEAST_ROWS, 32 * layer.shape.out))
+            index = draw(kept, self._wanted(layer))
         if self.diagonal:
             total = layer.output_rows(dy, index).square().sum(0)
         elif index is None:
@@ -85,6 +91,12 @@ class OutputMoment(Moment):
         else:
             total = moment(layer.output_rows(dy, index), mean=False)
         return total if index is None else total * (kept / len(index))
+
+    def _wanted(self, layer: Layer) -> int:
+        return max(LEAST_ROWS, 32 * layer.shape.out)
+
+    def behind(self, layer: Layer, samples: int) -> int:
+        return samples if self.samples is None else min(samples, self._wanted(layer) // ROWS_OF_A_SAMPLE)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ channel with (scale, shift), and the 2x2 block has a closed-form inverse (eq. 15
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ class Kept(NamedTuple):
     """What the layer needs of its input, the chosen samples (None: all), and the call's samples and places."""
 
     inputs: Any
-    chosen: Tensor | None
+    chosen: slice | None
     samples: int
     places: int
 
@@ -43,21 +44,29 @@ class SampleMoment(Moment):
         samples, places = layer.count(x)
         chosen = None
         if self.samples is not None:
-            chosen = draw(samples, max(LEAST_SAMPLES, self.samples * layer.shape.inner))
+            chosen = draw.every(samples, self._wanted(layer, self.samples))
         if isinstance(layer, Norm):  # its statistics come from all samples, its rows from the chosen ones
             return Kept(layer.keep(x, chosen, output), chosen, samples, places)
-        index = None if chosen is None else _places_of(chosen, places)
+        index = None if chosen is None else _places_of(chosen, samples, places, x.device)
         return Kept(layer.rows(x, index), chosen, samples, places)
 
     def after(self, layer: Layer, kept: Kept, dy: Tensor, draw: Draw) -> Tensor:
         inputs, chosen, samples, places = kept
-        taken = samples if chosen is None else len(chosen)
         if isinstance(layer, Norm):
             units = layer.unit_gradients(inputs, dy, chosen)
         else:
-            index = None if chosen is None else _places_of(chosen, places)
+            index = None if chosen is None else _places_of(chosen, samples, places, dy.device)
+            taken = samples if chosen is None else len(range(samples)[chosen])
             units = layer.sample_gradients(inputs, layer.output_rows(dy, index), taken).flatten(1, 2)
-        return units if taken == samples else units * (samples / taken) ** 0.5
+        return units if chosen is None else units.mul_(chosen.step**0.5)  # each stands for `step` samples
+
+    def _wanted(self, layer: Layer, samples: int) -> int:
+        return max(LEAST_SAMPLES, samples * layer.shape.inner)
+
+    def behind(self, layer: Layer, samples: int) -> int:
+        if self.samples is None:
+            return samples
+        return math.ceil(samples / max(1, samples // self._wanted(layer, self.samples)))
 
     @staticmethod
     def gradients(parts: list[Tensor]) -> Tensor:
@@ -72,9 +81,9 @@ class SampleMoment(Moment):
         return torch.einsum("nui,nuj->uij", units, units)
 
 
-def _places_of(chosen: Tensor, places: int) -> Tensor:
+def _places_of(chosen: slice, samples: int, places: int, device: torch.device) -> Tensor:
     """Rows of all places of the chosen samples."""
-    return (chosen.unsqueeze(1) * places + torch.arange(places, device=chosen.device)).flatten()
+    return torch.arange(samples * places, device=device).unflatten(0, (samples, places))[chosen].flatten()
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-BANDED = 256  # from this dimension on a third of the products is saved on CPUs (docs/math.md)
+BANDED = 256  # from this dimension on symmetry saves products on CPUs (docs/math.md)
+BANDS = 6
 CACHED = 2**16  # numbers that stay in a core's cache while they are worked on
 
 
@@ -120,7 +121,7 @@ def gram(rows: Tensor) -> Tensor:
     size = rows.shape[1]
     if size < BANDED or rows.is_cuda:
         return rows.T @ rows
-    total, width = rows.new_empty(size, size), math.ceil(size / 3)
+    total, width = rows.new_empty(size, size), math.ceil(size / BANDS)
     for start in range(0, size, width):
         stop = min(start + width, size)
         band = rows[:, start:stop].T @ rows[:, start:]
@@ -131,7 +132,7 @@ def gram(rows: Tensor) -> Tensor:
 
 def gram_cost(rows: int, size: int) -> float:
     """Multiplications of `gram`."""
-    return rows * size**2 * (1.0 if size < BANDED else 2 / 3)
+    return rows * size**2 * (1.0 if size < BANDED else (BANDS + 1) / (2 * BANDS))
 
 
 def promote(x: Tensor) -> Tensor:
@@ -144,14 +145,13 @@ def take(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
 
 
-def portions(x: Tensor, index: Tensor | None) -> Iterator[Tensor]:
-    """Entries `index` along the first dimension (all without one), so many at a time that they stay in cache.
+def portions(x: Tensor) -> tuple[Tensor, ...]:
+    """Views of x along the first dimension, each so large that it stays in cache.
 
-    A GPU gets them all at once: there it is launches that cost, not passes over memory.
+    A GPU gets all at once: there it is launches that cost, not passes over memory.
     """
-    count = len(x) if index is None else len(index)
-    step = max(1, count if x.is_cuda else CACHED * len(x) // max(1, x.numel()))
-    return iter(x.split(step)) if index is None else (x.index_select(0, part) for part in index.split(step))
+    step = len(x) if x.is_cuda else CACHED * len(x) // max(1, x.numel())
+    return x.split(max(1, step))
 
 
 def with_ones(rows: Tensor, wanted: bool) -> Tensor:

@@ -29,7 +29,7 @@ class Inputs:
     """
 
     rows: Tensor | None
-    chosen: Tensor | None = None
+    chosen: slice | None = None
     mean: Tensor | None = None
     scale: Tensor | None = None
 
@@ -40,6 +40,11 @@ class Inputs:
         if not _private("_get_current_graph_task_keep_graph", lambda: True)():
             self.rows = None
         return rows
+
+
+def of(x: Tensor, samples: slice | None) -> Tensor:
+    """A view of the chosen samples."""
+    return x if samples is None else x[samples]
 
 
 def _private(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +63,7 @@ class Norm(Layer):
         super().__init__(module, Shape(parameters[0].numel(), 1, len(parameters)), parameters, 1.0)
 
     @abstractmethod
-    def normalized(self, x: Tensor, samples: Tensor | None = None, output: Tensor | None = None) -> Tensor:
+    def normalized(self, x: Tensor, samples: slice | None = None, output: Tensor | None = None) -> Tensor:
         """x_hat [m, s, c] of the samples `samples` (all without it), in x's own statistics.
 
         `output` is what the module made of x, if it is at hand: its graph may hold the statistics.
@@ -69,8 +74,7 @@ class Norm(Layer):
         """X as [n, s, c]; a view where strides allow."""
 
     def count(self, x: Tensor) -> tuple[int, int]:
-        n, s, _ = self.places(x).shape
-        return n, s
+        return x.shape[0], math.prod(x.shape[2:])
 
     def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         rows = self.normalized(x).flatten(0, 1)
@@ -79,15 +83,15 @@ class Norm(Layer):
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return promote(take(self.places(dy).flatten(0, 1), index)).unsqueeze(-1)
 
-    def keep(self, x: Tensor, samples: Tensor | None, output: Tensor | None) -> Inputs:
+    def keep(self, x: Tensor, samples: slice | None, output: Tensor | None) -> Inputs:
         """What `unit_gradients` needs of the input."""
         return Inputs(self.normalized(x, samples, output))
 
-    def unit_gradients(self, inputs: Inputs, dy: Tensor, samples: Tensor | None) -> Tensor:
+    def unit_gradients(self, inputs: Inputs, dy: Tensor, samples: slice | None) -> Tensor:
         """Per-sample gradients [m, c, i], the sums over places of dy * [x_hat, 1], in portions that stay in cache."""
-        mean, scale = inputs.mean, inputs.scale
+        mean, scale, chosen = inputs.mean, inputs.scale, inputs.chosen
         parts = []
-        for a, g in zip(portions(inputs.take(), inputs.chosen), portions(self.places(dy), samples)):
+        for a, g in zip(portions(of(inputs.take(), chosen)), portions(of(self.places(dy), samples))):
             g = promote(g)
             parts.append(torch.stack([(g * a).sum(1), g.sum(1)]))
         product, total = torch.cat(parts, 1)
@@ -118,16 +122,17 @@ class BatchNorm(Norm):
         variance, mean = torch.var_mean(promote(self.places(x)), (0, 1), correction=0)
         return mean, (variance + module.eps).rsqrt()
 
-    def normalized(self, x: Tensor, samples: Tensor | None = None, output: Tensor | None = None) -> Tensor:
+    def normalized(self, x: Tensor, samples: slice | None = None, output: Tensor | None = None) -> Tensor:
         mean, scale = self.statistics(x, saved_by(output))
-        return (promote(take(self.places(x), samples)) - mean) * scale
+        return (promote(of(self.places(x), samples)) - mean) * scale
 
-    def keep(self, x: Tensor, samples: Tensor | None, output: Tensor | None) -> Inputs:
+    def keep(self, x: Tensor, samples: slice | None, output: Tensor | None) -> Inputs:
         saved = saved_by(output)
         mean, scale = self.statistics(x, saved)
         if saved is not None and saved.input.data_ptr() == x.data_ptr():
             return Inputs(self.places(x), samples, mean.clone(), scale)  # held, and guarded, by autograd anyway
-        return Inputs(take(self.places(x), samples), None, mean.clone(), scale)
+        rows = self.places(x)
+        return Inputs(rows if samples is None else rows[samples].clone(), None, mean.clone(), scale)
 
 
 class Saved(NamedTuple):
@@ -160,8 +165,8 @@ class GroupNorm(Norm):
     def places(self, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2) if x.dim() > 2 else x.unsqueeze(1)
 
-    def normalized(self, x: Tensor, samples: Tensor | None = None, output: Tensor | None = None) -> Tensor:
-        x = promote(take(x, samples))
+    def normalized(self, x: Tensor, samples: slice | None = None, output: Tensor | None = None) -> Tensor:
+        x = promote(of(x, samples))
         grouped = x.reshape(x.shape[0], self.groups, -1)
         variance, mean = torch.var_mean(grouped, 2, keepdim=True, correction=0)
         return self.places(((grouped - mean) * (variance + self.module.eps).rsqrt()).view_as(x))
@@ -174,12 +179,16 @@ class LayerNorm(Norm):
         super().__init__(module)
         self.centered = centered
 
+    def count(self, x: Tensor) -> tuple[int, int]:
+        n, s, _ = self.places(x).shape
+        return n, s
+
     def places(self, x: Tensor) -> Tensor:
         samples = x.shape[0] if x.dim() > len(self.module.normalized_shape) else 1
         return x.reshape(samples, -1, math.prod(self.module.normalized_shape))
 
-    def normalized(self, x: Tensor, samples: Tensor | None = None, output: Tensor | None = None) -> Tensor:
-        rows = promote(take(self.places(x), samples))
+    def normalized(self, x: Tensor, samples: slice | None = None, output: Tensor | None = None) -> Tensor:
+        rows = promote(of(self.places(x), samples))
         eps = self.module.eps if self.module.eps is not None else torch.finfo(x.dtype).eps
         if not self.centered:
             return rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -8,7 +8,6 @@ border. R for all offsets is the weight gradient of a (k, 2l-1) convolution of x
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -29,77 +28,114 @@ def offset_moment(
     (k, kw), (p, q), (d, e) = kernel, padding, dilation
     n, c, h, w = x.shape
     out_h, out_w = h + 2 * p - d * (k - 1), w + 2 * q - e * (kw - 1)
-    r = _correlations(x, k, kw, d, e)  # [k, 2l-1, c, c]: offsets (0..k-1, -(kw-1)..kw-1)
-    below = (k - 1) * d  # zeros between samples, so that shifted lines of all samples are one product
-
-    @cache
-    def column(number: int) -> Tensor:  # of all images, as rows [n*(h+below), c]
-        return pad(x[:, :, :, number].transpose(1, 2), (0, 0, 0, below)).flatten(0, 1)
-
+    share = 1 / (n * out_h * out_w)
+    lines = _column_level(x, kernel, q, dilation, out_w, share)
     size = k * kw * c
     moment = x.new_empty(size + biased, size + biased)
     blocks = moment[:size, :size].unflatten(0, (k, kw * c)).unflatten(2, (k, kw * c))  # [i, (j, c), l, (m, c)]
-    for a in range(k):  # row offset between the taps
-        columns = _column_level(column, w, r[a], a * d, kw, q, e, out_w)
-        for i in range(k - a):
-            block = columns
-            for row in _outside(i * d - p, out_h, h):
+    for i in range(k):
+        blocks[i] = lines[k - 1 - i : 2 * k - 1 - i].transpose(0, 1)
+        for row in _outside(i * d - p, out_h, h):
+            for a in range(-i, k - i):
                 if 0 <= row + a * d < h:
-                    first, second = x[:, :, row], x[:, :, row + a * d]
-                    block = block - _strip(first, second if a else first, kw, q, e, out_w)
-            torch.mul(block, 1 / (n * out_h * out_w), out=blocks[i, :, i + a])
-            if a:
-                blocks[i + a, :, i] = blocks[i, :, i + a].T
+                    blocks[i, :, i + a] -= _strip(x[:, :, row], x[:, :, row + a * d], kw, q, e, out_w, share)
     if biased:
         moment[-1, :-1] = moment[:-1, -1] = _mean_patch(x, _starts(k, d, p), _starts(kw, e, q), (out_h, out_w))
         moment[-1, -1] = 1
     return moment
 
 
+def _column_level(
+    x: Tensor, kernel: tuple[int, int], q: int, dilation: tuple[int, ...], out_w: int, share: float
+) -> Tensor:
+    """`share` times B(a) [(j, c), (m, c)] for row offsets a = -(k-1)..k-1 between the taps, as [2k-1, kw*c, kw*c].
+
+    Correlations, less those whose first pixel is in a column that tap j does not read. B(-a) is B(a) transposed.
+    """
+    (k, kw), (d, e) = kernel, dilation
+    below = (k - 1) * d  # zeros between samples, so that shifted lines of all samples are one product
+
+    @cache
+    def column(number: int) -> Tensor:  # of all images, as rows [n*(h+below), c]
+        return _line(x[:, :, :, number], below)
+
+    upper = _spread(_correlations(x, k, kw, d, e).mul_(share))
+    for j, m, one, other in _unread(x.shape[3], kw, q, e, out_w):
+        first, second = column(one), column(other)
+        for a in range(k):
+            upper[a, j, :, m].addmm_(first[: len(first) - a * d].T, second[a * d :], alpha=-share)
+    upper = upper.flatten(3).flatten(1, 2)
+    return torch.cat([upper[1:].flip(0).transpose(1, 2), upper])
+
+
+def _strip(first: Tensor, second: Tensor, kw: int, q: int, e: int, out_w: int, share: float) -> Tensor:
+    """`share` times S [(j, c), (m, c)]: products of two lines [n, c, w] over the columns that tap j reads.
+
+    The same in one dimension: correlations, less those whose first pixel tap j does not read.
+    """
+    c, w = first.shape[1:]
+    same = first.data_ptr() == second.data_ptr()
+    left = _line(first, (kw - 1) * e)
+    right = left if same else _line(second, (kw - 1) * e)
+    r = first.new_empty(c, 1, 2 * kw - 1, c)
+    for b in range(kw):
+        stop = len(left) - b * e
+        r[:, 0, kw - 1 + b] = forward = left[:stop].T @ right[b * e :]
+        if b:
+            r[:, 0, kw - 1 - b] = forward.T if same else left[b * e :].T @ right[:stop]
+    blocks = _spread(r.mul_(share))[0]
+    for j, m, one, other in _unread(w, kw, q, e, out_w):
+        blocks[j, :, m].addmm_(first[:, :, one].T, second[:, :, other], alpha=-share)
+    return blocks.flatten(2).flatten(0, 1)
+
+
+def _line(line: Tensor, gap: int) -> Tensor:
+    """A line [n, c, w] of all images as rows [n*(w+gap), c], zeros between the images."""
+    return pad(line.transpose(1, 2), (0, 0, 0, gap)).flatten(0, 1)
+
+
+def _spread(r: Tensor) -> Tensor:
+    """Correlations [c, a, 2l-1, c] at every pair of taps j, m of a row, m - j apart: [a, j, c, m, c]."""
+    kw, c = (r.shape[2] + 1) // 2, r.shape[0]
+    blocks = r.new_empty(r.shape[1], kw, c, kw, c)
+    for j in range(kw):
+        blocks[:, j] = r[:, :, kw - 1 - j : 2 * kw - 1 - j].transpose(0, 1)  # runs of kw*c numbers
+    return blocks
+
+
+def _unread(w: int, kw: int, q: int, e: int, out_w: int) -> list[tuple[int, int, int, int]]:
+    """(j, m, column, other): pixels of a line that tap j does not read, and what lies where tap m would read then."""
+    return [
+        (j, m, number, number + (m - j) * e)
+        for j in range(kw)
+        for number in _outside(j * e - q, out_w, w)
+        for m in range(kw)
+        if 0 <= number + (m - j) * e < w
+    ]
+
+
 def _correlations(x: Tensor, k: int, kw: int, d: int, e: int) -> Tensor:
-    """R(a d, b e) for a in 0..k-1, b in -(kw-1)..kw-1, as [k, 2l-1, c, c]."""
+    """R(a d, b e) for a in 0..k-1, b in -(kw-1)..kw-1, as [c, k, 2l-1, c]: first pixel, offset, second pixel.
+
+    That is the order in which channels_last leaves a weight gradient. Symmetry would do with half of the offsets of
+    a = 0, but one call of 15 is faster than two of 10 and 3 (3x3).
+    """
     c = x.shape[1]
     weight = x.new_empty(c, c, k, 2 * kw - 1)
-    total = torch.zeros_like(weight)
+    total = None
     for part in x.split(max(1, CHUNK // max(1, math.prod(x.shape[1:])))):
         below = pad(part, (0, 0, 0, (k - 1) * d))
-        total += torch.ops.aten.convolution_backward(
+        found = torch.ops.aten.convolution_backward(
             part, below, weight, None, (1, 1), (0, (kw - 1) * e), (d, e), False, (0, 0), 1, (False, True, False)
         )[1]  # [o, i, a, b] = sum x[o](q) x[i](q + offset)
-    return total.permute(2, 3, 0, 1).contiguous()
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total.permute(0, 2, 3, 1).contiguous()
 
 
 def _outside(first: int, outputs: int, length: int) -> list[int]:
     """Pixels of a line that a tap starting at `first` never reads."""
     return [r for r in range(length) if not first <= r < first + outputs]
-
-
-def _column_level(
-    column: Callable[[int], Tensor], w: int, r: Tensor, a: int, kw: int, q: int, e: int, out_w: int
-) -> Tensor:
-    """B(a) [(j, c), (m, c)]: correlations at row offset a, less first pixels in columns that tap j does not read."""
-    tap = torch.arange(kw, device=r.device)
-    result = r[tap - tap[:, None] + kw - 1]  # [j, m, c, c]
-    for j in range(kw):
-        for number in _outside(j * e - q, out_w, w):
-            for m in range(kw):
-                if 0 <= number + (m - j) * e < w:
-                    first, second = column(number), column(number + (m - j) * e)
-                    result[j, m] -= first[: len(first) - a].T @ second[a:]
-    size = kw * r.shape[-1]
-    return result.transpose(1, 2).reshape(size, size)
-
-
-def _strip(first: Tensor, second: Tensor, kw: int, q: int, e: int, out_w: int) -> Tensor:
-    """S [(j, c), (m, c)]: products of two lines [n, c, w] over the columns that the taps read."""
-    left = _patches(first, kw, q, e, out_w)
-    return left.T @ (left if second is first else _patches(second, kw, q, e, out_w))
-
-
-def _patches(line: Tensor, kw: int, q: int, e: int, out_w: int) -> Tensor:
-    """What the taps of one row of the kernel read of a line [n, c, w], as rows [n*places, (tap, c)]."""
-    reads = pad(line.transpose(1, 2), (0, 0, q, q)).unfold(1, out_w, 1)[:, ::e][:, :kw]  # [n, tap, c, places]
-    return reads.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
 
 
 def _starts(k: int, d: int, p: int) -> list[int]:

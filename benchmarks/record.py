@@ -1,0 +1,55 @@
+"""Results of benchmarks as JSON: what they were measured on, and which cases are done already."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import natgrad
+
+
+class Record:
+    """A file of cases, written after each of them: a run that was stopped goes on where it was."""
+
+    def __init__(self, path: Path, device: str):
+        self.path = path
+        self.content: dict[str, Any] = {
+            "machine": machine(device),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "natgrad": natgrad.__version__,
+            "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "src") else ""),
+        }
+        old = json.loads(path.read_text()) if path.exists() else {}
+        same = all(old.get(key) == value for key, value in self.content.items())
+        self.content["cases"] = old["cases"] if same else []
+
+    def find(self, case: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The rows of a case that was measured on this machine, with these versions and this commit."""
+        found = [c["rows"] for c in self.content["cases"] if {**c, "rows": None} == {**case, "rows": None}]
+        return found[0] if found else None
+
+    def add(self, case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Write down a case."""
+        self.content["cases"].append({**case, "rows": rows})
+        self.path.parent.mkdir(exist_ok=True, parents=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def machine(device: str) -> str:
+    """The processor's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git(*command: str) -> str:
+    return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
