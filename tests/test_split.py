@@ -1,5 +1,7 @@
 """Layers whose statistics are inverted on several ranks, and what each of them holds."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ def test_small_parts_are_not_worth_a_message():
 
 def test_the_owner_inverts_the_dearest_statistic(tiny):
     costs = [Cost(0.0, {"A": 5.0, "G": 50.0}, 1.0, 0), Cost(0.0, {"F": 3.0}, 1.0, 0), Cost(0.0, {}, 1.0, 0)]
-    (owner, holders), (second, single), (_, none) = place_layers(costs, 2)
+    (owner, holders), (second, single), (_, none) = place_layers(costs, SimpleNamespace(size=2, rank=0, owners=True))
     assert holders["G"] == owner != holders["A"]
     assert single == {"F": second}
     assert none == {}
@@ -76,7 +78,7 @@ def test_one_large_factor_does_not_hold_a_resnet50s_step():
     ]
     for ranks in (16, 64, 107):
         loads = [0.0] * ranks
-        for cost, (owner, holders) in zip(costs, place_layers(costs, ranks)):
+        for cost, (owner, holders) in zip(costs, place_layers(costs, SimpleNamespace(size=ranks, rank=0, owners=True))):
             loads[owner] += cost.precondition
             for key, holder in holders.items():
                 loads[holder] += cost.factors[key]

@@ -10,7 +10,6 @@ Everything is kept as sums over this rank; turning sums into means needs all sam
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from natgrad.curvature.base import Moment
+from natgrad.curvature.base import Moment, Statistic
+from natgrad.curvature.rows import Rows, Sample, count, places_of, stacked, thinned
+from natgrad.hooks import TOGETHER, Judge, LayerHook, LogitsHook
 from natgrad.layers import Layer, Loose
 from natgrad.layers.base import promote
 from natgrad.sampling import Sampler
@@ -32,24 +33,26 @@ class Watch(NamedTuple):
     """A layer and the statistics that are to be measured of it."""
 
     layer: Layer
-    moments: tuple[Moment, ...]
+    moments: tuple[Statistic, ...]
 
 
 class Measured(NamedTuple):
-    """What one step's passes left on this rank: sums, the samples behind each, and all samples of the step."""
+    """What one step's passes left on this rank: sums and rows, the samples behind each, and all samples of the step."""
 
     sums: dict[Key, Tensor]
     weights: dict[Key, int]
     samples: int
+    rows: dict[Key, Sample]
 
 
 @dataclass
 class _Pass:
     """One backward pass: the parts that its calls handed in, and the number of samples each layer saw."""
 
-    parts: dict[Key, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    parts: dict[Key, list[Any]] = field(default_factory=lambda: defaultdict(list))
     weights: dict[Key, list[int]] = field(default_factory=lambda: defaultdict(list))
     counts: dict[int, int] = field(default_factory=dict)
+    sharpness: Tensor | None = None  # squared norms of the logits' gradients [n]
 
 
 class Capture:
@@ -67,7 +70,13 @@ class Capture:
         self._handles: list[Any] = []
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._passes: dict[int, _Pass] = {}
-        self._closed = Measured({}, {}, 0)
+        self._ended = 0  # backward passes of this step that are over
+        self._closed = self._nothing()
+        self.judged: Judge | None = None  # where rows are weighed by the gradients of the logits
+
+    @staticmethod
+    def _nothing() -> Measured:
+        return Measured({}, {}, 0, {})
 
     @property
     def armed(self) -> bool:
@@ -82,7 +91,9 @@ class Capture:
         for index, layer in enumerate(self.layers):
             if isinstance(layer, Loose):
                 continue  # nothing to read, and its module may take what it likes
-            self._handles.append(layer.module.register_forward_hook(_Hook(self, index), with_kwargs=True))
+            self._handles.append(layer.module.register_forward_hook(LayerHook(self, index), with_kwargs=True))
+        if self.judged is not None:
+            self._handles.append(self.judged.model.register_forward_hook(LogitsHook(self)))
         _eager(+1)  # a compiled graph has no place for these hooks
 
     def disarm(self) -> None:
@@ -94,7 +105,8 @@ class Capture:
         self._passes.clear()
         if self.edges is not None:
             self.edges.clear()
-        self._closed = Measured({}, {}, 0)
+        self._closed = self._nothing()
+        self._ended = 0
 
     def sample(self, output: Tensor) -> None:
         """Run a backward pass of labels drawn from the model's own prediction, towards the watched outputs only.
@@ -120,28 +132,55 @@ class Capture:
 
     def saw(self, index: int, samples: int, parts: Mapping[str, Tensor], task: int) -> None:
         """One call's gradient has arrived, in backward pass `task`."""
-        if task not in self._passes:
-            self._close()
-            self._passes[task] = _Pass()
-        now = self._passes[task]
+        now = self._pass(task)
         now.counts[index] = max(samples, now.counts.get(index, 0))
         for key, part in parts.items():
             now.parts[index, key].append(part)
             now.weights[index, key].append(samples)
 
+    def sharp(self, squares: Tensor, task: int) -> None:
+        """The squared norms [n] of the gradients with respect to each sample's logits, in backward pass `task`."""
+        self._pass(task).sharpness = squares
+
+    def _pass(self, task: int) -> _Pass:
+        if task not in self._passes:
+            self._close()
+            self._passes[task] = _Pass()
+        return self._passes[task]
+
     def _close(self) -> None:
         """Turn finished backward passes into sums."""
-        sums, weights, samples = self._closed
+        sums, weights, samples, rows = self._closed
         for done in self._passes.values():
+            self._ended += 1
             for (index, key), parts in done.parts.items():
                 moment = next(m for m in self.watches[index].moments if m.key == key)
+                if isinstance(moment, Rows):
+                    own = self._rows(index, moment, parts, done, rows.get((index, key)))
+                    rows[index, key] = own
+                    weights[index, key] = count(own)
+                    continue
+                assert isinstance(moment, Moment)
                 value = moment.close(parts)
                 previous = sums.get((index, key))
                 sums[index, key] = value if previous is None else previous + value
                 weights[index, key] = weights.get((index, key), 0) + sum(done.weights[index, key])
             samples += samples_of(done.counts.values())
         self._passes.clear()
-        self._closed = Measured(sums, weights, samples)
+        self._closed = Measured(sums, weights, samples, rows)
+
+    def _rows(self, index: int, moment: Rows, parts: list[Sample], done: _Pass, before: Sample | None) -> Sample:
+        """A layer's rows of this step so far, after one more pass."""
+        layer = self.watches[index].layer
+        fresh = moment.close(parts, layer.shape)
+        generator = torch.Generator().manual_seed(self.sampler.mix(TOGETHER, self._ended))
+        keys = torch.rand(int(fresh["chosen"].max()) + 1, generator=generator)  # alike in all layers
+        fresh["order"] = keys.to(fresh["chosen"].device)[fresh["chosen"]]
+        if self.judged is not None:
+            fresh = self.judged.weigh(fresh, done.sharpness, done.counts[index])
+        rows = stacked([fresh] if before is None else [before, fresh], layer.shape)
+        most = moment.most(layer, places_of(rows))
+        return thinned(rows, None if most is None else self.sampler.quota(most))
 
     def collect(self) -> Measured:
         """What was measured since the last `collect` or `discard`."""
@@ -161,62 +200,6 @@ def samples_of(counts: Iterable[int]) -> int:
     frequency = Counter(order)
     last = {n: place for place, n in enumerate(order)}
     return max(frequency, key=lambda n: (frequency[n], last[n]), default=0)
-
-
-class _Hook:
-    """The forward hook of one layer. In a copy of the model (deepcopy, pickle, an average) it does nothing."""
-
-    def __init__(self, capture: Capture, index: int):
-        self.capture = weakref.ref(capture)
-        self.index = index
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        capture, index = self.capture(), self.index
-        if capture is None or not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        start = time.perf_counter()
-        layer, watch = capture.layers[index], capture.watches.get(index)
-        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        samples, _ = layer.count(x)
-        draw = capture.sampler.draw(index, capture.calls[index], x.device)
-        capture.calls[index] += 1
-        kept = []
-        if watch:
-            with torch.no_grad():
-                x = x.detach()
-                kept = [(m, m.before(layer, x, draw, output)) for m in watch.moments]
-        capture.seconds += time.perf_counter() - start
-
-        def arrived(dy: Tensor) -> None:
-            if capture.edges is not None and not capture.inside:
-                return
-            start = time.perf_counter()
-            parts = {}
-            if kept:
-                with torch.no_grad():
-                    dy = dy.detach()
-                    parts = {m.key: m.after(layer, k, dy, draw) for m, k in kept}
-            capture.saw(index, samples, parts, outer if outer >= 0 else torch._C._current_graph_task_id())
-            capture.seconds += time.perf_counter() - start
-
-        outer = torch._C._current_graph_task_id()  # not -1: recomputed within a backward pass, as part of it
-        output.register_hook(arrived)
-        if capture.edges is not None:
-            capture.edges.append(torch.autograd.graph.get_gradient_edge(output))
-            capture.seen[index] = samples
-
-    def __deepcopy__(self, memo: dict) -> Inert:
-        return Inert()
-
-    def __reduce__(self) -> tuple:
-        return Inert, ()
-
-
-class Inert:
-    """The hook in a copy of a watched model."""
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        return None
 
 
 _lock = threading.Lock()

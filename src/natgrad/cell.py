@@ -23,7 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Curvature, Moment
+from natgrad.curvature.base import Curvature, Statistic
+from natgrad.curvature.rows import Rows, Sample
+from natgrad.curvature.samplespace import SampleSpace
 from natgrad.layers.base import Layer
 from natgrad.linalg import mean_eigenvalue
 from natgrad.staleness import Memory, Staleness
@@ -64,9 +66,12 @@ class Cell:
     def allocate(self, state: dict, rank: int | None) -> None:
         """Make every tensor that `rank` will ever hold of this cell; None makes all that any rank holds."""
         for moment in self.curvature.statistics:
-            key, shape = moment.key, moment.shape(self.layer)
+            key = moment.key
             state[f"{key}_clock"] = torch.tensor([0, 1, 1, 0])
             state[f"{key}_damping"] = torch.zeros((), dtype=torch.float64)
+            if isinstance(moment, Rows):
+                continue  # as large as the samples' places make them
+            shape = moment.shape(self.layer)
             if rank in (None, self.holders[key]):
                 state[key] = self.zeros(shape)
                 if self.staleness().looks_back > 1:
@@ -91,7 +96,36 @@ class Cell:
         """Whether every statistic has been measured."""
         return all(self.clock(key)[3] > 0 for key in self.keys)
 
-    def due(self, step: int) -> tuple[Moment, ...]:
+    @property
+    def by_rows(self) -> bool:
+        """Whether the statistic is rows, whose tensors exist from the first measurement on."""
+        return any(isinstance(m, Rows) for m in self.curvature.statistics)
+
+    def lost(self, rank: int) -> bool:
+        """Whether this rank owns rows that have been measured, but were not in the state that it loaded."""
+        return self.by_rows and rank == self.owner and self.ready and self.keys[0] not in self.state()
+
+    def forget(self) -> None:
+        """Measure at the next step as if for the first time."""
+        for key in self.keys:
+            self.set_clock(key, [0, 1, 1, 0])
+
+    def keep_rows(self, key: str, rows: Sample, seed: int) -> int:
+        """Take in the rows of all ranks at the owner. Returns the steps until the next ones, 0 if they are unusable."""
+        curvature, state = self.curvature, self.state()
+        assert isinstance(curvature, SampleSpace)
+        generator = torch.Generator(rows["mean"].device).manual_seed(seed)
+        gram, kept = curvature.digest(rows, self.layer.shape, generator)
+        if not bool(torch.isfinite(gram).all()):
+            return 0
+        for name in [n for n in state if n.startswith(f"{key}_") and n.removeprefix(f"{key}_") in curvature.stored]:
+            del state[name]
+        state |= {f"{key}_{name}": value for name, value in kept.items()}
+        state[key], state[f"{key}_inverse"] = gram, torch.zeros_like(gram)
+        _, interval, previous, _ = self.clock(key)
+        return self.staleness().next(Memory((None, None), interval, previous, len(gram[0])))
+
+    def due(self, step: int) -> tuple[Statistic, ...]:
         """The statistics to be measured in this step."""
         return tuple(m for m in self.curvature.statistics if self.clock(m.key)[0] <= step)
 
@@ -127,7 +161,7 @@ class Cell:
 
         Every rank comes to the same list.
         """
-        if not self.ready:
+        if not self.ready or self.curvature.joint:
             return []
         state = self.state()
         return [k for k in self.keys if k in fresh or self._far(damping, state[f"{k}_damping"].item())]
@@ -139,10 +173,20 @@ class Cell:
         """The mean eigenvalue of a statistic's blocks [b], at its holder."""
         return mean_eigenvalue(self.state()[key])
 
-    def precondition(self, gradient: Tensor, damping: float) -> Tensor:
-        """The damped natural gradient of this layer, [b, o, i]."""
+    def kept(self, fresh: bool = False) -> dict[str, Tensor]:
+        """What the curvature preconditions with. `fresh`: rows that were just measured, of all samples."""
         state = self.state()
-        return self.curvature.precondition({k: state[f"{k}_inverse"] for k in self.keys}, gradient, damping)
+        inverses = {key: state[f"{key}_inverse"] for key in self.keys}
+        if isinstance(self.curvature, SampleSpace):
+            for key in self.keys:
+                inverses |= {n: v for n in self.curvature.stored if (v := state.get(f"{key}_{n}")) is not None}
+            if fresh:
+                inverses["fresh"] = torch.empty(0)
+        return inverses
+
+    def precondition(self, gradient: Tensor, damping: float, fresh: bool = False) -> Tensor:
+        """The damped natural gradient of this layer, [b, o, i]."""
+        return self.curvature.precondition(self.kept(fresh), gradient, damping)
 
 
 def _norm(value: Tensor) -> Tensor:

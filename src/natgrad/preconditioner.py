@@ -8,7 +8,7 @@ which the damping is divided, and then send the inverses to the layer's owner. W
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from natgrad.capture import Capture, Key, Measured, Sampler, Watch
 from natgrad.cell import DORMANT, Cell
+from natgrad.curvature.rows import Sample
+from natgrad.gathering import bring_rows
+from natgrad.hooks import Judge
 from natgrad.inversion import Inversion
 from natgrad.parallel import Parcel, World
 
@@ -25,6 +28,7 @@ class Preconditioner:
     """The cells of a model with the hooks that feed them."""
 
     def __init__(self, cells: Sequence[Cell], world: World, seed: int, sampled: bool = False):
+        self.judged: Judge | None = None  # rows are weighed by the gradients of the logits
         self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
         self.replace(cells)
         self.world = world
@@ -41,7 +45,9 @@ class Preconditioner:
         self.cells = list(cells)
         self.capture = Capture([cell.layer for cell in cells])
         self.capture.edges = [] if self.sampled else None
+        self.capture.judged = self.judged
         self._plan: list[Key] = []
+        self.whole: set[int] = set()  # cells whose rows are of all samples of this very step
         self._fresh: dict[int, set[str]] = {}
 
     @contextmanager
@@ -65,6 +71,7 @@ class Preconditioner:
 
         `scale` is the factor by which the loss was multiplied for mixed precision.
         """
+        self.whole.clear()
         plan, total = self._plan, sum(len(c.curvature.statistics) for c in self.cells)
         self.share = len(plan) / max(total, 1)
         if not plan:
@@ -80,12 +87,18 @@ class Preconditioner:
             if self.sampled and not samples:
                 raise ValueError('fisher="sampled": call sample(output) before backward(), so that labels can be drawn')
             seen = [(key, n) for key, n in zip(plan, ranks) if n > 0]
-            parcels = [self._parcel(key, measured, n, scale, reduction) for key, n in seen]
+            moments = [(key, n) for key, n in seen if not self.cells[key[0]].by_rows]
+            parcels = [self._parcel(key, measured, n, scale, reduction) for key, n in moments]
             received = self.world.reduce_narrow(parcels, "statistics")
+            stacks = [(key, n) for key, n in seen if self.cells[key[0]].by_rows]
+            weigh = (measured.samples if reduction == "mean" else 1) / scale
+            rows = bring_rows(self.cells, self.world, [key for key, _ in stacks], measured, weigh)
         with self.timed("factor"):
-            intervals = self._absorb([key for key, _ in seen], received, round(samples))
+            seen = [*moments, *stacks]
+            taken = self._absorb([key for key, _ in moments], received, round(samples))
+            intervals = torch.cat([taken, self._stack([key for key, _ in stacks], rows, round(samples), step)])
         with self.timed("messages"):
-            self.world.sum([intervals], "scalars")
+            self.world.max([intervals], "scalars")
         self._fresh = {}
         for ((index, key), _), interval in zip(seen, intervals.tolist()):
             self._advance(index, key, step, interval)
@@ -105,6 +118,17 @@ class Preconditioner:
             index, key = keys[k]
             intervals[k] = self.cells[index].keep(key, fresh, numbers[: len(known)], samples)
             del numbers[: len(known)]
+        return intervals
+
+    def _stack(self, keys: Sequence[Key], rows: Mapping[Key, Sample], samples: int, step: int) -> Tensor:
+        """`_absorb` for rows."""
+        intervals = torch.zeros(len(keys), dtype=torch.int64)
+        for k, key in enumerate(keys):
+            if key in rows:
+                seed = Sampler(self.seed, step, 0, 1.0).mix(key[0])
+                intervals[k] = self.cells[key[0]].keep_rows(key[1], rows[key], seed)
+                if len(rows[key]["mean"]) == samples:
+                    self.whole.add(key[0])
         return intervals
 
     def _parcel(self, key: Key, measured: Measured, ranks: float, scale: float, reduction: str) -> Parcel:

@@ -24,6 +24,11 @@ class Sampler:
         """The draws of one call of one layer."""
         return Picked(self, layer, call, device)
 
+    def quota(self, wanted: int) -> int:
+        """How many of `wanted` samples of all ranks are this rank's to keep."""
+        ranks = round(1 / self.share)
+        return wanted * (self.rank + 1) // ranks - wanted * self.rank // ranks
+
     def mix(self, *numbers: int) -> int:
         """One seed of many numbers."""
         value = 0x9E3779B97F4A7C15

@@ -110,6 +110,7 @@ class Curvature(ABC):
     statistics: tuple[Any, ...]  # Moments, or one Rows
     redamps = False
     telling = 0.1  # a relative change of damping above this makes the inverses due
+    joint = False  # layers are inverted together, elsewhere
 
     @abstractmethod
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:

@@ -67,14 +67,15 @@ class SampleGradients(Rows):
     def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Kept:
         samples, places = layer.count(x)
         chosen = draw(samples, self.most(layer, places) or samples)
-        if isinstance(layer, Norm):
-            return Kept(layer.keep(x, chosen, output), chosen, samples, places)
+        if isinstance(layer, Norm):  # all samples: their gradients are few numbers, in the statistics of all
+            return Kept(layer.keep(x, None, output), chosen, samples, places)
         return Kept(x if chosen is None else x.index_select(0, chosen), chosen, samples, places)
 
     def after(self, layer: Layer, kept: Kept, dy: Tensor, draw: Draw) -> Sample:
         x, chosen, samples, _ = kept
         if isinstance(layer, Norm):
-            rows = {"columns": layer.unit_gradients(x, dy, chosen).flatten(1)}
+            units = layer.unit_gradients(x, dy, None).flatten(1)
+            rows = {"columns": units if chosen is None else units[chosen]}
         else:
             dy = dy if chosen is None else dy.index_select(0, chosen)
             rows = factors(layer, x, dy, samples if chosen is None else len(chosen))

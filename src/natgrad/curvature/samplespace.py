@@ -41,6 +41,8 @@ from natgrad.layers.base import Layer, Shape
 from natgrad.linalg import damped_cholesky
 
 STORED = ("columns", "left", "right", "tokens", "short_left", "short_right", "sketched", "drawn", "mean")
+ROW_STATE = frozenset({"U", "U_inverse", *(f"U_{name}" for name in STORED)})
+"""What a cell of this curvature has in the state from its first measurement on, as large as that one made it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class SampleSpace(Curvature):
     columns: Literal["empirical", "improved"] = "empirical"
     budget: int = 2**30
     legacy: Legacy | None = None
+    block: Literal["layer", "network"] = "layer"
     name: str = field(default="per-sample", init=False)
     telling = 0.0
     stored = STORED
@@ -80,6 +83,10 @@ class SampleSpace(Curvature):
             kept["sketched"] = in_portions(used, shape, lambda columns: sketch.apply(drawn, columns, size))
             product = kept["sketched"] @ kept["sketched"].T
         return (self._boost(shape) * product).unsqueeze(0), kept
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        return self.block == "network"
 
     def _boost(self, shape: Shape) -> float:
         return 1.0 if self.legacy is None else self.legacy.boost(shape)

@@ -7,10 +7,12 @@ from natgrad.optim.fallback import Adam, adam
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.lengths import PredictedChange, plain, predicted_change, trust
 from natgrad.optim.rules import Momentum, corrected, heavy_ball, tied
+from natgrad.optim.seng import SENG
 from natgrad.optim.spngd import SPNGD
 
 __all__ = [
     "KFAC",
+    "SENG",
     "SPNGD",
     "Adam",
     "LayerBlocks",

@@ -32,7 +32,7 @@ from natgrad.optim.state import exact_copies, whole_state
 from natgrad.optim.unseen import look_after
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
-from natgrad.parallel import Parcel, World
+from natgrad.parallel import World
 from natgrad.preconditioner import Preconditioner
 from natgrad.staleness import Every, Staleness
 
@@ -98,15 +98,14 @@ class SecondOrder(Views, Optimizer):
         checks.no_loose(found, strict)
         self.strict = strict
         blocks = [curvature(f.layer, samples, max_size) for f in found]
-        owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world.size)
+        owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world)
         cells = [self.make_cell(f, c, *where) for f, c, where in zip(found, blocks, owners)]
         self.whys = [f.why for f in found]
         for cell in cells:
             for parameter, state in self.fresh_state(cell, self.world.rank).items():
                 self.state[parameter] = state
         self.engine = Preconditioner(cells, self.world, seed, fisher == "sampled")
-        tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
-        self.world.gather([Parcel(t, 0) for t in tensors], "start")
+        self.world.start([t.detach() for t in (*model.parameters(), *model.buffers())])
         self.gradients.begin_early(cells)
         self.engine.arm(self._steps() + 1)
 

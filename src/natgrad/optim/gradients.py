@@ -76,7 +76,8 @@ class Gradients:
             norms = on_host(torch._foreach_norm(gradients))
         bad = bad or not bool(torch.isfinite(norms).all())
         here = [any(p.grad is not None for p in c.layer.parameters) for c in cells]
-        flags = torch.tensor([float(bad), *map(float, here)], dtype=torch.float64)
+        lost = [c.lost(self.world.rank) for c in cells] if any(c.by_rows for c in cells) else []
+        flags = torch.tensor([float(bad), *map(float, here), *map(float, lost)], dtype=torch.float64)
         self.world.max([flags], "scalars")
         if flags[0] > 0:
             self.give_up()
@@ -85,7 +86,10 @@ class Gradients:
             early.check(scale)
         if (look or self.mode == "auto") and not self.reduced:
             self._are_local(gradients)
-        return [bool(f) for f in flags[1:]]
+        for cell, gone in zip(cells, flags[1 + len(cells) :].tolist()):
+            if gone:
+                cell.forget()
+        return [bool(f) for f in flags[1 : 1 + len(cells)]]
 
     def give_up(self) -> None:
         """Forget the gradients of this step."""
@@ -141,7 +145,7 @@ class Gradients:
         if self.max_norm is None:
             return mine
         square = torch.tensor([sum(float(g.double().square().sum()) for g in mine.values())], dtype=torch.float64)
-        self.world.sum([square], "scalars")
+        self.world.over_owners([square], "scalars")
         factor = self.max_norm / (square.sqrt().item() + 1e-6)
         return mine if factor >= 1 else {k: g * factor for k, g in mine.items()}
 

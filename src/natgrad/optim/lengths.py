@@ -30,6 +30,8 @@ class Step:
     groups: list[dict[str, Any]]
     direction: Tensor
     curved: bool = True  # False: the fallback's direction, which has no natural length
+    cell: Any = None
+    fresh: bool = False  # the gradient is the mean of rows that were measured in this very step
 
     @property
     def lr(self) -> float:
@@ -88,7 +90,7 @@ class PredictedChange:
         change = torch.zeros(1, dtype=torch.float64)
         for step in steps:
             change += step.lr**2 * float((step.direction * step.gradient).sum())
-        world.sum([change], "scalars")
+        world.over_owners([change], "scalars")
         factor = min(1.0, math.sqrt(self.limit / max(abs(change.item()), 1e-300)))
         return [factor] * len(steps)
 

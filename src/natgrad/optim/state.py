@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from natgrad.curvature.samplespace import ROW_STATE
 from natgrad.optim.unseen import loosen
 from natgrad.parallel import Parcel
 
@@ -25,6 +27,7 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
             f"this optimizer of {sizes[1]}"
         )
     for parameter, mine, theirs in pairs(saved, groups, state):
+        mine = without_rows(mine)
         if was_loosened(mine, theirs):
             continue
         missing = sorted(key for key in mine if key not in theirs and key != "master")  # the weight itself will do
@@ -71,10 +74,20 @@ def exact_copies(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[Any, 
     never = [k for k, w in enumerate(weights) if w in theirs and was_loosened(optimizer.state[w], theirs[w])]
     if never:
         loosen(optimizer, never)
-    return {
-        parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in mine.items()}
+    copies = {
+        parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in without_rows(mine).items()}
         for parameter, mine in optimizer.state.items()
     }
+    for cell, weight in zip(optimizer.cells, weights):
+        if cell.by_rows and cell.owner == optimizer.world.rank:
+            own = {key: value for key, value in theirs[weight].items() if key in ROW_STATE}
+            copies[weight] |= {key: value.detach().to(weight.device, copy=True) for key, value in own.items()}
+    return copies
+
+
+def without_rows(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without what has the shape of the last measurement."""
+    return {key: value for key, value in state.items() if key not in ROW_STATE}
 
 
 def _like(value: Any, mine: Any) -> Any:
@@ -94,5 +107,33 @@ def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:
                 if cell.place_of(key) == optimizer.world.rank:
                     value.copy_(optimizer.state[parameter][key])
                 parcels.append(Parcel(value, cell.place_of(key)))
+    parcels += rows_of(optimizer, whole)
     optimizer.world.gather(parcels)
     return {k: whole[p] for k, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+
+
+DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
+
+
+def rows_of(optimizer: SecondOrder, whole: dict[nn.Parameter, dict[str, Any]]) -> list[Parcel]:
+    """Room in `whole` for everybody's rows, whose shapes one small message tells, filled where they are."""
+    cells = [cell for cell in optimizer.cells if cell.by_rows]
+    names = sorted(ROW_STATE)
+    forms = torch.zeros(len(cells), len(names), 6, dtype=torch.int64)
+    for cell, form in zip(cells, forms):
+        for name, entry in zip(names, form):
+            value = cell.state().get(name)
+            if value is not None:
+                entry[: 2 + value.dim()] = torch.tensor([value.dim(), DTYPES.index(value.dtype), *value.shape])
+    optimizer.world.max([forms], "scalars")
+    parcels = []
+    for cell, form in zip(cells, forms.tolist()):
+        weight = cell.layer.parameters[0]
+        for name, (dimensions, dtype, *shape) in zip(names, form):
+            if dimensions == 0:
+                continue
+            mine = cell.state().get(name)
+            value = torch.zeros(shape[:dimensions], dtype=DTYPES[dtype], device=weight.device)
+            whole[weight][name] = value if mine is None else value.copy_(mine)
+            parcels.append(Parcel(whole[weight][name], cell.owner))
+    return parcels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
     """One step of every layer whose gradient this rank owns, and all new weights on every rank."""
     cells, timed = optimizer.cells, optimizer.engine.timed
     with timed("precondition"):
-        steps = [prepare(optimizer, cells[k], g) for k, g in gradients.items() if cells[k].ready]
+        steps = [prepare(optimizer, k, g) for k, g in gradients.items() if cells[k].ready]
         curved = [step for step in steps if step.curved]
         optimizer.rule(curved, optimizer.natural, optimizer.world)
         factors = {id(s): f for s, f in zip(curved, optimizer.length(curved, optimizer.world))}
@@ -64,11 +63,16 @@ def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Paramet
     optimizer.world.gather_narrow(parcels, "directions")
 
 
-def prepare(optimizer: SecondOrder, cell: Cell, gradient: Tensor) -> Step:
+def prepare(optimizer: SecondOrder, index: int, gradient: Tensor) -> Step:
     """The step of one layer. Its direction is the rule's to say, save for loose parameters, which have their own."""
+    cell, fresh = optimizer.cells[index], index in optimizer.engine.whole
     groups = [optimizer.group_of(p) for p in cell.layer.parameters]
-    precondition = partial(cell.precondition, damping=groups[0]["damping"])
-    step = Step(cell.layer, gradient, precondition, cell.state(), groups, gradient)
+    damping = groups[0]["damping"]
+
+    def precondition(given: Tensor) -> Tensor:
+        return cell.precondition(given, damping, fresh and given is gradient)
+
+    step = Step(cell.layer, gradient, precondition, cell.state(), groups, gradient, cell=cell, fresh=fresh)
     if isinstance(cell.layer, Loose):
         step.curved = False
         direction = optimizer.fallback.direction(step.state, gradient, groups[0]["momentum"])

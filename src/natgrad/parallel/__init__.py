@@ -2,7 +2,8 @@
 
 from natgrad.parallel.join import join, leave, sharded_by
 from natgrad.parallel.placement import place, place_parts
+from natgrad.parallel.rows import bring
 from natgrad.parallel.threads import run_threads
 from natgrad.parallel.world import Parcel, World
 
-__all__ = ["Parcel", "World", "join", "leave", "place", "place_parts", "run_threads", "sharded_by"]
+__all__ = ["Parcel", "World", "bring", "join", "leave", "place", "place_parts", "run_threads", "sharded_by"]

@@ -39,6 +39,8 @@ class World:
     wire: torch.bfloat16 or torch.float16 halves the bytes of statistics; None sends them as they are.
     weights: the same for the new weights that owners send; owners keep them in float32 beside (on several ranks).
     overlap: gradients of a plain model travel in buckets during the backward pass (see SecondOrder.no_sync).
+    owners: False makes every rank the owner of everything: sums go to all, and nothing needs to be sent back. Memory
+        and work are then those of one rank, and equal weights rest on equal machines.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class World:
         wire: torch.dtype | None = None,
         weights: torch.dtype | None = None,
         overlap: bool = False,
+        owners: bool = True,
     ):
         if gradients not in ("auto", "local", "averaged"):
             raise ValueError(f'World(gradients={gradients!r}): give "auto", "local" or "averaged"')
@@ -60,7 +63,7 @@ class World:
                 "leave overlap off"
             )
         self.gradients: Gradients = "local" if overlap else gradients
-        self.wire, self.weights, self.overlap = wire, weights, overlap
+        self.wire, self.weights, self.overlap, self.owners = wire, weights, overlap, owners
         if group is None:
             group = Processes() if dist.is_available() and dist.is_initialized() else Alone()
         elif isinstance(group, dist.ProcessGroup):
@@ -69,7 +72,8 @@ class World:
         self.rank, self.size = group.rank, group.size
         self.sent: dict[str, int] = defaultdict(int)  # bytes of payload by kind, until somebody clears it
 
-    def _count(self, kind: str, parcels: Sequence[Parcel]) -> None:
+    def count(self, kind: str, parcels: Sequence[Parcel]) -> None:
+        """Add the bytes of a message to what was sent."""
         if self.size > 1:
             self.sent[kind] += sum(self._numel(p) * p.tensor.element_size() for p in parcels)
 
@@ -81,7 +85,11 @@ class World:
         """`reduce`, under way while the caller goes on; what is returned waits for the sums."""
         if self.size == 1:
             return lambda: [p.tensor for p in parcels]
-        self._count(kind, parcels)
+        self.count(kind, parcels)
+        if not self.owners:
+            copies = [p.tensor.clone() for p in parcels]
+            self._everyone(copies, "sum", None)
+            return lambda: list(copies)
         under_way = []
         for chunks in self._by_owner(parcels):
             buffers = [self._pack(parcels, chunk, chunks) for chunk in chunks]
@@ -118,9 +126,16 @@ class World:
 
     def gather(self, parcels: Sequence[Parcel], kind: str = "other") -> None:
         """Every parcel's tensor takes its owner's value on all ranks, in place."""
-        if self.size == 1:
-            return
-        self._count(kind, parcels)
+        if self.size > 1 and self.owners:
+            self._gather(parcels, kind)
+
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor takes rank 0's value on all ranks, in place."""
+        if self.size > 1:
+            self._gather([Parcel(t, 0) for t in tensors], "start")
+
+    def _gather(self, parcels: Sequence[Parcel], kind: str) -> None:
+        self.count(kind, parcels)
         for chunks in self._by_owner(parcels):
             lengths = [sum(self._numel(parcels[k]) for k in chunk) for chunk in chunks]
             received = self.transport.all_gather(self._pack(parcels, chunks[self.rank], chunks), lengths)
@@ -144,7 +159,7 @@ class World:
         """Every parcel's tensor at its owner takes the value that it has on its source, in place."""
         if self.size == 1 or not parcels:
             return
-        self._count(kind, [p for p, source in zip(parcels, sources) if source != p.owner])
+        self.count(kind, [p for p, source in zip(parcels, sources) if source != p.owner])
         for dtype in dict.fromkeys(p.tensor.dtype for p in parcels):
             routes: dict[tuple[int, int], list[int]] = defaultdict(list)
             for k, (parcel, source) in enumerate(zip(parcels, sources)):
@@ -191,14 +206,20 @@ class World:
         """Every tensor becomes its sum over ranks, in place on all ranks."""
         self._everyone(tensors, "sum", kind)
 
+    def over_owners(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
+        """Sums over what each rank owns become sums over everything, in place on all ranks."""
+        if self.owners:
+            self.sum(tensors, kind)
+
     def max(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
         """Every tensor becomes its maximum over ranks, in place on all ranks."""
         self._everyone(tensors, "max", kind)
 
-    def _everyone(self, tensors: Sequence[Tensor], op: str, kind: str) -> None:
+    def _everyone(self, tensors: Sequence[Tensor], op: str, kind: str | None) -> None:
         if self.size == 1 or not tensors:
             return
-        self._count(kind, [Parcel(t, 0) for t in tensors])
+        if kind is not None:
+            self.count(kind, [Parcel(t, 0) for t in tensors])
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             same = [t for t in tensors if t.dtype == dtype]
             buffer = self.transport.all_reduce(pack(same, [False] * len(same)), op)
