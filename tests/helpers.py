@@ -24,6 +24,17 @@ def subclasses(base):
 
 
 OPTIMIZERS = subclasses(SecondOrder)
+
+
+def made(kind, model, **options):
+    """An optimizer of any kind with what it has of these options; columns of samples have no age to adapt to."""
+    if kind is natgrad.SENG:
+        options = {k: v for k, v in options.items() if k not in ("decay", "curvature")}
+        if isinstance(options.get("refresh"), natgrad.Adaptive):
+            options["refresh"] = 3
+    return kind(model, **options)
+
+
 CURVATURES = subclasses(Curvature)
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import natgrad
-from helpers import OPTIMIZERS, Mixed, Net, backward, clone, hooks, mlp, points, statistic, train, weights
+from helpers import OPTIMIZERS, Mixed, Net, backward, clone, hooks, made, mlp, points, statistic, train, weights
 
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda o: o.__name__)
 
@@ -25,7 +25,8 @@ def test_it_trains_every_parameter(kind, model):
     batch = tuple(t.float() if t.is_floating_point() else t for t in batch)
     model = model()
     before = [p.detach().clone() for p in model.parameters()]
-    opt = kind(model, lr=0.03, damping=0.03)
+    seng = kind is natgrad.SENG  # whose step is lr / damping where there is no curvature
+    opt = kind(model, lr=0.1, damping=1.0) if seng else kind(model, lr=0.03, damping=0.03)
     losses = train(opt, model, [batch] * 25)
     assert losses[-1] < 0.7 * losses[0]
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
@@ -49,6 +50,7 @@ def test_coverage_accounts_for_every_parameter(kind):
 def test_coverage_tells_the_bytes_that_are_held(kind):
     model = Mixed()
     opt = kind(model, lr=0.1)
+    train(opt, model, [Mixed.batch(8, 0)])
     for row, cell in zip(opt.coverage(), opt.cells):
         clocks = ("step", "adam_count")
         held = [v for k, v in cell.state().items() if k not in clocks and not k.endswith(("_clock", "_damping"))]
@@ -77,7 +79,7 @@ def test_microbatches_of_a_norm_add_up_too(kind, double):
     model = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4), nn.Linear(4, 3))
     whole, parts = clone(model), clone(model)
     options = {"lr": 0.05, "samples": None, "curvature": natgrad.optim.blocks.spngd_blocks}
-    opts = [kind(m, **options) for m in (whole, parts)]
+    opts = [made(kind, m, **options) for m in (whole, parts)]
     for k in range(4):
         x, y = points(12, k, torch.float64)
         backward(whole, (x, y))
@@ -99,7 +101,7 @@ def test_a_summed_loss_has_the_statistics_of_a_mean(kind, double):
         backward(model, Net.batch(12, 0), reduction=reduction)
         opt.step()
         values[reduction] = [statistic(opt, c.name, m.key) for c in opt.cells for m in c.curvature.statistics]
-    assert len(values["sum"]) >= 4
+    assert len(values["sum"]) >= 3
     for mean, total in zip(values["mean"], values["sum"]):
         assert_close(total, mean, rtol=1e-10, atol=1e-14)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import natgrad
-from helpers import OPTIMIZERS, Mixed, Net, backward, clone, mlp, points, quiet, train, weights
+from helpers import OPTIMIZERS, Mixed, Net, backward, clone, made, mlp, points, quiet, train, weights
 from multi import SAME, share
 from natgrad.parallel import run_threads
 
@@ -51,8 +51,8 @@ def batches(dtype, first, count):
 def test_a_resumed_run_is_the_same_run(kind, dtype, carry):
     def build(model):
         # nothing is alike: intervals, damping, an averaged statistic, weight decay and a lr that changes
-        return kind(
-            model, lr=0.05, damping=0.02, weight_decay=0.01, decay=0.5, refresh=natgrad.Adaptive(0.5), samples=2
+        return made(
+            kind, model, lr=0.05, damping=0.02, weight_decay=0.01, decay=0.5, refresh=natgrad.Adaptive(0.5), samples=2
         )
 
     model = Mixed() if dtype is None else mlp().to(dtype)

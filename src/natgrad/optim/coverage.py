@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from natgrad.cell import Cell
+from natgrad.curvature import Cost
+from natgrad.curvature.samplespace import ROW_STATE
 from natgrad.layers.loose import Loose
 
 REFERENCE_ROWS = 4096  # rows of a refresh for the cost column
@@ -36,8 +38,7 @@ def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str) -> list[
             numbers, flops = 2 * weight.numel(), 0.0
         else:
             cost = cell.curvature.cost(cell.layer, REFERENCE_ROWS)
-            looks_back = cell.staleness().looks_back > 1
-            numbers = (3 if looks_back else 2) * cost.numbers + cell.layer.shape.numel
+            numbers = held(cell, cost) + cell.layer.shape.numel
             flops = 2 * (cost.measure + cost.work)
         rows.append(
             Coverage(
@@ -55,7 +56,17 @@ def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str) -> list[
     return rows
 
 
+def held(cell: Cell, cost: Cost) -> int:
+    """How many numbers the statistics are: of rows as many as were measured, before that what columns would be."""
+    if not cell.by_rows:
+        return (3 if cell.staleness().looks_back > 1 else 2) * cost.numbers
+    rows = [value for name, value in cell.state().items() if name in ROW_STATE]
+    return sum(v.numel() * v.element_size() for v in rows) // 4 or cost.numbers
+
+
 def describe(cell: Cell) -> str:
     """The curvature's name, with the sides that are kept diagonal."""
+    if cell.by_rows:
+        return cell.curvature.name
     sides = [m.key for m in cell.curvature.statistics if len(m.shape(cell.layer)) == 2]
     return cell.curvature.name + (f" ({', '.join(sides)} diagonal)" if sides else "")

@@ -78,6 +78,9 @@ class SENG(SecondOrder):
         world: Any = None,
         **shared: Any,
     ):
+        for name in ("curvature", "decay", "fisher"):
+            if name in shared:
+                raise TypeError(f"SENG() has no argument {name!r}: its curvature is that of this step's own samples")
         checks.one_of("columns", columns, ("empirical", "improved"))
         checks.one_of("block", block, ("layer", "network"))
         checks.whole("rank", rank, 1, none=True)
