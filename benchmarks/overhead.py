@@ -11,9 +11,8 @@ shuffled order, and the table gives medians over rounds:
     whole   the whole step over SGD's, in wall and in CPU time
 
 The row of default steps is a run from the first step on, in blocks between blocks of SGD, and gives the mean step and
-the share of all statistics that were measured in a step. How often that is depends on what is learnt: the patterns
-that stand in for images are learnt within 100 steps, then gradients vanish and statistics never stand still, which is
-the dearest case. `--images` takes CIFAR-100 from a folder of parquet files.
+the share of all statistics that were measured in a step. How often that is depends on what is learnt: patterns stand
+in for images, and `--images` takes CIFAR-100 from a folder of parquet files instead.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ class Memory(NamedTuple):
     """What is known of one statistic when it has just been measured again.
 
     `changes` are the relative Frobenius distances to the last and the one before (None where there was none);
-    `interval` and `previous` the last two intervals; `samples` how many samples were measured.
+    `interval` and `previous` the last two intervals; `samples` how many samples the statistic is worth: fewer than
+    the step's where it was measured on a bounded number of rows (docs/math.md).
     """
 
     changes: tuple[float | None, float | None]
