@@ -116,7 +116,10 @@ class Preconditioner:
         numbers = torch.cat([known for _, known in looks]).tolist()  # the one time that the host waits
         for k, (fresh, known) in zip(mine, looks):
             index, key = keys[k]
-            intervals[k] = self.cells[index].keep(key, fresh, numbers[: len(known)], samples)
+            cell = self.cells[index]
+            moment = next(m for m in cell.curvature.statistics if m.key == key)
+            worth = moment.behind(cell.layer, samples)
+            intervals[k] = cell.keep(key, fresh, numbers[: len(known)], worth)
             del numbers[: len(known)]
         return intervals
 
