@@ -1,4 +1,4 @@
-"""NLCG over ranks: the weights of one rank, and one multiplier, bit for bit; what travels beside the others' messages."""
+"""NLCG over ranks: the weights of one rank, one multiplier bit for bit, and what travels for it."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_ranks_are_one(choice, model, double):
     (alone, expected, _), *_ = final(1, CHOICES[choice], start)
     if CHOICES[choice].get("step") in (LOUD,):
         assert min(row[1] for row in expected) < 1  # the loss was heard
-    assert any(0 < row[0] for row in expected)
+    assert any(row[0] > 0 for row in expected)
     for ranks in (2, 4):
         for owners in (True, False):
             results = final(ranks, CHOICES[choice], start, owners=owners)
