@@ -25,6 +25,7 @@ from natgrad.layers.base import Layer, promote
 from natgrad.optim.betas import Products, needs_of
 from natgrad.optim.lengths import Natural, Step
 from natgrad.optim.metrics import Metric
+from natgrad.optim.overlap import on_host
 from natgrad.optim.part import Part, flat, parts_of, total
 from natgrad.optim.rules import with_decay
 from natgrad.optim.search import CurvatureStep, Memory, Scheduled
@@ -139,7 +140,7 @@ class Conjugate:
         if self.search.feedback is None:
             return []
         loss = self.told()
-        penalty = sum(half_squares(step) for part in parts for step in part.steps)
+        penalty = half_squares([step for part in parts for step in part.steps])
         return [(loss or 0.0) + penalty * (world.size if world.owners else 1), float(loss is not None)]
 
     def _secant(self, part: Part, memory: Memory) -> tuple[Tensor, Tensor] | None:
@@ -222,7 +223,9 @@ def prescaled(gradient: Tensor, weight: Tensor, eta: float) -> Tensor:
     return gradient * (size / (torch.linalg.vector_norm(gradient) + 1e-8 + 0.1 * size)).to(gradient)
 
 
-def half_squares(step: Step) -> float:
-    """The L2 penalty of one layer: the sum over its parameters of weight_decay |w|^2 / 2."""
-    pairs = zip(step.groups, step.layer.parameters)
-    return sum(g["weight_decay"] / 2 * float(promote(p.detach()).square().sum()) for g, p in pairs if g["weight_decay"])
+def half_squares(steps: Sequence[Step]) -> float:
+    """The L2 penalty of these layers: the sum over their parameters of weight_decay |w|^2 / 2."""
+    pairs = [(g["weight_decay"], p.detach()) for s in steps for g, p in zip(s.groups, s.layer.parameters)]
+    weighed = [(decay, promote(p)) for decay, p in pairs if decay]
+    norms = on_host(torch._foreach_norm([p for _, p in weighed])).tolist() if weighed else []
+    return sum(decay / 2 * norm**2 for (decay, _), norm in zip(weighed, norms))

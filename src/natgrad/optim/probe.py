@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from natgrad.optim.overlap import on_host
 from natgrad.optim.search import CurvatureStep, quadratic
 from natgrad.parallel import World
 
@@ -46,8 +47,9 @@ def minimum(
                 high = outputs(forward, parts, -e)  # w + e d, as d = -parts
             low = outputs(forward, parts, 2 * e)
         value = quadratic(search.output, (high + low) / 2, (high - low) / (2 * e))
-        squares = [(d + search.mu) * float(p.double().square().sum()) for d, p in zip(decays, parts.values())]
-        bent = torch.tensor([float(value), float(len(high)), sum(squares) / world.size], dtype=torch.float64)
+        squares = on_host(torch._foreach_norm(list(parts.values()))).square()
+        ridge = float(squares @ (torch.tensor(decays, dtype=torch.float64) + search.mu))
+        bent = torch.tensor([float(value), float(len(high)), ridge / world.size], dtype=torch.float64)
     world.sum([bent], "scalars")
     total, samples, ridge = bent.tolist()
     curvature = total / (world.size if summed else max(samples, 1.0)) + ridge
@@ -104,5 +106,4 @@ def check_precision(parts: Mapping[nn.Parameter, Tensor]) -> None:
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """The Euclidean norm of all together."""
-    norms = torch._foreach_norm(list(tensors))
-    return math.sqrt(sum(float(n) ** 2 for n in norms))
+    return on_host(torch._foreach_norm(list(tensors))).norm().item()
