@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from patterns import CLASSES, Data
 from record import Record
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import natgrad
-from natgrad.data import Cifar100
 from natgrad.models import CifarResNet
 
-NEVER, CLASSES = 10**9, 100
+NEVER = 10**9
 BLOCK = 20  # default steps between two blocks of SGD
 
 
@@ -90,28 +90,6 @@ class Row(NamedTuple):
     measured: float | None = None
 
 
-class Data:
-    """Batches of images, or of noisy class patterns. All contenders see the same ones."""
-
-    def __init__(self, case: Case):
-        self.case = case
-        self.generator = torch.Generator().manual_seed(case.seed)
-        self.patterns = torch.randn(CLASSES, 3, 32, 32, generator=self.generator)
-        self.images = Cifar100(case.images).load().train if case.images else None
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        images, labels = self._real() if self.images else self._patterns()
-        return images.to(self.case.device, memory_format=layout(self.case)), labels.to(self.case.device)
-
-    def _real(self) -> tuple[Tensor, Tensor]:
-        assert self.images is not None
-        return self.images.batch(torch.randint(0, len(self.images), (self.case.batch,), generator=self.generator))
-
-    def _patterns(self) -> tuple[Tensor, Tensor]:
-        labels = torch.randint(0, CLASSES, (self.case.batch,), generator=self.generator)
-        return self.patterns[labels] + torch.randn(self.case.batch, 3, 32, 32, generator=self.generator), labels
-
-
 class Contender:
     """A model and its optimizer, built alike for all."""
 
@@ -127,10 +105,14 @@ class Contender:
         wait(images)
         wall, cpu = time.perf_counter(), time.process_time()
         self.optimizer.zero_grad()
-        cross_entropy(self.model(images), labels).backward()
-        self.optimizer.step()
+        self.optimizer.step(lambda: self.loss(images, labels))  # which NLCG wants to know
         wait(images)
         return Spent(time.perf_counter() - wall, time.process_time() - cpu, self.inside() - before)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        value = cross_entropy(self.model(images), labels)
+        value.backward()
+        return value
 
     def inside(self) -> float:
         return sum(getattr(self.optimizer, "seconds", {}).values())
@@ -138,6 +120,10 @@ class Contender:
 
 def layout(case: Case) -> torch.memory_format:
     return torch.channels_last if case.channels_last else torch.contiguous_format
+
+
+def data_of(case: Case) -> Data:
+    return Data(case.seed, case.batch, case.images, case.device, layout(case))
 
 
 def wait(x: Tensor) -> None:
@@ -158,6 +144,8 @@ CONTENDERS = {
     "nothing stale": spngd(refresh=NEVER),
     "all stale": spngd(refresh=1),
     "all stale, every row": spngd(refresh=1, samples=None),
+    "NLCG": lambda model: natgrad.NLCG(model, lr=0.01),
+    "NLCG, faithful": lambda model: natgrad.NLCG(model, lr=0.01, mode="faithful"),
 }
 
 
@@ -165,7 +153,7 @@ def compare(case: Case) -> list[Row]:
     """One step of each in every round, in shuffled order, after two rounds that warm up."""
     built = {name: Contender(case, build) for name, build in CONTENDERS.items()}
     spent: dict[str, list[Spent]] = {name: [] for name in built}
-    data, order, shuffle = Data(case), list(built), random.Random(case.seed)
+    data, order, shuffle = data_of(case), list(built), random.Random(case.seed)
     for turn in range(case.rounds + 2):
         batch = data()
         shuffle.shuffle(order)
@@ -179,7 +167,7 @@ def compare(case: Case) -> list[Row]:
 
 def run_default(case: Case) -> Row:
     """The mean step of a run with default settings, from its first step, against SGD's in blocks between."""
-    ours, theirs, data = Contender(case, spngd()), Contender(case, sgd), Data(case)
+    ours, theirs, data = Contender(case, spngd()), Contender(case, sgd), data_of(case)
     theirs.step(*data())
     spent: list[Spent] = []
     base: list[Spent] = []
