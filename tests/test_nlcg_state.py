@@ -11,10 +11,11 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: TID251  (what tra
 from torch.testing import assert_close
 
 import natgrad
-from helpers import Mixed, clone, mlp, points, weights
+from helpers import Mixed, backward, clone, mlp, points, quiet, train, weights
 from multi import share
 from natgrad.parallel import run_threads
-from nlcg_choices import METRICS, nlcg, told
+from nlcg_choices import METRICS, QUIET, nlcg, told
+from test_state import behind
 
 every_metric = pytest.mark.parametrize("metric", METRICS)
 
@@ -76,3 +77,40 @@ def test_a_whole_state_loads_on_any_number_of_ranks(double):
         for found, _, memory in rows:
             assert_close(found, ends[0][0][0], rtol=1e-7, atol=1e-10)
             assert memory == rows[0][2]
+
+
+def test_resuming_a_model_with_a_layer_that_is_never_called():
+    model = behind()
+    options = {"preconditioner": natgrad.spngd_blocks, "step": QUIET, "damping": 0.03}
+    opt = nlcg(model, **options)
+    quiet(train, opt, model, [points(16, k) for k in range(3)])
+    assert opt._memory().steps == 3
+    assert {r.curvature for r in opt.coverage()} == {"kronecker", "none (plain gradient)"}
+    copy = clone(model)
+    new = nlcg(copy, **options)
+    quiet(new.load_state_dict, disk(opt.state_dict()))
+    for k in range(3, 6):
+        for m, o in ((model, opt), (copy, new)):
+            quiet(train, o, m, [points(16, k)])
+        assert torch.equal(weights(model), weights(copy))
+
+
+def test_gradients_may_leave_early_and_weights_be_rounded():
+    """World(overlap=True, weights=torch.bfloat16), with the loss told all the same."""
+
+    def go(world):
+        torch.manual_seed(0)
+        model = Mixed()
+        opt = nlcg(model, step=natgrad.Scheduled("online", tau=0.02), world=world)
+        for k in range(6):
+            opt.step(loss=backward(model, share(Mixed.batch(24, k), world)))
+            opt.zero_grad()
+        return weights(model), opt._memory()
+
+    (alone, memory), *_ = run_threads(1, go)
+    for options in ({"overlap": True}, {"weights": torch.bfloat16}):
+        results = run_threads(2, go, **options)
+        assert torch.equal(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
+        assert_close(results[0][0], alone, rtol=3e-2, atol=3e-3)
+        assert results[0][1].multiplier == pytest.approx(memory.multiplier, rel=0.1)
