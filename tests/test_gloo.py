@@ -15,7 +15,7 @@ from natgrad.parallel import placement
 from natgrad.parallel.transport import Processes
 
 STEPS, RANKS = 6, 2
-MODELS = {"net": Net, "mixed": Mixed}
+MODELS = {"net": Net, "mixed": Mixed, "seng": Mixed}
 
 
 def free_port():
@@ -34,6 +34,13 @@ def spngd(model, **options):
     return natgrad.SPNGD(model, lr=0.02, damping=0.03, samples=None, refresh=refresh, **options)
 
 
+def seng(model, **options):
+    return natgrad.SENG(model, lr=0.1, damping=0.5, samples=None, refresh=2, **options)
+
+
+BUILDERS = {"seng": seng}
+
+
 def work(rank, port, name, wrapped, results):
     """One rank's training. Plain models start unlike: construction brings rank 0's weights."""
     torch.set_num_threads(1)
@@ -43,7 +50,7 @@ def work(rank, port, name, wrapped, results):
         model = build(name, seed=0 if wrapped in ("before", "after") else rank)
         if wrapped == "before":
             model = nn.parallel.DistributedDataParallel(model)
-        opt = spngd(model, world=natgrad.World(overlap=wrapped == "overlap"))
+        opt = BUILDERS.get(name, spngd)(model, world=natgrad.World(overlap=wrapped == "overlap"))
         if wrapped == "after":
             model = nn.parallel.DistributedDataParallel(model)
         for k in range(STEPS):
@@ -60,8 +67,8 @@ def work(rank, port, name, wrapped, results):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wrapped"),
-    [("mixed", ""), ("net", "before"), ("mixed", "after"), ("mixed", "overlap")],
-    ids=["plain", "ddp", "ddp later", "overlap"],
+    [("mixed", ""), ("net", "before"), ("mixed", "after"), ("mixed", "overlap"), ("seng", ""), ("seng", "before")],
+    ids=["plain", "ddp", "ddp later", "overlap", "seng", "seng ddp"],
 )
 def test_two_processes_are_one_rank(name, wrapped):
     with mp.Manager() as manager:
@@ -69,7 +76,7 @@ def test_two_processes_are_one_rank(name, wrapped):
         mp.spawn(work, (free_port(), name, wrapped, results), RANKS)
         first, second = results[0], results[1]
     model = build(name)
-    opt = spngd(model)
+    opt = BUILDERS.get(name, spngd)(model)
     train(opt, model, [MODELS[name].batch(24, k) for k in range(STEPS)])
     assert torch.equal(first[0], second[0])
     assert_close(first[0], weights(model), rtol=1e-6, atol=1e-9)

@@ -35,7 +35,7 @@ def bring_rows(
     world.max([forms], "scalars")
     usual = usual_rows(measured)
     alike = [
-        _alike(cells[k], measured.rows.get((k, n)), form, weigh, usual) for (k, n), form in zip(keys, forms.tolist())
+        _alike(cells[key[0]], measured.rows.get(key), form, weigh, usual) for key, form in zip(keys, forms.tolist())
     ]
     counts = torch.zeros(len(keys), world.size, dtype=torch.int64)
     counts[:, world.rank] = torch.tensor([len(rows["mean"]) for rows in alike])
