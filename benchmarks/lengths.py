@@ -89,8 +89,8 @@ def contenders(task: str) -> list[Contender]:
     ]
 
 
-RESCALED: tuple[tuple[Any, bool], ...] = (("plain", False), ("trust", True))
-KFAC: tuple[tuple[Any, bool], ...] = (("plain", False), ("trust", True))
+RESCALED: tuple[tuple[Any, bool], ...] = ()
+KFAC: tuple[tuple[Any, bool], ...] = ()
 
 
 def title(length: str, before: bool) -> str:

@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,13 @@ def tasks(path: str) -> dict[str, Task]:
     return {task.name: task for task in both}
 
 
-@dataclass
+@dataclass(eq=False)
 class Study:
     """One task, and the folder in which its trials are remembered."""
 
     task: Task
     folder: Path
+    splits: dict[str, Splits] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Print a line at once, also into a file."""
@@ -143,11 +144,11 @@ class Study:
             self.say(f"{judged_on} {length} steps, seed {seed}, {values}: {result}")
         return json.loads(path.read_text())
 
-    @functools.cache  # noqa: B019  (a study lives as long as its process)
     def loaded(self, judged_on: str) -> Splits:
-        return self.task.splits(judged_on)
-
-    __hash__ = object.__hash__
+        """The task's images, read once."""
+        if judged_on not in self.splits:
+            self.splits[judged_on] = self.task.splits(judged_on)
+        return self.splits[judged_on]
 
 
 def outcome(job: Job) -> dict[str, Any]:
