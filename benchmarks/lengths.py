@@ -28,6 +28,7 @@ from natgrad.train.tasks import Contender
 
 EARLY, LATE, FRESH = 100, 101, (1, 2, 3)  # seeds
 FINALISTS, WIDER = 3, 3
+DAMPING = SpNgd().damping
 WITHIN = 0.02  # of the best accuracy: a learning rate that will do
 
 
@@ -54,7 +55,7 @@ class KFacUnitwise(KFac):
 
 
 def contenders(task: str) -> list[Contender]:
-    """The six choices of SP-NGD, the best two of them as K-FAC and rescaled, and two that users would pick."""
+    """The six choices of SP-NGD, two that users would pick, and some choices rescaled and as K-FAC."""
     low = task == "digits"
     damping = (1e-4, 1e-3, 1e-2)
     small = {"lr": (0.003, 0.01, 0.03, 0.1) if low else (0.01, 0.03, 0.1, 0.3), "damping": damping}
@@ -160,15 +161,21 @@ def beyond(contender: Contender, chosen: dict[str, Any], known: list[dict[str, A
     return found
 
 
-def width(trials: list[dict[str, Any]]) -> tuple[float, float, dict[float, float]]:
-    """The lowest and highest learning rate within WITHIN of the best accuracy, and the best accuracy at each."""
-    by_rate: dict[float, float] = {}
+def margin(trials: list[dict[str, Any]], name: str) -> dict[float, float]:
+    """The best accuracy at each value of one setting, whatever the others are."""
+    best: dict[float, float] = {}
     for trial in trials:
-        rate = trial["values"]["lr"]
-        by_rate[rate] = max(by_rate.get(rate, 0.0), trial["accuracy"])
+        if name in trial["values"]:
+            value = trial["values"][name]
+            best[value] = max(best.get(value, 0.0), trial["accuracy"])
+    return dict(sorted(best.items()))
+
+
+def width(by_rate: dict[float, float]) -> str:
+    """The learning rates within WITHIN of the best accuracy, from the lowest to the highest, and their ratio."""
     best = max(by_rate.values())
-    good = [rate for rate, accuracy in by_rate.items() if accuracy >= best - WITHIN]
-    return min(good), max(good), dict(sorted(by_rate.items()))
+    good = [rate for rate, accuracy in by_rate.items() if accuracy >= best - WITHIN - 1e-9]
+    return f"{min(good):g} to {max(good):g} ({max(good) / min(good):.0f}x)"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -195,16 +202,24 @@ def reached(result: dict[str, Any]) -> str:
 
 
 def forgiving(result: dict[str, Any]) -> str:
-    """Validation accuracy by learning rate after half of the steps, the best of the other values at each."""
+    """How much a wrong learning rate or damping costs: validation accuracy after half of the steps.
+
+    At each value the best over the other setting, and once more with the damping that is the default.
+    """
     lines = [
-        "| | accuracy at each lr (validation, half of the steps) | lr within 2 points | ratio |",
-        "| --- | --- | --- | --- |",
+        f"| | by lr | lr within 2 points | by damping | by lr, damping {DAMPING:g} | lr within 2 points |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for one in result["contenders"]:
-        low, high, by_rate = width(one["early"])
-        rates = ", ".join(f"{rate:g}: {accuracy:.3f}" for rate, accuracy in by_rate.items())
-        lines.append(f"| {one['name']} | {rates} | {low:g} to {high:g} | {high / low:.0f} |")
+        by_rate, by_damping = margin(one["early"], "lr"), margin(one["early"], "damping")
+        fixed = margin([trial for trial in one["early"] if trial["values"].get("damping") == DAMPING], "lr")
+        cells = [listed(by_rate), width(by_rate), listed(by_damping), listed(fixed), width(fixed) if fixed else "-"]
+        lines.append(f"| {one['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def listed(accuracies: dict[float, float]) -> str:
+    return ", ".join(f"{value:g}: {accuracy:.3f}" for value, accuracy in accuracies.items()) or "-"
 
 
 if __name__ == "__main__":

@@ -106,8 +106,11 @@ def test_a_range_has_two_ends():
 
 
 def test_width_is_the_range_of_rates_within_two_points_of_the_best():
-    trials = [trial(0.60, 0.01), trial(0.69, 0.03), trial(0.40, 0.03), trial(0.70, 0.1), trial(0.65, 0.3)]
-    assert lengths.width(trials) == (0.03, 0.1, {0.01: 0.60, 0.03: 0.69, 0.1: 0.70, 0.3: 0.65})
+    trials = [trial(0.60, 0.01), trial(0.69, 0.03), trial(0.40, 0.03), trial(0.70, 0.1), trial(0.67, 0.3)]
+    by_rate = lengths.margin(trials, "lr")
+    assert by_rate == {0.01: 0.60, 0.03: 0.69, 0.1: 0.70, 0.3: 0.67}
+    assert lengths.width(by_rate) == "0.03 to 0.1 (3x)"
+    assert lengths.margin(trials, "damping") == {}
 
 
 def test_the_table_of_lengths_puts_the_best_first_and_a_loss_that_is_no_number_as_none():
