@@ -90,8 +90,8 @@ def contenders(task: str) -> list[Contender]:
     ]
 
 
-RESCALED: tuple[tuple[Any, bool], ...] = ()
-KFAC: tuple[tuple[Any, bool], ...] = ()
+RESCALED: tuple[tuple[Any, bool], ...] = (("predicted_change", False),)
+KFAC: tuple[tuple[Any, bool], ...] = (("predicted_change", False), ("plain", False))
 
 
 def title(length: str, before: bool) -> str:
