@@ -10,6 +10,7 @@ five fresh seeds, the three taking turns, judged on the test images. Digits trai
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -20,7 +21,8 @@ from natgrad.train.tasks import Contender
 
 EARLY, FRESH = 100, (1, 2, 3, 4, 5)  # seeds
 STEPS = {"digits": 200, "cifar100-small": 80}
-RATES = {"digits": (0.003, 0.01, 0.03), "cifar100-small": (0.003, 0.01, 0.03)}
+RATES = {"digits": (0.01, 0.03, 0.1), "cifar100-small": (0.03, 0.1, 0.3)}
+BASE = SpNgd(length="predicted_change")  # the rest is the default; this is what lengths.py recommends
 KEPT = ("accuracy", "loss", "train_loss", "step_ms", "mean_step_ms", "refreshed")
 
 
@@ -28,9 +30,9 @@ def contenders(task: str) -> list[Contender]:
     """The default, and two that measure more."""
     space = {"lr": RATES[task]}
     return [
-        Contender("default", SpNgd(), space),
-        Contender("every step", SpNgd(refresh=1), space),
-        Contender("every step, every row", SpNgd(refresh=1, samples=None), space),
+        Contender("default", BASE, space),
+        Contender("every step", replace(BASE, refresh=1), space),
+        Contender("every step, every row", replace(BASE, refresh=1, samples=None), space),
     ]
 
 
@@ -41,7 +43,7 @@ def run(study: Study) -> dict[str, Any]:
     for seed in FRESH:
         for one, contender in zip(found, contenders(study.task.name)):
             one["finals"].append(tried(study, contender, one["chosen"], seed, "test", steps))
-    return {"steps": steps, "damping": SpNgd().damping, "contenders": found}
+    return {"steps": steps, "damping": BASE.damping, "length": BASE.length, "contenders": found}
 
 
 def choose(study: Study, contender: Contender, steps: int) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def tried(study: Study, contender: Contender, values: dict, seed: int, judged_on
 def table(result: dict[str, Any]) -> str:
     """Accuracy, what it cost, and the difference to the default over the same seeds."""
     lines = [
-        f"{result['steps']} steps, damping {result['damping']:g}, seeds {' '.join(map(str, seeds(result)))}",
+        f"{result['steps']} steps, damping {result['damping']:g}, length {result['length']}, seeds {' '.join(map(str, seeds(result)))}",
         "",
         "| statistics | lr | test accuracy: mean (range) | minus default, points | last train loss | median ms a step "
         "| mean ms a step | refreshed |",

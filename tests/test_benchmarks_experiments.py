@@ -131,8 +131,8 @@ def test_the_table_of_the_long_run_compares_seed_by_seed():
         return {"name": name, "chosen": {"lr": 0.1}, "at_edge": [], "finals": finals}
 
     contenders = [entry("default", 0.70, 0.80), entry("every step", 0.72, 0.80)]
-    told = longrun.table({"steps": 8, "damping": 1e-3, "contenders": contenders})
-    assert "8 steps, damping 0.001, seeds 1 2" in told
+    told = longrun.table({"steps": 8, "damping": 1e-3, "length": "plain", "contenders": contenders})
+    assert "8 steps, damping 0.001, length plain, seeds 1 2" in told
     assert "| default | 0.1 | 0.7500 (0.7000 to 0.8000) | 0 |" in told
     assert "| +1.00 ± 1.00 | 0.5 (0.5 to 0.5) | 10 | 12 | 25% |" in told
 
