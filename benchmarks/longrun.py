@@ -61,8 +61,9 @@ def tried(study: Study, contender: Contender, values: dict, seed: int, judged_on
 
 def table(result: dict[str, Any]) -> str:
     """Accuracy, what it cost, and the difference to the default over the same seeds."""
+    given = f"damping {result['damping']:g}, length {result['length']}"
     lines = [
-        f"{result['steps']} steps, damping {result['damping']:g}, length {result['length']}, seeds {' '.join(map(str, seeds(result)))}",
+        f"{result['steps']} steps, {given}, seeds {' '.join(map(str, seeds(result)))}",
         "",
         "| statistics | lr | test accuracy: mean (range) | minus default, points | last train loss | median ms a step "
         "| mean ms a step | refreshed |",
