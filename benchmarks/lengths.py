@@ -6,96 +6,25 @@
 Every contender has a grid of 12 points: 4 learning rates x 3 dampings (SGD: x 3 momenta, AdamW: x 3 pairs of betas).
 All points train for half of the steps and are judged on validation images; the best three again for all steps with
 another seed; the best of these is run with three fresh seeds and judged on the test images. Where the choice lies at
-an end of its range of learning rates or dampings, the range is widened by one more point, three times at most.
+an end of its range of learning rates, dampings or limits, the range is widened by one more point, three times at most.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from contenders import contenders
 from study import Study, main, merit
-from torch import nn
-from torch.optim import Optimizer
 
-import natgrad
-from natgrad.optim.blocks import spngd_blocks
-from natgrad.parallel import World
-from natgrad.train.optimizers import LENGTHS, AdamW, KFac, Sgd, SpNgd
+from natgrad.train.optimizers import SpNgd
 from natgrad.train.tasks import Contender
 
 EARLY, LATE, FRESH = 100, 101, (1, 2, 3)  # seeds
 FINALISTS, WIDER = 3, 3
 DAMPING = SpNgd().damping
 WITHIN = 0.02  # of the best accuracy: a learning rate that will do
-
-
-@dataclass(frozen=True)
-class KFacUnitwise(KFac):
-    """K-FAC with SP-NGD's blocks for norms, and momentum where it is wanted."""
-
-    before: bool = False
-
-    def build(self, model: nn.Module, world: World) -> Optimizer:
-        return natgrad.KFAC(
-            model,
-            self.lr,
-            momentum=self.momentum,
-            damping=self.damping,
-            refresh=self.refresh,
-            decay=self.decay,
-            samples=self.samples,
-            length=LENGTHS[self.length],
-            rule=natgrad.Momentum(self.before),
-            curvature=spngd_blocks,
-            world=world,
-        )
-
-
-def contenders(task: str) -> list[Contender]:
-    """The six choices of SP-NGD, two that users would pick, and some choices rescaled and as K-FAC."""
-    low = task == "digits"
-    damping = (1e-4, 1e-3, 1e-2)
-    small = {"lr": (0.003, 0.01, 0.03, 0.1) if low else (0.01, 0.03, 0.1, 0.3), "damping": damping}
-    large = {"lr": (0.01, 0.03, 0.1, 0.3), "damping": damping}
-    every = 2 if low else 10
-
-    def of(length: Any) -> dict:
-        return large if length == "trust" else small
-
-    choices = [(length, before) for length in LENGTHS for before in (False, True)]
-    return [
-        *(
-            Contender(title(length, before), SpNgd(length=length, before=before), of(length))
-            for length, before in choices
-        ),
-        Contender("SGD, Nesterov", Sgd(nesterov=True), {"lr": (0.03, 0.1, 0.3, 1.0), "momentum": (0.8, 0.9, 0.95)}),
-        Contender(
-            "AdamW", AdamW(), {"lr": (0.001, 0.003, 0.01, 0.03), "betas": ((0.9, 0.999), (0.9, 0.99), (0.8, 0.95))}
-        ),
-        *(
-            Contender(
-                title(length, before) + ", rescaled", SpNgd(length=length, before=before, rescale="always"), of(length)
-            )
-            for length, before in RESCALED
-        ),
-        *(
-            Contender(
-                "K-FAC " + title(length, before), KFacUnitwise(length=length, before=before, refresh=every), of(length)
-            )
-            for length, before in KFAC
-        ),
-    ]
-
-
-RESCALED: tuple[tuple[Any, bool], ...] = (("predicted_change", False),)
-KFAC: tuple[tuple[Any, bool], ...] = (("predicted_change", False), ("plain", False))
-
-
-def title(length: str, before: bool) -> str:
-    return f"{length.replace('_', ' ')}, momentum {'before' if before else 'after'}"
 
 
 def run(study: Study) -> dict[str, Any]:
@@ -147,14 +76,14 @@ KEPT = ("accuracy", "loss", "train_loss", "step_ms", "refreshed")
 
 
 def beyond(contender: Contender, chosen: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The neighbours of a choice outside of its ranges of learning rates and dampings, by name of the range."""
+    """The neighbours of a choice outside of its ranges of learning rates, dampings and limits, by name of the range."""
     found = {}
-    for name in ("lr", "damping"):
+    for name in ("lr", "damping", "limit"):
         if name not in chosen:
             continue
         others = sorted({point[name] for point in known})
         place = others.index(chosen[name])
-        factor = 10 if name == "damping" else 3
+        factor = 3 if name == "lr" else 10
         if place in (0, len(others) - 1):
             value = chosen[name] * factor if place else chosen[name] / factor
             found[name] = {**chosen, name: float(f"{value:.3g}")}
@@ -207,11 +136,12 @@ def forgiving(result: dict[str, Any]) -> str:
     At each value the best over the other setting, and once more with the damping that is the default.
     """
     lines = [
-        f"| | by lr | lr within 2 points | by damping | by lr, damping {DAMPING:g} | lr within 2 points |",
+        f"| | by lr | lr within 2 points | by damping (or limit) | by lr, damping {DAMPING:g} | lr within 2 points |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for one in result["contenders"]:
-        by_rate, by_damping = margin(one["early"], "lr"), margin(one["early"], "damping")
+        by_rate = margin(one["early"], "lr")
+        by_damping = margin(one["early"], "damping") or margin(one["early"], "limit")
         fixed = margin([trial for trial in one["early"] if trial["values"].get("damping") == DAMPING], "lr")
         cells = [listed(by_rate), width(by_rate), listed(by_damping), listed(fixed), width(fixed) if fixed else "-"]
         lines.append(f"| {one['name']} | {' | '.join(cells)} |")
@@ -222,5 +152,25 @@ def listed(accuracies: dict[float, float]) -> str:
     return ", ".join(f"{value:g}: {accuracy:.3f}" for value, accuracy in accuracies.items()) or "-"
 
 
+def together(results: list[dict[str, Any]]) -> str:
+    """One setting for all tasks: the point whose accuracy falls least behind the best of anyone, on the mean."""
+    best = [max(trial["accuracy"] for one in result["contenders"] for trial in one["early"]) for result in results]
+    lines = [f"| | setting | points behind on {', '.join(result['task'] for result in results)} | mean |"]
+    lines.append("| --- | --- | --- | --- |")
+    rows = []
+    for name in (one["name"] for one in results[0]["contenders"]):
+        early = [one["early"] for result in results for one in result["contenders"] if one["name"] == name]
+        if len(early) < len(results):
+            continue
+        behind = [{json.dumps(t["values"]): 100 * (top - t["accuracy"]) for t in of} for of, top in zip(early, best)]
+        common = set.intersection(*map(set, behind))
+        point = min(sorted(common), key=lambda point: fmean(task[point] for task in behind))
+        rows.append((fmean(task[point] for task in behind), name, point, [task[point] for task in behind]))
+    for mean, name, point, each in sorted(rows):
+        setting = ", ".join(f"{key} {json.dumps(value)}" for key, value in json.loads(point).items())
+        lines.append(f"| {name} | {setting} | {', '.join(f'{value:.1f}' for value in each)} | {mean:.1f} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    main("lengths", __doc__, run, table)
+    main("lengths", __doc__, run, table, together)

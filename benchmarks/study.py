@@ -204,10 +204,17 @@ def options(script: str, text: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(script: str, text: str | None, run: Callable[[Study], dict], table: Callable[[dict], str]) -> None:
+def main(
+    script: str,
+    text: str | None,
+    run: Callable[[Study], dict],
+    table: Callable[[dict], str],
+    across: Callable[[list[dict]], str] | None = None,
+) -> None:
     """Run a script's experiment on each task whose data are there, write the results and print the tables."""
     told = options(script, text)
     torch.set_num_threads(1)
+    results = []
     for task in (tasks(told.data)[name] for name in told.tasks):
         path = told.out / f"{script}-{task.name}.json"
         if not told.show:
@@ -219,4 +226,7 @@ def main(script: str, text: str | None, run: Callable[[Study], dict], table: Cal
             result = run(Study(task, told.trials))
             write_json(path, {"about": about(f"{script}.py"), "task": task.name, **result})
         if path.exists():
-            print(f"\n### {task.name}\n\n{table(json.loads(path.read_text()))}")
+            results.append(json.loads(path.read_text()))
+            print(f"\n### {task.name}\n\n{table(results[-1])}")
+    if across and len(results) > 1:
+        print(f"\n### One setting for all\n\n{across(results)}")

@@ -125,6 +125,16 @@ def test_the_table_of_lengths_puts_the_best_first_and_a_loss_that_is_no_number_a
     assert "| - 0.5 |" in told[3]
 
 
+def test_one_setting_for_all_tasks_is_the_least_behind_on_the_mean():
+    def result(task, **accuracies):
+        early = [trial(accuracies["low"], 0.1), trial(accuracies["high"], 0.3), trial(0.1, accuracies["own"])]
+        return {"task": task, "contenders": [{"name": "one", "early": early}]}
+
+    told = lengths.together([result("a", low=0.9, high=0.8, own=1.0), result("b", low=0.5, high=0.7, own=2.0)])
+    assert told.splitlines()[0] == "| | setting | points behind on a, b | mean |"
+    assert told.splitlines()[2:] == ["| one | lr 0.3 | 10.0, 0.0 | 5.0 |"]
+
+
 def test_the_table_of_the_long_run_compares_seed_by_seed():
     def entry(name, *accuracies):
         finals = [trial(accuracy, seed=seed) for seed, accuracy in enumerate(accuracies, start=1)]
