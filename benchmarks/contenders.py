@@ -60,12 +60,13 @@ def contenders(task: str) -> list[Contender]:
     large = {"lr": (0.01, 0.03, 0.1, 0.3), "damping": DAMPINGS}
     choices: list[tuple[Any, bool]] = [(length, before) for length in LENGTHS for before in (False, True)]
     limits = {"lr": (0.03, 0.1, 0.3), "limit": (1e-3, 3e-3, 3e-2, 1e-1)}
+    kfacs = (BEST, PLAIN) if digits else (BEST,)
     return [
         *(Contender(title(*one), spngd(one), large if one[0] == "trust" else small) for one in choices),
         *users(),
         Contender(f"{title(*BEST)}, rescaled", spngd(BEST, rescale="always"), small),
+        *(Contender(f"K-FAC {title(*one)}", kfac(one, 2 if digits else 10), small) for one in kfacs),
         Contender("predicted change of another limit", Limited(), limits),
-        *(Contender(f"K-FAC {title(*one)}", kfac(one, 2 if digits else 10), small) for one in (BEST, PLAIN)),
     ]
 
 
