@@ -1,6 +1,6 @@
 """How far and along which momentum should a step go? Lengths x placement of momentum, tuned alike.
 
-    python benchmarks/lengths.py --data data/cifar100      both tasks; about 40 minutes on one core
+    python benchmarks/lengths.py --data data/cifar100      both tasks; about 45 minutes on one core
     python benchmarks/lengths.py --show                    the tables of the committed results
 
 Every contender has a grid of 12 points: 4 learning rates x 3 dampings (SGD: x 3 momenta, AdamW: x 3 pairs of betas).
