@@ -2,55 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
-
-import natgrad
-from natgrad.optim import PredictedChange
-from natgrad.optim.blocks import spngd_blocks
-from natgrad.parallel import World
-from natgrad.train.optimizers import LENGTHS, AdamW, KFac, Sgd, SpNgd
+from natgrad.train.optimizers import AdamW, KFac, Sgd, SpNgd
+from natgrad.train.optimizers.curved import LENGTHS
 from natgrad.train.tasks import Contender
 
 DAMPINGS = (1e-4, 1e-3, 1e-2)
 BEST: tuple[Any, bool] = ("predicted_change", False)  # tried further, and as K-FAC
 PLAIN: tuple[Any, bool] = ("plain", False)
-
-
-@dataclass(frozen=True)
-class Limited(SpNgd):
-    """SP-NGD with another limit on the predicted change."""
-
-    limit: float = 1e-2
-
-    def build(self, model: nn.Module, world: World) -> Optimizer:
-        length = PredictedChange(self.limit)
-        return natgrad.SPNGD(model, self.lr, momentum=self.momentum, damping=self.damping, length=length, world=world)
-
-
-@dataclass(frozen=True)
-class KFacUnitwise(KFac):
-    """K-FAC with SP-NGD's blocks for norms, and momentum where it is wanted."""
-
-    before: bool = False
-
-    def build(self, model: nn.Module, world: World) -> Optimizer:
-        return natgrad.KFAC(
-            model,
-            self.lr,
-            momentum=self.momentum,
-            damping=self.damping,
-            refresh=self.refresh,
-            decay=self.decay,
-            samples=self.samples,
-            length=LENGTHS[self.length],
-            rule=natgrad.Momentum(self.before),
-            curvature=spngd_blocks,
-            world=world,
-        )
 
 
 def contenders(task: str) -> list[Contender]:
@@ -62,14 +22,14 @@ def contenders(task: str) -> list[Contender]:
     small = {"lr": (0.003, 0.01, 0.03, 0.1) if digits else (0.01, 0.03, 0.1, 0.3), "damping": DAMPINGS}
     large = {"lr": (0.01, 0.03, 0.1, 0.3), "damping": DAMPINGS}
     choices: list[tuple[Any, bool]] = [(length, before) for length in LENGTHS for before in (False, True)]
-    limits = {"lr": (0.03, 0.1, 0.3), "limit": (1e-3, 3e-3, 3e-2, 1e-1)}
+    limits = {"lr": (0.03, 0.1, 0.3), "largest_change": (1e-3, 3e-3, 3e-2, 1e-1)}
     kfacs = (BEST, PLAIN) if digits else (BEST,)
     return [
         *(Contender(title(*one), spngd(one), large if one[0] == "trust" else small) for one in choices),
         *users(),
         Contender(f"{title(*BEST)}, rescaled", spngd(BEST, rescale="always"), small),
         *(Contender(f"K-FAC {title(*one)}", kfac(one, 2 if digits else 10), small) for one in kfacs),
-        *([Contender("predicted change of another limit", Limited(), limits)] if digits else []),
+        *([Contender("predicted change of another limit", SpNgd(length=BEST[0]), limits)] if digits else []),
     ]
 
 
@@ -86,8 +46,8 @@ def spngd(choice: tuple[Any, bool], rescale: Any = None) -> SpNgd:
     return SpNgd(length=choice[0], before=choice[1], rescale=rescale)
 
 
-def kfac(choice: tuple[Any, bool], refresh: int) -> KFacUnitwise:
-    return KFacUnitwise(length=choice[0], before=choice[1], refresh=refresh)
+def kfac(choice: tuple[Any, bool], refresh: int) -> KFac:
+    return KFac(length=choice[0], before=choice[1], refresh=refresh, norms="unitwise")
 
 
 def title(length: str, before: bool) -> str:

@@ -78,7 +78,7 @@ KEPT = ("accuracy", "loss", "train_loss", "step_ms", "refreshed")
 def beyond(contender: Contender, chosen: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The neighbours of a choice outside of its ranges of learning rates, dampings and limits, by name of the range."""
     found = {}
-    for name in ("lr", "damping", "limit"):
+    for name in ("lr", "damping", "largest_change"):
         if name not in chosen:
             continue
         others = sorted({point[name] for point in known})
@@ -141,7 +141,7 @@ def forgiving(result: dict[str, Any]) -> str:
     ]
     for one in result["contenders"]:
         by_rate = margin(one["early"], "lr")
-        by_damping = margin(one["early"], "damping") or margin(one["early"], "limit")
+        by_damping = margin(one["early"], "damping") or margin(one["early"], "largest_change")
         fixed = margin([trial for trial in one["early"] if trial["values"].get("damping") == DAMPING], "lr")
         cells = [listed(by_rate), width(by_rate), listed(by_damping), listed(fixed), width(fixed) if fixed else "-"]
         lines.append(f"| {one['name']} | {' | '.join(cells)} |")

@@ -55,7 +55,7 @@ class Curved(Settings):
     """Damping of normalisations, as a multiple of the others' (the release: 16)."""
     max_size: int = 8192
     """A side of a layer above this many dimensions keeps the diagonal of its factor only."""
-    length: Literal["plain", "trust", "predicted_change"] = "plain"
+    length: Literal["plain", "trust", "predicted_change"] = "predicted_change"
     """How far a step goes along its direction."""
     largest_change: float | None = None
     """With length predicted_change: the change of the output (KL) above which a step is shortened; None: 0.01."""
