@@ -1,6 +1,6 @@
 """What a step costs beside SGD's, as ratios in one interleaved run.
 
-    python benchmarks/overhead.py --profile cpu            (some 20 minutes; stopped, it goes on where it was)
+    python benchmarks/overhead.py --profile cpu --images data/cifar100  (20 minutes; stopped, it goes on where it was)
     python benchmarks/overhead.py --depth 32 --batch 512 --rounds 9 --no-channels-last
     python benchmarks/overhead.py --steps 200 --images data/cifar100
 
@@ -22,7 +22,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,14 +234,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = vars(parser.parse_args())
     profile, out = options.pop("profile"), options.pop("out")
-    cases = PROFILES.get(profile, [Case(**options)])
+    cases = [Case(**options)]
+    if profile:
+        given = [k for k, v in options.items() if v != asdict(Case())[k] and k != "images"]
+        if given:
+            parser.error(f"--profile {profile} says what is measured; leave --{given[0].replace('_', '-')} out")
+        cases = [replace(case, images=options["images"]) for case in PROFILES[profile]]
     name = profile or f"resnet{cases[0].depth}-{cases[0].batch}-{cases[0].device}"
     record = Record(out / f"overhead-{name}.json", cases[0].device)
     for case in cases:
-        rows = [Row(**r) for r in record.find(asdict(case)) or []]
+        told = {**asdict(case), "images": "CIFAR-100" if case.images else "patterns"}
+        rows = [Row(**r) for r in record.find(told) or []]
         if not rows:
             rows = measure(case)
-            record.add(asdict(case), [r._asdict() for r in rows])
+            record.add(told, [r._asdict() for r in rows])
         show(case, rows)
 
 
