@@ -2,7 +2,6 @@
 
     python benchmarks/overhead.py --profile cpu --images data/cifar100  (20 minutes; stopped, it goes on where it was)
     python benchmarks/overhead.py --depth 32 --batch 512 --rounds 9 --no-channels-last
-    python benchmarks/overhead.py --steps 200 --images data/cifar100
 
 Machines are shared and noisy, so nothing is compared across runs: in every round each contender takes one step, in
 shuffled order, and the table gives medians over rounds:
@@ -27,15 +26,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from batches import CLASSES, Data, layout
 from record import Record
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import natgrad
-from natgrad.data import Cifar100
 from natgrad.models import CifarResNet
 
-NEVER, CLASSES = 10**9, 100
+NEVER = 10**9
 BLOCK = 20  # default steps between two blocks of SGD
 
 
@@ -90,28 +89,6 @@ class Row(NamedTuple):
     measured: float | None = None
 
 
-class Data:
-    """Batches of images, or of noisy class patterns. All contenders see the same ones."""
-
-    def __init__(self, case: Case):
-        self.case = case
-        self.generator = torch.Generator().manual_seed(case.seed)
-        self.patterns = torch.randn(CLASSES, 3, 32, 32, generator=self.generator)
-        self.images = Cifar100(case.images).load().train if case.images else None
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        images, labels = self._real() if self.images else self._patterns()
-        return images.to(self.case.device, memory_format=layout(self.case)), labels.to(self.case.device)
-
-    def _real(self) -> tuple[Tensor, Tensor]:
-        assert self.images is not None
-        return self.images.batch(torch.randint(0, len(self.images), (self.case.batch,), generator=self.generator))
-
-    def _patterns(self) -> tuple[Tensor, Tensor]:
-        labels = torch.randint(0, CLASSES, (self.case.batch,), generator=self.generator)
-        return self.patterns[labels] + torch.randn(self.case.batch, 3, 32, 32, generator=self.generator), labels
-
-
 class Contender:
     """A model and its optimizer, built alike for all."""
 
@@ -134,10 +111,6 @@ class Contender:
 
     def inside(self) -> float:
         return sum(getattr(self.optimizer, "seconds", {}).values())
-
-
-def layout(case: Case) -> torch.memory_format:
-    return torch.channels_last if case.channels_last else torch.contiguous_format
 
 
 def wait(x: Tensor) -> None:
@@ -211,10 +184,13 @@ def measure(case: Case) -> list[Row]:
     return [*rows, run_default(case)] if case.steps else rows
 
 
+def images_of(case: Case) -> str:
+    return "CIFAR-100" if case.images else "patterns"
+
+
 def show(case: Case, rows: list[Row]) -> None:
-    shape = "channels last" if case.channels_last else "channels first"
-    images = "CIFAR-100" if case.images else "patterns"
-    print(f"\nResNet-{case.depth}, batch {case.batch}, {case.device}, {case.threads} thread(s), {shape}, {images}")
+    shape = f"channels {'last' if case.channels_last else 'first'}, {images_of(case)}"
+    print(f"\nResNet-{case.depth}, batch {case.batch}, {case.device}, {case.threads} thread(s), {shape}")
     print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}")
     for r in rows:
         share = "" if r.measured is None else f"   {r.measured:.1%} measured a step"
@@ -236,14 +212,13 @@ def main() -> None:
     profile, out = options.pop("profile"), options.pop("out")
     cases = [Case(**options)]
     if profile:
-        given = [k for k, v in options.items() if v != asdict(Case())[k] and k != "images"]
-        if given:
-            parser.error(f"--profile {profile} says what is measured; leave --{given[0].replace('_', '-')} out")
-        cases = [replace(case, images=options["images"]) for case in PROFILES[profile]]
+        if replace(cases[0], images="") != Case():
+            parser.error(f"--profile {profile} says what is measured; beside it only --images and --out")
+        cases = [replace(case, images=cases[0].images) for case in PROFILES[profile]]
     name = profile or f"resnet{cases[0].depth}-{cases[0].batch}-{cases[0].device}"
     record = Record(out / f"overhead-{name}.json", cases[0].device)
     for case in cases:
-        told = {**asdict(case), "images": "CIFAR-100" if case.images else "patterns"}
+        told = {**asdict(case), "images": images_of(case)}
         rows = [Row(**r) for r in record.find(told) or []]
         if not rows:
             rows = measure(case)
