@@ -80,7 +80,7 @@ def prepare(optimizer: SecondOrder, index: int, gradient: Tensor) -> Step:
 
 def move_all(optimizer: SecondOrder, moving: Sequence[Cell], parts: Mapping[nn.Parameter, Tensor]) -> None:
     """W <- w - lr * part for every parameter, in one call a learning rate where nothing else is to be done."""
-    plain: dict[float, list[nn.Parameter]] = {}
+    plain: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for cell in moving:
         for parameter in cell.layer.parameters:
             if parameter not in parts:
@@ -89,9 +89,11 @@ def move_all(optimizer: SecondOrder, moving: Sequence[Cell], parts: Mapping[nn.P
             if rescaled or "master" in optimizer.state[parameter]:
                 move(optimizer, cell, parameter, parts[parameter])
             else:
-                plain.setdefault(optimizer.group_of(parameter)["lr"], []).append(parameter)
-    for lr, parameters in plain.items():
-        torch._foreach_add_(parameters, [parts[p].to(p.dtype) for p in parameters], alpha=-lr)
+                weights, moves = plain.setdefault(optimizer.group_of(parameter)["lr"], ([], []))
+                weights.append(parameter)
+                moves.append(parts[parameter].to(parameter.dtype))
+    for lr, (weights, moves) in plain.items():
+        torch._foreach_add_(weights, moves, alpha=-lr)
 
 
 def move(optimizer: SecondOrder, cell: Cell, parameter: nn.Parameter, part: Tensor) -> None:
