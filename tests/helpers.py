@@ -27,7 +27,14 @@ OPTIMIZERS = subclasses(SecondOrder)
 
 
 def made(kind, model, **options):
-    """An optimizer of any kind with what it has of these options; columns of samples have no age to adapt to."""
+    """An optimizer of any kind with what it has of these options; columns of samples have no age to adapt to.
+
+    NLCG has a curvature here, as the others do; test_nlcg.py has those that learn from mean gradients.
+    """
+    if kind is natgrad.NLCG:
+        options = {k: v for k, v in options.items() if k != "momentum"}
+        blocks = options.pop("curvature", natgrad.spngd_blocks)
+        options = {"preconditioner": blocks, "step": natgrad.Scheduled(feedback=None), **options}
     if kind is natgrad.SENG:
         options = {k: v for k, v in options.items() if k not in ("decay", "curvature")}
         if isinstance(options.get("refresh"), natgrad.Adaptive):

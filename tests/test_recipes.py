@@ -19,7 +19,9 @@ SMALL = [name for name in NAMES if not name.startswith("imagenet_")]  # test_rec
 def test_the_recipes_of_this_issue_are_there():
     sizes = ("4k", "8k", "16k", "32k", "64k", "128k")
     imagenet = {f"imagenet_{family}_{size}" for family in ("spngd", "spngd_d", "kfac") for size in sizes}
-    assert {"digits_sgd", "digits_spngd", "digits_kfac", "cifar100_sgd", "cifar100_spngd"} | imagenet == set(NAMES)
+    nlcg = {f"cifar100_nlcg_{size}" for size in ("128", "256", "512", "1k", "2k", "4k", "8k", "16k")}
+    others = {"cifar100_sgd", "cifar100_spngd", "cifar100_momentum_16k", "imagenet_nlcg_64k"}
+    assert {"digits_sgd", "digits_spngd", "digits_kfac", "digits_nlcg"} | others | nlcg | imagenet <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -104,6 +104,24 @@ class WarmUp(Schedule):
 
 
 @dataclass(frozen=True)
+class RootWarmUp(Schedule):
+    """1 - (1 - start) sqrt(1 - t / length), times another schedule: slow at first, then steep (NLCG's release)."""
+
+    then: Schedule = Constant()
+    """The schedule that the warm-up multiplies."""
+    length: float = 0.125
+    """Progress at which the warm-up is over."""
+    start: float = 0.0
+    """The multiplier at t = 0."""
+
+    def __post_init__(self) -> None:
+        _ordered(0.0, self.length)
+
+    def __call__(self, t: float) -> float:
+        return (1.0 - (1.0 - self.start) * math.sqrt(1.0 - _share(t, 0.0, self.length))) * self.then(t)
+
+
+@dataclass(frozen=True)
 class DampingWarmUp(Schedule):
     """From `ratio` down towards 1: the damping warm-up of distributed K-FAC (attributed to Osawa et al. 2019).
 

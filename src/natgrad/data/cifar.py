@@ -22,6 +22,8 @@ class Cifar100(Source):
     """Folder with train-*.parquet and test-*.parquet, as in the hub's uoft-cs/cifar100."""
     augment: bool = True
     """Shift by up to four pixels and mirror, drawn anew for every batch."""
+    each_image: bool = False
+    """Normalise every image by its own mean and deviation, instead of the channels by those of all images."""
 
     def shape(self) -> tuple[int, int, int]:
         return (3, 32, 32)
@@ -53,7 +55,7 @@ class Cifar100(Source):
         table = table.cast_column("img", Image(decode=False))
         images = np.stack([_decode(image["bytes"]) for image in table["img"]])
         labels = torch.tensor(table["fine_label"], dtype=torch.int64)
-        return Images(torch.from_numpy(images), labels, classes=100, mean=MEAN, std=STD)
+        return Images(torch.from_numpy(images), labels, classes=100, mean=MEAN, std=STD, each=self.each_image)
 
 
 def _decode(encoded: bytes) -> np.ndarray:

@@ -43,6 +43,8 @@ class Images:
     """Of each channel, or an image [channels, height, width] of what `cut` leaves."""
     std: tuple[float, ...]
     cut: Cut = whole
+    each: bool = False
+    """Every image is normalised by its own mean and deviation (TensorFlow's per-image standardisation) instead."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,6 +69,10 @@ class Images:
         """
         index = index.to(self.device)
         raw = self.cut(self.images[index], generator).float()
+        if self.each:
+            floor = raw[0].numel() ** -0.5  # images of one colour
+            std = raw.std(dim=(1, 2, 3), keepdim=True, correction=0).clamp_min(floor)
+            return (raw - raw.mean(dim=(1, 2, 3), keepdim=True)) / std, self.labels[index]
         mean = torch.as_tensor(self.mean, dtype=raw.dtype, device=raw.device)
         mean = mean.view(1, -1, 1, 1) if mean.dim() == 1 else mean
         return (raw - mean) / raw.new_tensor(self.std).view(1, -1, 1, 1), self.labels[index]

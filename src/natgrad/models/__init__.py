@@ -2,6 +2,7 @@
 
 from natgrad.models.base import Architecture
 from natgrad.models.mlp import Mlp
+from natgrad.models.preactivation import PreActResNet
 from natgrad.models.resnet import CifarResNet
 
-__all__ = ["Architecture", "CifarResNet", "Mlp"]
+__all__ = ["Architecture", "CifarResNet", "Mlp", "PreActResNet"]

@@ -26,7 +26,7 @@ from natgrad.optim.gradients import Gradients
 from natgrad.optim.lengths import Length, layerwise
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
-from natgrad.optim.rules import Rule
+from natgrad.optim.rules import Rule, takes_loose
 from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
 from natgrad.optim.state import exact_copies, whole_state
 from natgrad.optim.unseen import look_after
@@ -149,7 +149,7 @@ class SecondOrder(Views, Optimizer):
         }
         own = states[cell.layer.parameters[0]]
         cell.allocate(own, rank)
-        if mine and isinstance(cell.layer, Loose):
+        if mine and isinstance(cell.layer, Loose) and not takes_loose(self.rule):
             self.fallback.allocate(cell.layer, own)
         elif mine:
             self.rule.allocate(cell.layer, own)

@@ -51,3 +51,19 @@ class Adam:
 
 
 adam = Adam()
+
+
+@dataclass(frozen=True)
+class PlainGradient:
+    """The gradient itself, where a rule takes parameters without curvature into its own hands."""
+
+    name: str = "plain gradient"
+
+    def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+    def direction(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
+        return gradient
+
+
+plain_gradient = PlainGradient()

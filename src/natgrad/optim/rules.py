@@ -39,13 +39,20 @@ def heavy_ball(momentum: float, lr: float, last: float, first: float) -> float:
 
 
 class Rule(Protocol):
-    """A rule of direction. One that has `moved` too hears of weights that were rescaled (see Momentum)."""
+    """A rule of direction. One that has `moved` too hears of weights that were rescaled (see Momentum); one that has
+    `takes_loose = True` is given the parameters without curvature too, which else train by the fallback.
+    """
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         """Make the rule's tensors for one layer."""
 
     def __call__(self, steps: Sequence[Step], natural: Natural, world: World) -> None:
         """Fill in every step's direction. `natural` is to be called once, on every rank."""
+
+
+def takes_loose(rule: Rule) -> bool:
+    """Whether a rule directs the parameters without curvature."""
+    return getattr(rule, "takes_loose", False)
 
 
 @dataclass(frozen=True)

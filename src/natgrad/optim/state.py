@@ -57,7 +57,7 @@ def was_loosened(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     where another rank owns it, nothing but its steps).
     """
     clocks = [key for key in mine if key.endswith("_clock")]
-    loose = theirs.keys() <= {"step", "master"} or any(key.startswith("adam_") for key in theirs)
+    loose = theirs.keys() <= {"step", "master", "scalars"} or any(key.startswith(("adam_", "nlcg_")) for key in theirs)
     return bool(clocks) and "step" in theirs and not any(key in theirs for key in clocks) and loose
 
 

@@ -13,7 +13,7 @@ from natgrad.layers import Loose
 from natgrad.layers.base import promote
 from natgrad.optim.lengths import Step, trust_ratio
 from natgrad.optim.rescale import rescale
-from natgrad.optim.rules import with_decay
+from natgrad.optim.rules import takes_loose, with_decay
 from natgrad.parallel import Parcel
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
     if optimizer.gather == "directions":
         with timed("messages"):
             share(optimizer, moving, parts)
+    if optimizer.probe is not None:
+        with timed("probe"):
+            optimizer.probe(parts)
     with timed("update"):
         move_all(optimizer, moving, parts)
         for group in optimizer.param_groups:
@@ -71,7 +74,7 @@ def prepare(optimizer: SecondOrder, index: int, gradient: Tensor) -> Step:
         return cell.precondition(given, damping, fresh and given is gradient)
 
     step = Step(cell.layer, gradient, precondition, cell.state(), groups, gradient, cell=cell, fresh=fresh)
-    if isinstance(cell.layer, Loose):
+    if isinstance(cell.layer, Loose) and not takes_loose(optimizer.rule):
         step.curved = False
         direction = optimizer.fallback.direction(step.state, gradient, groups[0]["momentum"])
         step.direction = with_decay(step, direction)

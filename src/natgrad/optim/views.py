@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
 from natgrad.cell import Cell
 from natgrad.optim.coverage import Coverage, coverage
 from natgrad.optim.fallback import Fallback
@@ -16,6 +20,7 @@ class Views:
     world: World
     fallback: Fallback
     whys: list[str]
+    probe: Callable[[dict[nn.Parameter, Tensor]], None] | None = None  # makes directions as long as they should be
     skipped: int  # steps given up because a gradient was not finite
 
     @property

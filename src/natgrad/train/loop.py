@@ -20,6 +20,7 @@ from natgrad.data import Regulariser, Sampler, Splits
 from natgrad.data.pictures import ahead
 from natgrad.data.sampler import Batch
 from natgrad.parallel import World
+from natgrad.train.average import Average
 from natgrad.train.evaluate import CHUNK, Score, estimate_norms, evaluate
 from natgrad.train.pace import Pace
 from natgrad.train.recipe import Recipe
@@ -37,16 +38,18 @@ class Job:
     sampler: Sampler
     regulariser: Regulariser
     steps: int
+    average: Average
 
     @property
     def device(self) -> torch.device:
         return self.splits.train.device
 
     def score(self, split: str = "test") -> Score:
-        """Judge the model as it is now on one split, BatchNorm's statistics estimated anew."""
+        """Judge the model (its means, if there are some) on one split, BatchNorm's statistics estimated anew."""
         chunk = min(CHUNK, self.recipe.micro_batch or CHUNK)
-        estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples, chunk)
-        return evaluate(self.model, getattr(self.splits, split), self.world, chunk)
+        with self.average.in_place():
+            estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples, chunk)
+            return evaluate(self.model, getattr(self.splits, split), self.world, chunk)
 
 
 @dataclass
@@ -80,9 +83,8 @@ def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
         raise ValueError(f"epochs={recipe.epochs:g} of {len(sampler)} steps make no step; raise epochs or set steps")
     model = build_model(recipe).to(train.device)
     optimizer = recipe.optimizer.build(model, world)
-    return Job(
-        recipe, world, splits, model, optimizer, sampler, Regulariser(recipe.regularisation, train.classes), steps
-    )
+    regulariser, average = Regulariser(recipe.regularisation, train.classes), Average(model, recipe.average)
+    return Job(recipe, world, splits, model, optimizer, sampler, regulariser, steps, average)
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -130,6 +132,7 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
     seed = (job.recipe.seed * 1_000_003 + step) * job.world.size + job.world.rank
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros((), device=job.device)
+    kept: list[Tensor] = []
     for inputs, targets in parts(job, batch, generator):
         clock.lap("data")
         output = job.model(inputs)
@@ -137,9 +140,12 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
         job.recipe.optimizer.before_backward(job.optimizer, output)
         loss.backward()
         total += loss.detach()
+        if job.recipe.optimizer.looks_again:
+            kept.append(inputs)
         clock.lap("network")
-    job.optimizer.step()
+    job.recipe.optimizer.take(job.optimizer, total, lambda: torch.cat([job.model(inputs) for inputs in kept]))
     job.optimizer.zero_grad()
+    job.average.add(step)
     clock.lap("update")
     return total
 

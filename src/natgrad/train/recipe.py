@@ -40,6 +40,8 @@ class Recipe:
     """Decides the initial weights, the order of the samples and their augmentation."""
     evaluate_every: int | None = None
     """Steps between two evaluations; None: once an epoch."""
+    average: float | None = None
+    """Share of the old that running means of the weights keep, less at the start, for evaluations; None: no means."""
     norm_samples: int = 4096
     """Training samples from which BatchNorm's statistics are estimated anew before an evaluation."""
 
@@ -55,6 +57,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value:g} must be positive; set --{name.replace('_', '-')}")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(f"average={self.average:g} must lie between 0 and 1; set --average")
         self.regularisation.check()
         if not isinstance(self.damping_schedule, Constant) and not hasattr(self.optimizer, "damping"):
             names = type(self.damping_schedule).__name__, type(self.optimizer).__name__

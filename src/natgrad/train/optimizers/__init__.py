@@ -6,6 +6,7 @@ learns its fields by itself.
 
 from natgrad.train.optimizers.base import Settings, alone, positive
 from natgrad.train.optimizers.curved import KFac, SpNgd
+from natgrad.train.optimizers.nlcg import Nlcg
 from natgrad.train.optimizers.plain import AdamW, Sgd
 
-__all__ = ["AdamW", "KFac", "Settings", "Sgd", "SpNgd", "alone", "positive"]
+__all__ = ["AdamW", "KFac", "Nlcg", "Settings", "Sgd", "SpNgd", "alone", "positive"]

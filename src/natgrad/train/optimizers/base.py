@@ -1,7 +1,9 @@
 """The numbers of an optimizer as a recipe holds them, and what those need that know nothing of ranks."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,8 +21,19 @@ class Settings:
     def build(self, model: nn.Module, world: World) -> Optimizer:
         raise NotImplementedError(f"{type(self).__name__} does not say how to build its optimizer")
 
+    @property
+    def looks_again(self) -> bool:
+        """Whether `take` calls its `again`, so that inputs must be kept until then."""
+        return False
+
     def before_backward(self, optimizer: Optimizer, output: Tensor) -> None:
         """Called with a part's logits between its forward and its backward pass; most have nothing to do."""
+
+    def take(self, optimizer: Any, loss: Tensor, again: Callable[[], Tensor]) -> None:
+        """Take the step. loss: this rank's, such that the mean over ranks is the batch's. again: one more forward pass
+        over this rank's share, giving its logits.
+        """
+        optimizer.step()
 
 
 def alone(optimizer: Optimizer, model: nn.Module, world: World) -> Optimizer:

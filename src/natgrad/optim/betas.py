@@ -1,0 +1,77 @@
+"""How much of the last direction a conjugate direction keeps: functions of a few inner products over all parameters.
+
+d = -q(g) + beta d', with q(.) the preconditioner, g the gradient, d' the last direction, g' the last gradient, q' the
+last preconditioner and y = g - g'. The products use q instead of the identity in the classical formulas (Fletcher and
+Reeves 1964; Polak and Ribiere 1969; Hestenes and Stiefel 1952; Dai and Yuan 1999; Hager and Zhang 2005).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+TINY = 1e-30  # d'.y below it says nothing
+
+
+class Products(NamedTuple):
+    """Inner products over all parameters on all ranks; NaN where no beta has asked for one."""
+
+    gqg: float
+    """g . q(g)"""
+    old: float
+    """g' . q'(g') of the last step, kept from zero"""
+    gz: float
+    """g . q'(g')"""
+    qy: float
+    """q(g) . y"""
+    dy: float
+    """d' . y"""
+    dg: float
+    """d' . g"""
+    yqy: float
+    """y . q(y)"""
+
+
+EXTRA = frozenset({"gz", "qy", "yqy"})
+"""The products that cost a pass or a vector of their own; the others are always there."""
+
+
+@dataclass(frozen=True)
+class Beta:
+    """A formula and which of the extra products it reads. A plain function of Products is given all of them."""
+
+    name: str
+    formula: Callable[[Products], float]
+    needs: frozenset[str] = frozenset()
+
+    def __call__(self, products: Products) -> float:
+        return self.formula(products)
+
+
+def needs_of(beta: Callable[[Products], float]) -> frozenset[str]:
+    """The extra products that a beta reads."""
+    return beta.needs if isinstance(beta, Beta) else EXTRA
+
+
+def _over_dy(value: float, p: Products) -> float:
+    """Value / d'.y, and 0 where the step has not met positive curvature."""
+    return value / p.dy if p.dy > TINY else 0.0
+
+
+def _hz(p: Products) -> float:
+    return _over_dy(p.qy, p) - 2 * _over_dy(_over_dy(p.yqy * p.dg, p), p)
+
+
+def _hs_dy(p: Products) -> float:
+    return max(0.0, min(_over_dy(p.qy, p), _over_dy(p.gqg, p)))
+
+
+fletcher_reeves = Beta("fletcher_reeves", lambda p: p.gqg / p.old)
+polak_ribiere = Beta("polak_ribiere", lambda p: (p.gqg - p.gz) / p.old, frozenset({"gz"}))
+hestenes_stiefel = Beta("hestenes_stiefel", lambda p: _over_dy(p.qy, p), frozenset({"qy"}))
+dai_yuan = Beta("dai_yuan", lambda p: _over_dy(p.gqg, p))
+hs_dy = Beta("hs_dy", _hs_dy, frozenset({"qy"}))
+hager_zhang = Beta("hager_zhang", _hz, frozenset({"qy", "yqy"}))
+
+BETAS = {b.name: b for b in (fletcher_reeves, polak_ribiere, hestenes_stiefel, dai_yuan, hs_dy, hager_zhang)}

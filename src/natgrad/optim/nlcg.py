@@ -1,0 +1,235 @@
+"""NLCG: stochastic preconditioned nonlinear conjugate gradients (Adya, Palakkode and Tuzel 2018, arXiv 1812.02886)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from natgrad.cell import Cell
+from natgrad.curvature import Curvature, Identity
+from natgrad.layers import Layer, Loose
+from natgrad.optim import checks
+from natgrad.optim.base import SecondOrder
+from natgrad.optim.betas import Products, fletcher_reeves
+from natgrad.optim.blocks import Blocks
+from natgrad.optim.choices import OF_CURVATURE, REFUSED, check_choices
+from natgrad.optim.conjugate import Conjugate
+from natgrad.optim.coverage import Coverage
+from natgrad.optim.fallback import plain_gradient
+from natgrad.optim.lengths import plain
+from natgrad.optim.metrics import DiagonalBFGS, Metric
+from natgrad.optim.probe import minimum
+from natgrad.optim.search import CurvatureStep, Memory, Scheduled
+
+
+class NLCG(SecondOrder):
+    """Conjugate directions d = -q(g) + beta d' over all parameters, as long as the schedule and the loss allow.
+
+    Tell it the loss of each step, as `step(closure)`, `step(loss=...)` or `report(loss)`, so that it can draw back when
+    the loss grows; without one it follows the schedule alone, and warns once. It is for batches of a sixteenth of the
+    data or more.
+
+    Args:
+        model: any nn.Module, plain or wrapped by DistributedDataParallel.
+        lr: ceiling of the step, 0.1 by default (times batch / 256 in the release). With CurvatureStep() a factor up to
+            1, which is the default, and the same for all parameters.
+        weight_decay: strength of an L2 penalty that is part of the loss: in the gradient before all else, and in the
+            loss that is told (tell it without).
+        preconditioner: DiagonalBFGS(), SecondMoment(), None for the identity, or the curvature of layers: spngd_blocks,
+            LayerBlocks(...), SampleBlocks(...). With a curvature, what has none keeps its plain gradient.
+        beta: fletcher_reeves, polak_ribiere, hestenes_stiefel, dai_yuan, hs_dy, hager_zhang, or a function of Products.
+        beta_max: beta is held in [0, beta_max].
+        step: Scheduled(feedback=...), or CurvatureStep(), which wants `step(forward=lambda: model(x))`.
+        mode: "hardened", or "faithful": the authors' release to the letter, in one defined order.
+        prescale: eta of the release's LARS-like scaling of each variable's gradient, suggested 0.001; None: off.
+        **shared: params, reduction, max_norm, scaler and world, as for SPNGD; with a curvature as preconditioner also
+            damping (1e-2), refresh (1), samples (8), decay (0.9), fisher, max_size, seed and strict.
+
+    The strong choice is a curvature with the curvature step, which needs no learning rate: `NLCG(model,
+    preconditioner=spngd_blocks, beta=polak_ribiere, step=CurvatureStep(), fisher="sampled")`.
+
+    Raises:
+        ValueError: names the value that cannot be and the way out.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | None = None,
+        *,
+        weight_decay: float = 0.0,
+        preconditioner: Metric | Blocks | None = DiagonalBFGS(),  # noqa: B008  (frozen)
+        beta: Callable[[Products], float] = fletcher_reeves,
+        beta_max: float = 1.0,
+        step: Scheduled | CurvatureStep = Scheduled(),  # noqa: B008
+        mode: Literal["hardened", "faithful"] = "hardened",
+        prescale: float | None = None,
+        **shared: Any,
+    ):
+        metric = Metric() if preconditioner is None else preconditioner
+        blocks = None if isinstance(metric, Metric) else metric
+        check_choices(metric, beta, beta_max, step, mode, prescale, shared)
+        if mode == "faithful" and metric == DiagonalBFGS():
+            metric = DiagonalBFGS(floor=0.0, eps=1e-8)
+        lr = (1.0 if isinstance(step, CurvatureStep) else 0.1) if lr is None else lr
+        rule = Conjugate(
+            beta,
+            beta_max,
+            metric if isinstance(metric, Metric) else None,
+            step,
+            mode == "faithful",
+            prescale,
+            self._memory,
+            self._told,
+        )
+        self.probe = self._probe if isinstance(step, CurvatureStep) else None
+        self._forward: Callable[[], Tensor] | None = None
+        self._loss: Any = None
+        self._warned = False
+        self.search, self.conjugate, self.metric = step, rule, rule.metric
+        self._model = model
+        super().__init__(
+            model,
+            lr,
+            momentum=0.0,
+            weight_decay=weight_decay,
+            curvature=bare if blocks is None else blocks,
+            rule=rule,
+            length=plain,
+            gather="directions" if isinstance(step, CurvatureStep) else "weights",
+            fallback=plain_gradient,
+            **{**OF_CURVATURE, **shared},
+        )
+        self._model = checks.plain_model(model)
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """What groups may say: no momentum, no damping where nothing is damped, one lr for one length."""
+        for group in self.param_groups:
+            if group["momentum"]:
+                raise ValueError(f"momentum={group['momentum']} in a group: NLCG's {REFUSED['momentum']}; leave it out")
+            if self.metric is not None and (group["damping"] != OF_CURVATURE["damping"] or "refresh" in group):
+                raise ValueError(f"damping or refresh in a group: {self.metric.name} has neither; leave them out")
+        rates = {group["lr"] for group in self.param_groups}
+        if isinstance(self.search, CurvatureStep) and (len(rates) > 1 or max(rates) > 1):
+            raise ValueError(f"lr={sorted(rates)}: CurvatureStep() takes one factor up to 1 for all parameters")
+
+    def _memory(self) -> Memory:
+        found = next((s["scalars"] for s in self.state.values() if "scalars" in s), None) if self.state else None
+        return Memory() if found is None else Memory.of(found)
+
+    def fresh_state(self, cell: Cell, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
+        states = super().fresh_state(cell, rank)
+        states[cell.layer.parameters[0]]["scalars"] = self._memory().tensor()
+        return states
+
+    @property
+    def multiplier(self) -> float:
+        """B in [1e-4, 1], by which the loss holds the learning rate back."""
+        return self._memory().multiplier
+
+    def report(self, loss: Tensor | float) -> None:
+        """Tell this rank's loss before `step()`. Those of micro-batches add up, as their gradients do."""
+        if self.search.feedback is None:
+            raise ValueError(f"report(loss): {self.search} does not listen to the loss; leave it out")
+        loss = loss.detach() if isinstance(loss, Tensor) else loss
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._loss = None
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        forward: Callable[[], Tensor] | None = None,
+    ) -> Tensor | None:
+        """One update.
+
+        closure: called once; its loss is told and returned. loss: this rank's loss, mean over its samples (its sum with
+        reduction="sum"). forward: with CurvatureStep(), gives the model's outputs on this rank's samples once more.
+        """
+        wants = isinstance(self.search, CurvatureStep)
+        if wants != (forward is not None):
+            raise ValueError(
+                "step=CurvatureStep() looks along the direction: call step(forward=lambda: model(x))"
+                if wants
+                else f"step(forward=...): {self.search} takes no more forward passes; leave it out"
+            )
+        if loss is not None:
+            if closure is not None:
+                raise ValueError("step(closure, loss=...): the closure gives the loss; leave one of them out")
+            self.report(loss)
+
+        def told() -> Tensor:
+            value = closure()  # type: ignore[misc]
+            if self.search.feedback is not None:
+                self._loss = None  # a closure may clear gradients, and with them what was told
+                self.report(value)
+            return value
+
+        self._check_groups()
+        self._forward = forward
+        try:
+            value = super().step(None if closure is None else told)
+            self._remember()
+            return value
+        finally:
+            self._forward = self._loss = self.conjugate.next = None
+
+    def _told(self) -> float | None:
+        """The loss of this step on this rank, for the rule."""
+        if self._loss is not None or self.search.feedback is None:
+            return None if self._loss is None else float(self._loss)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "NLCG was told no loss, so it follows its schedule alone: call step(loss=loss), or pass "
+                "step=Scheduled(feedback=None)",
+                checks.NatgradWarning,
+                stacklevel=6,
+            )
+        return None
+
+    def _probe(self, parts: dict[nn.Parameter, Tensor]) -> None:
+        """With CurvatureStep(), make the directions of all parameters as long as they should be."""
+        memory = self.conjugate.next
+        if self._forward is None or memory is None or not isinstance(self.search, CurvatureStep):
+            return
+        decays = [self.group_of(p)["weight_decay"] for p in parts]
+        summed = self.reduction == "sum"
+        factor = minimum(self.search, self._model, self._forward, parts, decays, -memory.slope, self.world, summed)
+        for part in parts.values():
+            part.mul_(factor)
+        self.conjugate.next = replace(memory, length=factor)
+
+    def _remember(self) -> None:
+        """Write down what the step has left, on every rank."""
+        memory, self.conjugate.next = self.conjugate.next, None
+        if memory is not None:
+            for state in self.state.values():
+                if "scalars" in state:
+                    state["scalars"] = memory.tensor()
+
+    def coverage(self) -> list[Coverage]:
+        """A row for every layer: its preconditioner, why, its size and cost."""
+        vectors, name = len(self.conjugate.keys), None if self.metric is None else self.metric.name
+        rows = []
+        for row, cell in zip(super().coverage(), self.cells):
+            size = max(cell.layer.parameters[0].element_size(), 4) * cell.layer.shape.numel
+            counted = 2 if isinstance(cell.layer, Loose) else 1  # vectors of a fallback, of a momentum
+            row = replace(row, bytes=row.bytes + (vectors - counted) * size)
+            rows.append(row if name is None else replace(row, curvature=name))
+        return rows
+
+
+def bare(layer: Layer, samples: int | None, max_size: int) -> Curvature:
+    """Nothing is measured: the metric is learned from mean gradients."""
+    return Identity()

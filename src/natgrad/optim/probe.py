@@ -1,0 +1,109 @@
+"""The minimum along a direction, found with two more forward passes that leave no trace.
+
+The Gauss-Newton model of the mean loss along d needs J = dz/dt, how the outputs z of w + t d move (Schraudolph 2002):
+
+    d.G d = mean over samples of J^T H J,    J = (z(w + e d) - z(w - e d)) / 2e
+
+Forward passes run without gradients, so that no wrapper sends any; parameters, buffers (BatchNorm's running statistics)
+and random states are put back to the last bit, and both passes draw the same random numbers. Three numbers travel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.optim.overlap import on_host
+from natgrad.optim.search import CurvatureStep, quadratic
+from natgrad.parallel import World
+
+Forward = Callable[[], Tensor]
+
+
+def minimum(
+    search: CurvatureStep,
+    model: nn.Module,
+    forward: Forward,
+    parts: Mapping[nn.Parameter, Tensor],
+    decays: Sequence[float],
+    fall: float,
+    world: World,
+    summed: bool,
+) -> float:
+    """The factor on d = -parts at which the model of the loss is least, the same on every rank.
+
+    decays: each parameter's weight_decay. fall: -g.d. summed: the loss is a sum over a rank's samples, not a mean.
+    """
+    check_precision(parts)
+    bent, length = torch.zeros(3, dtype=torch.float64), norm(parts.values())
+    if length > 0 and math.isfinite(length):
+        e = search.probe * max(norm([p.detach() for p in parts]), 1e-12) / length
+        with untouched(model, parts):
+            with replayed(parts):
+                high = outputs(forward, parts, -e)  # w + e d, as d = -parts
+            low = outputs(forward, parts, 2 * e)
+        value = quadratic(search.output, (high + low) / 2, (high - low) / (2 * e))
+        squares = on_host(torch._foreach_norm(list(parts.values()))).square()
+        ridge = float(squares @ (torch.tensor(decays, dtype=torch.float64) + search.mu))
+        bent = torch.tensor([float(value), float(len(high)), ridge / world.size], dtype=torch.float64)
+    world.sum([bent], "scalars")
+    total, samples, ridge = bent.tolist()
+    curvature = total / (world.size if summed else max(samples, 1.0)) + ridge
+    if not (math.isfinite(curvature) and curvature > 0 and fall > 0):
+        return 0.0
+    return min(fall / curvature, search.limit)
+
+
+def outputs(forward: Forward, parts: Mapping[nn.Parameter, Tensor], shift: float) -> Tensor:
+    """What the model gives with its parameters moved by `shift` parts, in double precision."""
+    for parameter, part in parts.items():
+        parameter.add_(part.to(parameter.dtype), alpha=shift)
+    kinds = {parameter.device.type for parameter in parts}
+    before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        found = forward()
+    finally:
+        for kind, enabled in before.items():
+            torch.set_autocast_enabled(kind, enabled)
+    if not isinstance(found, Tensor) or found.dtype in (torch.bfloat16, torch.float16):
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"forward() gave {kind}: return the model's output in float32, computed outside of autocast")
+    return found.double()
+
+
+@contextmanager
+def untouched(model: nn.Module, parts: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Inside, parameters and buffers may change and random numbers be drawn: all is put back."""
+    kept = [(t, t.detach().clone()) for t in (*parts, *model.buffers())]
+    try:
+        with replayed(parts):
+            yield
+    finally:
+        for tensor, value in kept:
+            tensor.copy_(value)
+
+
+def replayed(parts: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[None]:
+    """Random numbers drawn inside are drawn again afterwards."""
+    return torch.random.fork_rng(sorted({p.device.index or 0 for p in parts if p.device.type == "cuda"}))
+
+
+def check_precision(parts: Mapping[nn.Parameter, Tensor]) -> None:
+    """A shift by a thousandth is lost in half precision."""
+    for parameter in parts:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"CurvatureStep() moves weights by a thousandth, which {parameter.dtype} cannot hold: keep the model "
+                "in float32 under autocast, or take step=Scheduled()"
+            )
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all together."""
+    return on_host(torch._foreach_norm(list(tensors))).norm().item()
