@@ -7,5 +7,6 @@ learns its fields by itself.
 from natgrad.train.optimizers.base import Settings, alone, positive
 from natgrad.train.optimizers.curved import KFac, SpNgd
 from natgrad.train.optimizers.plain import AdamW, Sgd
+from natgrad.train.optimizers.seng import Seng
 
-__all__ = ["AdamW", "KFac", "Settings", "Sgd", "SpNgd", "alone", "positive"]
+__all__ = ["AdamW", "KFac", "Seng", "Settings", "Sgd", "SpNgd", "alone", "positive"]
