@@ -3,5 +3,6 @@
 from natgrad.models.base import Architecture
 from natgrad.models.mlp import Mlp
 from natgrad.models.resnet import CifarResNet
+from natgrad.models.vgg import Vgg16
 
-__all__ = ["Architecture", "CifarResNet", "Mlp"]
+__all__ = ["Architecture", "CifarResNet", "Mlp", "Vgg16"]

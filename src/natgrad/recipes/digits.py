@@ -5,7 +5,7 @@ The network and the batch are those of `natgrad compare digits`; the learning ra
 
 from natgrad.data import Digits
 from natgrad.models import CifarResNet
-from natgrad.train.optimizers import KFac, Settings, Sgd, SpNgd
+from natgrad.train.optimizers import KFac, Seng, Settings, Sgd, SpNgd
 from natgrad.train.recipe import Recipe
 
 
@@ -37,6 +37,16 @@ def digits_kfac() -> Recipe:
     Result: not measured yet.
     """
     return _digits(KFac(lr=0.03, damping=1e-3, refresh=2))
+
+
+def digits_seng() -> Recipe:
+    """SENG on digits: each sample's gradient over the norm of its logits' (the improved Fisher), at every step.
+
+    Command: natgrad train digits_seng --ranks 2
+    Cost: seconds on two cores.
+    Result: not measured yet.
+    """
+    return _digits(Seng(lr=0.2, damping=0.1, momentum=0.8, columns="improved", refresh=1))
 
 
 def _digits(optimizer: Settings) -> Recipe:
