@@ -13,13 +13,16 @@ from natgrad.train.loop import build_model
 from natgrad.train.recipe import Recipe, described
 
 NAMES = sorted(every())
-SMALL = [name for name in NAMES if not name.startswith("imagenet_")]  # test_recipes_imagenet.py has the others
+# test_recipes_imagenet.py and test_recipes_seng.py have the others
+SMALL = [name for name in NAMES if not name.startswith("imagenet_") and name != "cifar10_seng_vgg16"]
 
 
 def test_the_recipes_of_this_issue_are_there():
     sizes = ("4k", "8k", "16k", "32k", "64k", "128k")
     imagenet = {f"imagenet_{family}_{size}" for family in ("spngd", "spngd_d", "kfac") for size in sizes}
-    assert {"digits_sgd", "digits_spngd", "digits_kfac", "cifar100_sgd", "cifar100_spngd"} | imagenet == set(NAMES)
+    digits = {f"digits_{kind}" for kind in ("sgd", "spngd", "kfac", "seng")}
+    seng = {"imagenet_seng", "cifar10_seng_resnet18", "cifar10_seng_vgg16"}
+    assert digits | {"cifar100_sgd", "cifar100_spngd"} | imagenet | seng == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from torch import nn
 
 from natgrad.models.base import Architecture, he_normal
 
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # width over the first's, and convolutions
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class Vgg16(Architecture):
     dropout: float = 0.5
     """Share of the hidden units that are left out while learning."""
 
+    width: int = 64
+    """Channels of the first stage; the others have two, four, eight and eight times as many."""
+
     def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width={self.width}: give a positive number of channels, such as 64")
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden={self.hidden} has a layer without units; every width must be positive")
         if self.pooled < 1:
@@ -37,20 +42,20 @@ class Vgg16(Architecture):
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
         if min(shape[1:]) < 32:
             raise ValueError(f"images of {shape[1]}x{shape[2]} cannot be halved five times; VGG-16 needs 32x32")
-        layers = [*features(shape[0]), nn.AdaptiveAvgPool2d(self.pooled), nn.Flatten()]
-        widths = (STAGES[-1][0] * self.pooled**2, *self.hidden)
+        layers = [*features(shape[0], self.width), nn.AdaptiveAvgPool2d(self.pooled), nn.Flatten()]
+        widths = (STAGES[-1][0] * self.width * self.pooled**2, *self.hidden)
         for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True), nn.Dropout(self.dropout)]
         return he_normal(nn.Sequential(*layers, nn.Linear(widths[-1], classes)))
 
 
-def features(channels: int) -> list[nn.Module]:
+def features(channels: int, width: int) -> list[nn.Module]:
     """The thirteen convolutions, with bias as in the paper, their norms, and the poolings."""
     layers: list[nn.Module] = []
-    for width, count in STAGES:
+    for times, count in STAGES:
         for _ in range(count):
-            conv = nn.Conv2d(channels, width, 3, padding=1)
-            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            channels = width
+            conv = nn.Conv2d(channels, times * width, 3, padding=1)
+            layers += [conv, nn.BatchNorm2d(times * width), nn.ReLU(inplace=True)]
+            channels = times * width
         layers.append(nn.MaxPool2d(2))
     return layers
