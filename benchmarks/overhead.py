@@ -87,6 +87,7 @@ class Row(NamedTuple):
     whole: float
     whole_cpu: float
     measured: float | None = None
+    state: int | None = None  # bytes of the optimizer's state on the one rank
 
 
 class Contender:
@@ -112,6 +113,11 @@ class Contender:
     def inside(self) -> float:
         return sum(getattr(self.optimizer, "seconds", {}).values())
 
+    def state(self) -> int:
+        """Bytes of the optimizer's tensors."""
+        tensors = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
 
 def wait(x: Tensor) -> None:
     if x.is_cuda:  # its work is asynchronous
@@ -126,11 +132,17 @@ def spngd(**options) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
     return lambda model: natgrad.SPNGD(model, lr=0.003, **options)  # with 0.02 ResNet-20 leaves CIFAR-100 for good
 
 
+def seng(**options) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
+    return lambda model: natgrad.SENG(model, lr=0.05, **options)
+
+
 CONTENDERS = {
     "SGD": sgd,
     "nothing stale": spngd(refresh=NEVER),
     "all stale": spngd(refresh=1),
     "all stale, every row": spngd(refresh=1, samples=None),
+    "SENG, between": seng(refresh=NEVER),
+    "SENG, measuring": seng(refresh=1),
 }
 
 
@@ -147,7 +159,8 @@ def compare(case: Case) -> list[Row]:
             if turn >= 2:
                 spent[name].append(taken)
     middle = {name: Spent(*map(statistics.median, zip(*taken))) for name, taken in spent.items()}
-    return [row(name, taken, middle["SGD"]) for name, taken in middle.items()]
+    rows = [row(name, taken, middle["SGD"]) for name, taken in middle.items()]
+    return [r._replace(state=built[r.name].state()) for r in rows]
 
 
 def run_default(case: Case) -> Row:
@@ -191,9 +204,10 @@ def images_of(case: Case) -> str:
 def show(case: Case, rows: list[Row]) -> None:
     shape = f"channels {'last' if case.channels_last else 'first'}, {images_of(case)}"
     print(f"\nResNet-{case.depth}, batch {case.batch}, {case.device}, {case.threads} thread(s), {shape}")
-    print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}")
+    print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}{'state':>14}")
     for r in rows:
         share = "" if r.measured is None else f"   {r.measured:.1%} measured a step"
+        share += "" if r.state is None else f"{r.state / 2**20:10.1f} MiB"
         numbers = f"{r.wall:9.1f}{r.within:11.1f}{r.inside:14.3f}{r.whole:8.3f}{r.whole_cpu:11.3f}"
         print(f"{r.name:24}{numbers}{share}", flush=True)
 
