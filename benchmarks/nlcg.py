@@ -80,7 +80,9 @@ METHODS = {
     "NLCG second moment": nlcg(-13, preconditioner=natgrad.SecondMoment()),
     "NLCG DY": nlcg(beta=natgrad.dai_yuan),
     "constant .9 + diagonal BFGS": nlcg(beta=lambda products: 0.9, step=natgrad.Scheduled(feedback=None)),
-    "K-FAC + momentum .9": Method(lambda model, lr: natgrad.KFAC(model, lr, momentum=0.9, refresh=1, **BLOCKS), -9),
+    "K-FAC + momentum .9": Method(
+        lambda model, lr: natgrad.KFAC(model, lr, momentum=0.9, refresh=1, length=natgrad.plain, **BLOCKS), -9
+    ),
     "NLCG FR + K-FAC": nlcg(-9, **KRONECKER),
     "NLCG FR, curvature step": curved(natgrad.fletcher_reeves),
     "NLCG PR, curvature step": curved(natgrad.polak_ribiere),

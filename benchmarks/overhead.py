@@ -1,8 +1,7 @@
 """What a step costs beside SGD's, as ratios in one interleaved run.
 
-    python benchmarks/overhead.py --profile cpu            (some 20 minutes; stopped, it goes on where it was)
+    python benchmarks/overhead.py --profile cpu --images data/cifar100  (20 minutes; stopped, it goes on where it was)
     python benchmarks/overhead.py --depth 32 --batch 512 --rounds 9 --no-channels-last
-    python benchmarks/overhead.py --steps 200 --images data/cifar100
 
 Machines are shared and noisy, so nothing is compared across runs: in every round each contender takes one step, in
 shuffled order, and the table gives medians over rounds:
@@ -22,12 +21,12 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from patterns import CLASSES, Data
+from batches import CLASSES, Data, layout
 from record import Record
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -88,6 +87,7 @@ class Row(NamedTuple):
     whole: float
     whole_cpu: float
     measured: float | None = None
+    state: int | None = None  # bytes of the optimizer's state on the one rank
 
 
 class Contender:
@@ -117,13 +117,10 @@ class Contender:
     def inside(self) -> float:
         return sum(getattr(self.optimizer, "seconds", {}).values())
 
-
-def layout(case: Case) -> torch.memory_format:
-    return torch.channels_last if case.channels_last else torch.contiguous_format
-
-
-def data_of(case: Case) -> Data:
-    return Data(case.seed, case.batch, case.images, case.device, layout(case))
+    def state(self) -> int:
+        """Bytes of the optimizer's tensors."""
+        tensors = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def wait(x: Tensor) -> None:
@@ -139,11 +136,17 @@ def spngd(**options) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
     return lambda model: natgrad.SPNGD(model, lr=0.003, **options)  # with 0.02 ResNet-20 leaves CIFAR-100 for good
 
 
+def seng(**options) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
+    return lambda model: natgrad.SENG(model, lr=0.05, **options)
+
+
 CONTENDERS = {
     "SGD": sgd,
     "nothing stale": spngd(refresh=NEVER),
     "all stale": spngd(refresh=1),
     "all stale, every row": spngd(refresh=1, samples=None),
+    "SENG, between": seng(refresh=NEVER),
+    "SENG, measuring": seng(refresh=1),
     "NLCG": lambda model: natgrad.NLCG(model, lr=0.01),
     "NLCG, faithful": lambda model: natgrad.NLCG(model, lr=0.01, mode="faithful"),
 }
@@ -153,7 +156,7 @@ def compare(case: Case) -> list[Row]:
     """One step of each in every round, in shuffled order, after two rounds that warm up."""
     built = {name: Contender(case, build) for name, build in CONTENDERS.items()}
     spent: dict[str, list[Spent]] = {name: [] for name in built}
-    data, order, shuffle = data_of(case), list(built), random.Random(case.seed)
+    data, order, shuffle = Data(case), list(built), random.Random(case.seed)
     for turn in range(case.rounds + 2):
         batch = data()
         shuffle.shuffle(order)
@@ -162,12 +165,13 @@ def compare(case: Case) -> list[Row]:
             if turn >= 2:
                 spent[name].append(taken)
     middle = {name: Spent(*map(statistics.median, zip(*taken))) for name, taken in spent.items()}
-    return [row(name, taken, middle["SGD"]) for name, taken in middle.items()]
+    rows = [row(name, taken, middle["SGD"]) for name, taken in middle.items()]
+    return [r._replace(state=built[r.name].state()) for r in rows]
 
 
 def run_default(case: Case) -> Row:
     """The mean step of a run with default settings, from its first step, against SGD's in blocks between."""
-    ours, theirs, data = Contender(case, spngd()), Contender(case, sgd), data_of(case)
+    ours, theirs, data = Contender(case, spngd()), Contender(case, sgd), Data(case)
     theirs.step(*data())
     spent: list[Spent] = []
     base: list[Spent] = []
@@ -199,13 +203,17 @@ def measure(case: Case) -> list[Row]:
     return [*rows, run_default(case)] if case.steps else rows
 
 
+def images_of(case: Case) -> str:
+    return "CIFAR-100" if case.images else "patterns"
+
+
 def show(case: Case, rows: list[Row]) -> None:
-    shape = "channels last" if case.channels_last else "channels first"
-    images = "CIFAR-100" if case.images else "patterns"
-    print(f"\nResNet-{case.depth}, batch {case.batch}, {case.device}, {case.threads} thread(s), {shape}, {images}")
-    print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}")
+    shape = f"channels {'last' if case.channels_last else 'first'}, {images_of(case)}"
+    print(f"\nResNet-{case.depth}, batch {case.batch}, {case.device}, {case.threads} thread(s), {shape}")
+    print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}{'state':>14}")
     for r in rows:
         share = "" if r.measured is None else f"   {r.measured:.1%} measured a step"
+        share += "" if r.state is None else f"{r.state / 2**20:10.1f} MiB"
         numbers = f"{r.wall:9.1f}{r.within:11.1f}{r.inside:14.3f}{r.whole:8.3f}{r.whole_cpu:11.3f}"
         print(f"{r.name:24}{numbers}{share}", flush=True)
 
@@ -222,14 +230,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = vars(parser.parse_args())
     profile, out = options.pop("profile"), options.pop("out")
-    cases = PROFILES.get(profile, [Case(**options)])
+    cases = [Case(**options)]
+    if profile:
+        if replace(cases[0], images="") != Case():
+            parser.error(f"--profile {profile} says what is measured; beside it only --images and --out")
+        cases = [replace(case, images=cases[0].images) for case in PROFILES[profile]]
     name = profile or f"resnet{cases[0].depth}-{cases[0].batch}-{cases[0].device}"
     record = Record(out / f"overhead-{name}.json", cases[0].device)
     for case in cases:
-        rows = [Row(**r) for r in record.find(asdict(case)) or []]
+        told = {**asdict(case), "images": images_of(case)}
+        rows = [Row(**r) for r in record.find(told) or []]
         if not rows:
             rows = measure(case)
-            record.add(asdict(case), [r._asdict() for r in rows])
+            record.add(told, [r._asdict() for r in rows])
         show(case, rows)
 
 

@@ -26,7 +26,10 @@ MISTAKES = {
     "damping": (["train", "digits_spngd", "--optimizer.damping", "0"], "damping"),
     "a fisher": (["train", "digits_spngd", "--optimizer.fisher", "true"], "empirical.*sampled"),
     "a limit": (["train", "digits_kfac", "--optimizer.limit", "5"], "limit=5 .*refresh=2.*--optimizer.refresh None"),
-    "a change": (["train", "digits_kfac", "--optimizer.largest-change", "1"], "largest_change=1 .*length=plain"),
+    "a change": (
+        ["train", "digits_kfac", "--optimizer.length", "plain", "--optimizer.largest-change", "1"],
+        "largest_change=1 .*length=plain",
+    ),
     "parts": (["train", "digits_sgd", "--micro-batch", "0"], "micro_batch=0 .*--micro-batch"),
     "mixup": (["train", "digits_sgd", "--regularisation.mixup", "-1"], "mixup=-1 .*--regularisation.mixup"),
     "erasing": (["train", "digits_sgd", "--regularisation.erase", "2"], "erase=2 .*--regularisation.erase"),

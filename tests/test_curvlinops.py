@@ -55,7 +55,7 @@ def test_a_step_is_the_pi_damped_inverse_times_the_gradient(problem, optimizer):
     start = [p.detach().clone() for p in model.parameters()]
     gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     expected = inverse @ list(gradients)
-    opt = optimizer(model, lr=1.0, momentum=0.0, damping=0.03, samples=None)
+    opt = optimizer(model, lr=1.0, momentum=0.0, damping=0.03, samples=None, length=natgrad.plain)
     F.cross_entropy(model(x), y).backward()
     opt.step()
     for p, s, e in zip(model.parameters(), start, expected):

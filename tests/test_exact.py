@@ -34,7 +34,15 @@ def step(layer, x, optimizer=natgrad.SPNGD, **options):
     """(change of each parameter, its gradient, per-sample gradients of the output)."""
     model = Headed(layer)
     start = [p.detach().clone() for p in layer.parameters()]
-    options = {"lr": 1.0, "momentum": 0.0, "damping": DAMPING, "samples": None, "decay": 0.0, **options}
+    options = {
+        "lr": 1.0,
+        "momentum": 0.0,
+        "damping": DAMPING,
+        "samples": None,
+        "decay": 0.0,
+        "length": natgrad.plain,
+        **options,
+    }
     opt = optimizer(model, **options)
     model(x).backward()
     gradients = [p.grad.clone() for p in layer.parameters()]
@@ -205,7 +213,7 @@ def test_layers_of_a_deep_model_take_their_own_steps(double):
     rows = (with_ones(x), with_ones(torch.tanh(hidden)).detach())
     model = nn.Sequential(first, nn.Tanh(), second)
     start = [[p.detach().clone() for p in layer.parameters()] for layer in (first, second)]
-    opt = natgrad.SPNGD(model, lr=1.0, momentum=0.0, damping=DAMPING, samples=None)
+    opt = natgrad.SPNGD(model, lr=1.0, momentum=0.0, damping=DAMPING, samples=None, length=natgrad.plain)
     F.cross_entropy(model(x), y).backward()
     gradients = [[p.grad.clone() for p in layer.parameters()] for layer in (first, second)]
     opt.step()

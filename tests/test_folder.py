@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from natgrad.data import ImageFolder
-from natgrad.data.augment import Crop
+from natgrad.data.augment import Crop, Zoom
 from natgrad.data.pictures import Pictures, ahead
 from natgrad.parallel import World
 from natgrad.train.evaluate import evaluate
@@ -38,6 +38,41 @@ def test_a_folder_of_images_is_read_at_one_size(tmp_path):
     assert splits.train.labels.tolist() == [0, 0, 1, 1]
     assert splits.test.images.flatten(1).float().mean(1).tolist() == [0, 1, 100, 101]
     assert (source.shape(), source.classes()) == ((3, 6, 6), 2)
+
+
+def test_a_zoom_cuts_a_part_of_an_image_and_brings_it_to_one_size():
+    rows = torch.arange(64.0).view(1, 1, 64, 1).expand(400, 1, 64, 64)
+    images = torch.cat([rows, rows.transpose(2, 3)], 1)
+    cut = Zoom(16, (0.1, 0.5))(images, torch.Generator().manual_seed(0))
+    assert cut.shape == (400, 2, 16, 16)
+    steps = torch.stack([cut[:, 0].diff(dim=1).mean((1, 2)), cut[:, 1].diff(dim=2).mean((1, 2))])
+    tall, wide = steps * 16 / 64  # shares of the image's height and width
+    area, ratio = tall * wide, tall / wide
+    assert 0.08 < area.min() < 0.13
+    assert 0.45 < area.max() < 0.53
+    assert abs(area.mean() - 0.3) < 0.03
+    assert 0.7 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.4
+    assert cut.min() < 3
+    assert cut.max() > 60
+    whole = Zoom(64, (1.0, 1.0))(images[:1].byte(), torch.Generator().manual_seed(3))
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(Zoom(20)(images, None), Crop(20)(images, None))
+
+
+def test_a_folder_is_zoomed_into_while_learning_only(tmp_path):
+    write_images(tmp_path)
+    splits = ImageFolder(str(tmp_path), size=16, crop=8, zoom=(0.2, 0.5)).load()
+    assert splits.train.cut == Zoom(8, (0.2, 0.5))
+    assert splits.test.cut == Crop(8, random=False)
+    inputs, _ = splits.train.batch(torch.arange(4), torch.Generator().manual_seed(0))
+    assert inputs.shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("wrong", [{"zoom": (0.5, 0.2)}, {"zoom": (0.0, 1.0)}, {"crop": None}, {"augment": False}])
+def test_a_zoom_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"zoom=.*--data\.crop"):
+        ImageFolder(**{"size": 16, "crop": 8, "zoom": (0.1, 1.0), **wrong})
 
 
 def test_an_unreadable_picture_is_named(tmp_path):

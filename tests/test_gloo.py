@@ -15,7 +15,7 @@ from natgrad.parallel import placement
 from natgrad.parallel.transport import Processes
 
 STEPS, RANKS = 6, 2
-MODELS = {"net": Net, "mixed": Mixed}
+MODELS = {"net": Net, "mixed": Mixed, "seng": Mixed}
 
 
 def free_port():
@@ -34,6 +34,13 @@ def spngd(model, **options):
     return natgrad.SPNGD(model, lr=0.02, damping=0.03, samples=None, refresh=refresh, **options)
 
 
+def seng(model, **options):
+    return natgrad.SENG(model, lr=0.1, damping=0.5, samples=None, refresh=2, **options)
+
+
+BUILDERS = {"seng": seng}
+
+
 def work(rank, port, name, wrapped, results):
     """One rank's training. Plain models start unlike: construction brings rank 0's weights."""
     torch.set_num_threads(1)
@@ -43,7 +50,7 @@ def work(rank, port, name, wrapped, results):
         model = build(name, seed=0 if wrapped in ("before", "after") else rank)
         if wrapped == "before":
             model = nn.parallel.DistributedDataParallel(model)
-        opt = spngd(model, world=natgrad.World(overlap=wrapped == "overlap"))
+        opt = BUILDERS.get(name, spngd)(model, world=natgrad.World(overlap=wrapped == "overlap"))
         if wrapped == "after":
             model = nn.parallel.DistributedDataParallel(model)
         for k in range(STEPS):
@@ -60,8 +67,8 @@ def work(rank, port, name, wrapped, results):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wrapped"),
-    [("mixed", ""), ("net", "before"), ("mixed", "after"), ("mixed", "overlap")],
-    ids=["plain", "ddp", "ddp later", "overlap"],
+    [("mixed", ""), ("net", "before"), ("mixed", "after"), ("mixed", "overlap"), ("seng", ""), ("seng", "before")],
+    ids=["plain", "ddp", "ddp later", "overlap", "seng", "seng ddp"],
 )
 def test_two_processes_are_one_rank(name, wrapped):
     with mp.Manager() as manager:
@@ -69,7 +76,7 @@ def test_two_processes_are_one_rank(name, wrapped):
         mp.spawn(work, (free_port(), name, wrapped, results), RANKS)
         first, second = results[0], results[1]
     model = build(name)
-    opt = spngd(model)
+    opt = BUILDERS.get(name, spngd)(model)
     train(opt, model, [MODELS[name].batch(24, k) for k in range(STEPS)])
     assert torch.equal(first[0], second[0])
     assert_close(first[0], weights(model), rtol=1e-6, atol=1e-9)
@@ -81,6 +88,24 @@ def test_two_processes_are_one_rank(name, wrapped):
 LENGTHS = {"even": [5, 5, 4], "uneven": [3, 0, 50], "one": [0, 0, 7]}
 
 
+def collected(transport):
+    """What every collective brings to this rank."""
+    me, got = transport.rank, {}
+    for name, lengths in LENGTHS.items():
+        waits = [
+            transport.reduce_scatter([torch.full((n,), 10.0 * k * (r + 1) + me) for r, n in enumerate(lengths)])
+            for k in (1, 2)
+        ]
+        got[name, "reduce"] = [wait() for wait in reversed(waits)]
+        got[name, "gather"] = transport.all_gather(torch.full((lengths[me],), float(me)), lengths)
+    into = {r: torch.zeros(2) for r in range(3) if r != me}
+    transport.exchange({r: torch.full((2,), 10.0 * me + r) for r in into}, into)
+    got["exchange"] = into
+    transport.exchange({}, {})
+    got["sum"] = transport.all_reduce(torch.full((2,), float(me)))
+    return got
+
+
 def messages(rank, port, results):
     """Every collective with chunks of every kind of length, on every other process of the world."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
@@ -89,21 +114,9 @@ def messages(rank, port, results):
         group = dist.new_group([1, 2, 3])
         if rank == 0:
             return
-        transport = Processes(group)
-        me = transport.rank
-        got = {}
-        for name, lengths in LENGTHS.items():
-            waits = [
-                transport.reduce_scatter([torch.full((n,), 10.0 * k * (r + 1) + me) for r, n in enumerate(lengths)])
-                for k in (1, 2)
-            ]
-            got[name, "reduce"] = [wait() for wait in reversed(waits)]
-            got[name, "gather"] = transport.all_gather(torch.full((lengths[me],), float(me)), lengths)
-        into = {r: torch.zeros(2) for r in range(3) if r != me}
-        transport.exchange({r: torch.full((2,), 10.0 * me + r) for r in into}, into)
-        got["exchange"] = into
-        transport.exchange({}, {})
-        results[me] = got
+        direct, bridged = Processes(group), Processes(group)
+        bridged._on_wire = torch.clone  # as where tensors of the host take the way over the device
+        results[direct.rank] = collected(direct), collected(bridged)
     finally:
         dist.destroy_process_group()
 
@@ -113,15 +126,17 @@ def test_chunks_of_any_length_travel_between_processes():
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(messages, (free_port(), results), 4)
-        got = dict(results)
-    for me in range(3):
+        brought = [(me, got) for me, both in results.items() for got in both]
+    assert len(brought) == 6
+    for me, got in brought:
         for name, lengths in LENGTHS.items():
-            for k, value in zip((2, 1), got[me][name, "reduce"]):
+            for k, value in zip((2, 1), got[name, "reduce"]):
                 assert torch.equal(value, torch.full((lengths[me],), 3 * 10.0 * k * (me + 1) + 0 + 1 + 2))
-            for r, value in enumerate(got[me][name, "gather"]):
+            for r, value in enumerate(got[name, "gather"]):
                 assert torch.equal(value, torch.full((lengths[r],), float(r)))
-        for r, value in got[me]["exchange"].items():
+        for r, value in got["exchange"].items():
             assert torch.equal(value, torch.full((2,), 10.0 * r + me))
+        assert torch.equal(got["sum"], torch.full((2,), 3.0))
 
 
 @pytest.fixture

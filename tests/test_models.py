@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.models import CifarResNet, Mlp
+from natgrad.models import CifarResNet, Mlp, Vgg16
+from natgrad.models.imagenet import ImageResNet
 
 
 def parameters(model):
@@ -16,6 +17,41 @@ def parameters(model):
 @pytest.mark.parametrize(("depth", "count"), [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)])
 def test_cifar_resnets_have_their_published_number_of_parameters(depth, count):
     assert parameters(CifarResNet(depth, shortcut="free").build((3, 32, 32), 10)) == count
+
+
+def test_resnet_18_of_cifar_has_its_published_number_of_parameters():
+    assert parameters(CifarResNet(18, (64, 128, 256, 512)).build((3, 32, 32), 10)) == 11_173_962
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (Vgg16(), 134_309_962),  # torchvision's vgg16_bn with ten classes
+        (Vgg16((512, 512), pooled=1), 15_253_578),
+        (Vgg16((), pooled=1), 14_728_266),
+    ],
+)
+def test_the_kinds_of_vgg_16_have_their_published_number_of_parameters(model, count, monkeypatch):
+    monkeypatch.setattr("natgrad.models.vgg.he_normal", lambda built: built)  # which takes its time
+    with torch.device("meta"):
+        assert parameters(model.build((3, 32, 32), 10)) == count
+
+
+def test_vgg_gives_a_logit_for_each_class():
+    model = Vgg16((8,), pooled=2, width=4).build((1, 32, 32), 7)
+    assert model(torch.randn(3, 1, 32, 32)).shape == (3, 7)
+    assert [type(layer) for layer in model.children()][-3:] == [nn.ReLU, nn.Dropout, nn.Linear]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_blocks_may_begin_as_their_shortcuts(depth):
+    plain, zero = (ImageResNet(depth, width=2, zero_last=last).build((3, 32, 32), 5) for last in (False, True))
+    norms = [m for m in zero.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sum(bool(norm.weight.count_nonzero() == 0) for norm in norms) == {18: 8, 50: 16}[depth]
+    assert all(m.weight.count_nonzero() > 0 for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
+    block = next(m for m in zero.modules() if hasattr(m, "shortcut"))
+    x = torch.randn(2, 2, 8, 8)
+    assert torch.equal(block(x), block.get_submodule("shortcut")(x).relu())
 
 
 def test_a_projection_adds_its_convolution_and_norm():
@@ -67,6 +103,11 @@ def test_mlp_flattens_and_keeps_its_widths():
         (lambda: CifarResNet(widths=(16, 0, 4)), "widths=.* without channels"),
         (lambda: CifarResNet(widths=(16, 8, 4), shortcut="free"), "shrink"),
         (lambda: Mlp((8, 0)), "hidden="),
+        (lambda: Vgg16((8, 0)), "hidden="),
+        (lambda: Vgg16(pooled=0), "pooled=0"),
+        (lambda: Vgg16(width=0), "width=0"),
+        (lambda: Vgg16(dropout=1.0), "dropout=1"),
+        (lambda: Vgg16().build((3, 28, 28), 10), "28x28"),
     ],
 )
 def test_impossible_networks_are_refused_by_value(make, says):

@@ -26,7 +26,9 @@ def batch(k):
 
 
 def spngd(net, **options):
-    return natgrad.SPNGD(net, **{"lr": LR[0], "damping": DAMPING, "samples": None, "refresh": 1, **options})
+    return natgrad.SPNGD(
+        net, **{"lr": LR[0], "damping": DAMPING, "samples": None, "refresh": 1, "length": natgrad.plain, **options}
+    )
 
 
 def packed(layer):

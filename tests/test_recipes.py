@@ -13,7 +13,8 @@ from natgrad.train.loop import build_model
 from natgrad.train.recipe import Recipe, described
 
 NAMES = sorted(every())
-SMALL = [name for name in NAMES if not name.startswith("imagenet_")]  # test_recipes_imagenet.py has the others
+# test_recipes_imagenet.py and test_recipes_seng.py have the others
+SMALL = [name for name in NAMES if not name.startswith("imagenet_") and name != "cifar10_seng_vgg16"]
 
 
 def test_the_recipes_of_this_issue_are_there():
@@ -21,7 +22,9 @@ def test_the_recipes_of_this_issue_are_there():
     imagenet = {f"imagenet_{family}_{size}" for family in ("spngd", "spngd_d", "kfac") for size in sizes}
     nlcg = {f"cifar100_nlcg_{size}" for size in ("128", "256", "512", "1k", "2k", "4k", "8k", "16k")}
     others = {"cifar100_sgd", "cifar100_spngd", "cifar100_momentum_16k", "imagenet_nlcg_64k"}
-    assert {"digits_sgd", "digits_spngd", "digits_kfac", "digits_nlcg"} | others | nlcg | imagenet <= set(NAMES)
+    digits = {f"digits_{kind}" for kind in ("sgd", "spngd", "kfac", "nlcg", "seng")}
+    seng = {"imagenet_seng", "cifar10_seng_resnet18", "cifar10_seng_vgg16"}
+    assert digits | others | nlcg | imagenet | seng == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -40,7 +40,9 @@ def steps_of(options, lrs, count=3):
     """Weights of an mlp after each step, the gradients, and the inverse of the engine as a function."""
     torch.manual_seed(0)
     model = mlp(bias=False).double()
-    opt = natgrad.SPNGD(model, lr=lrs[0], samples=None, refresh=100, damping=0.1, **options)
+    opt = natgrad.SPNGD(
+        model, lr=lrs[0], **{"samples": None, "refresh": 100, "damping": 0.1, "length": natgrad.plain, **options}
+    )
     path, gradients = [[p.detach().clone() for p in model.parameters()]], []
     for k in range(count):
         opt.param_groups[0]["lr"] = lrs[k]
@@ -86,7 +88,9 @@ def one_step(options):
     """First and second gradients differ, the second inverse differs: order matters."""
     torch.manual_seed(0)
     model = mlp(bias=False).double()
-    opt = natgrad.SPNGD(model, lr=0.1, samples=None, refresh=1, damping=0.1, momentum=0.9, **options)
+    opt = natgrad.SPNGD(
+        model, lr=0.1, samples=None, refresh=1, damping=0.1, momentum=0.9, length=natgrad.plain, **options
+    )
     gradients, naturals = [], []
     for k in range(3):
         backward(model, points(12, k, torch.float64))
@@ -128,7 +132,11 @@ def test_each_parameter_has_its_own_groups_weight_decay(before):
         model = clone(start)
         groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": decay}]
         options = {"samples": None, "momentum": 0.0, "rule": natgrad.Momentum(before)}
-        train(natgrad.SPNGD(model, lr=0.1, params=groups, **options), model, [points(8, 0, torch.float64)])
+        train(
+            natgrad.SPNGD(model, lr=0.1, params=groups, length=natgrad.plain, **options),
+            model,
+            [points(8, 0, torch.float64)],
+        )
         moves.append((model.weight.detach().clone(), model.bias.detach().clone()))
     assert torch.equal(moves[0][0], moves[1][0])
     assert_close(moves[1][1] - moves[0][1], -0.1 * 0.3 * start.bias.detach())
@@ -162,7 +170,10 @@ def test_the_predicted_change_stays_below_its_limit(limit):
     plain.load_state_dict(model.state_dict())
     start = weights(model)
     options = {"lr": 0.5, "momentum": 0.0, "samples": None}
-    free, opt = natgrad.SPNGD(plain, **options), natgrad.SPNGD(model, **options, length=natgrad.PredictedChange(limit))
+    free, opt = (
+        natgrad.SPNGD(plain, **options, length=natgrad.plain),
+        natgrad.SPNGD(model, **options, length=natgrad.PredictedChange(limit)),
+    )
     for m, o in ((plain, free), (model, opt)):
         backward(m, Net.batch(8, 0))
         gradient = torch.cat([p.grad.flatten() for p in m.parameters()])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.schedules import Constant, Cosine, DampingWarmUp, Piecewise, Polynomial, WarmUp
+from natgrad.schedules import Constant, Cosine, DampingWarmUp, Exponential, Piecewise, Polynomial, Product, WarmUp
 
 # batch: power, begin, end, epochs trained, learning rate at the stop over that at the start
 TABLE = {
@@ -55,6 +55,21 @@ def test_warm_up_rises_in_a_straight_line_and_then_is_the_other_schedule():
     assert schedule(0.1) == pytest.approx(0.75 * Cosine()(0.1))
     assert schedule(0.2) == Cosine()(0.2)
     assert WarmUp(length=0.1)(0.05) == pytest.approx(0.5)
+
+
+def test_exponential_falls_by_its_ratio_in_every_length():
+    schedule = Exponential(0.9, 10)
+    assert [schedule(t) for t in (0, 10, 20)] == pytest.approx([1, 0.9, 0.81])
+    assert schedule(5) == pytest.approx(math.sqrt(0.9))
+    with pytest.raises(ValueError, match="ratio=0 "):
+        Exponential(0.0)
+    with pytest.raises(ValueError, match="no length"):
+        Exponential(0.9, 0.0)
+
+
+def test_a_product_multiplies_two_schedules():
+    schedule = Product(Polynomial(1.0), Piecewise((0.5,), (1.0, 0.1)))
+    assert [schedule(t) for t in (0.25, 0.75)] == pytest.approx([0.75, 0.025])
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

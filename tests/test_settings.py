@@ -113,7 +113,7 @@ def test_names_become_what_they_say(monkeypatch):
         (SpNgd(refresh=3, tolerance=0.2), "tolerance=0.2 .*refresh=3"),
         (SpNgd(refresh=3, widen_below=1), "widen_below=1 .*refresh=3"),
         (KFac(limit=4), "limit=4 .*refresh=10.*--optimizer.refresh None"),
-        (SpNgd(largest_change=0.1), "largest_change=0.1 .*length=plain"),
+        (SpNgd(length="plain", largest_change=0.1), "largest_change=0.1 .*length=plain"),
         (SpNgd(limit=0), "limit=0"),
         (KFac(max_norm=-1.0), "max_norm=-1"),
         (KFac(decay=1.0), "decay=1"),

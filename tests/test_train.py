@@ -14,13 +14,13 @@ from natgrad.parallel import World, run_threads
 from natgrad.schedules import Cosine, Polynomial
 from natgrad.train import loop
 from natgrad.train.evaluate import estimate_norms, evaluate
-from natgrad.train.loop import prepare, steps
+from natgrad.train.loop import loss_of, prepare, steps
 from natgrad.train.machine import describe
-from natgrad.train.optimizers import AdamW, KFac, Settings, Sgd, SpNgd
+from natgrad.train.optimizers import AdamW, KFac, Seng, Settings, Sgd, SpNgd
 from natgrad.train.recipe import Recipe, described
 
 MLP = Recipe(Digits(), Mlp((16,)), Sgd(lr=0.1), batch=101, steps=4, seed=3)
-OPTIMIZERS = [Sgd(lr=0.1, nesterov=True), AdamW(), SpNgd(lr=0.1), KFac(lr=0.1, refresh=2)]
+OPTIMIZERS = [Sgd(lr=0.1, nesterov=True), AdamW(), SpNgd(lr=0.1), KFac(lr=0.1, refresh=2), Seng(lr=0.2, refresh=2)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_every_optimizer_learns_and_tells(splits, optimizer):
         assert all(seconds >= 0 for seconds in record.stages.values())
         assert sum(record.stages.values()) == pytest.approx(record.seconds, rel=0.05)
         assert record.images_per_second > 0
-    if isinstance(optimizer, SpNgd | KFac):
+    if isinstance(optimizer, SpNgd | KFac | Seng):
         assert 0 <= records[-1].second_order["refreshed"] <= 1
         assert records[-1].second_order["intervals"]
         assert {"measure", "factor", "precondition"} <= set(records[-1].stages)
@@ -96,6 +96,26 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(splits):
     ]:
         assert score.loss == pytest.approx(expected, rel=1e-5)
         assert score.accuracy == pytest.approx(right)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_label_smoothing_gives_the_other_classes_their_share(soft):
+    torch.manual_seed(0)
+    output, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    targets = torch.full((6, 4), 0.1 / 3).scatter_(1, labels.unsqueeze(1), 0.9)
+    expected = -(targets * output.log_softmax(1)).sum()
+    given = nn.functional.one_hot(labels, 4).float() if soft else labels
+    torch.testing.assert_close(loss_of(output, given, 0.1), expected)
+    torch.testing.assert_close(
+        loss_of(output, given, 0.0), nn.functional.cross_entropy(output, labels, reduction="sum")
+    )
+
+
+def test_a_recipe_smooths_its_labels_while_learning(splits):
+    losses = [trained(replace(MLP, steps=1, label_smoothing=share), World(), splits)[1][0].loss for share in (0, 0.5)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    with pytest.raises(ValueError, match="label_smoothing=1 "):
+        replace(MLP, label_smoothing=1.0).check_values()
 
 
 def norm_net():

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,12 +50,12 @@ class Cell:
     staleness: Callable[[], Staleness]
     decay: float = 0.0
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The statistics' names."""
         return [m.key for m in self.curvature.statistics]
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Whether other ranks than the owner hold statistics."""
         return any(holder != self.owner for holder in self.holders.values())
@@ -96,7 +97,7 @@ class Cell:
         """Whether every statistic has been measured."""
         return all(self.clock(key)[3] > 0 for key in self.keys)
 
-    @property
+    @cached_property
     def by_rows(self) -> bool:
         """Whether the statistic is rows, whose tensors exist from the first measurement on."""
         return any(isinstance(m, Rows) for m in self.curvature.statistics)

@@ -7,6 +7,7 @@ an owner of everything, and rows go to all.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,10 @@ def bring_rows(
         return {}
     forms = torch.tensor([form_of(measured.rows.get(key)) for key in keys], dtype=torch.int64)
     world.max([forms], "scalars")
-    alike = [_alike(cells[key[0]], measured.rows.get(key), form, weigh) for key, form in zip(keys, forms.tolist())]
+    usual = usual_rows(measured)
+    alike = [
+        _alike(cells[key[0]], measured.rows.get(key), form, weigh, usual) for key, form in zip(keys, forms.tolist())
+    ]
     counts = torch.zeros(len(keys), world.size, dtype=torch.int64)
     counts[:, world.rank] = torch.tensor([len(rows["mean"]) for rows in alike])
     if not local(cells, keys):
@@ -67,17 +71,27 @@ def form_of(rows: Sample | None) -> list[int]:
     return [int("columns" in rows), places_of(rows), int("tokens" in rows)]
 
 
-def _alike(cell: Cell, rows: Sample | None, form: list[int], weigh: float) -> Sample:
-    """Rows of one rank in the form that all have agreed on, with `mean`, what the gradient has of each."""
+def usual_rows(measured: Measured) -> Sample:
+    """Rows of as many samples as most layers of this rank have; none if it measured nothing."""
+    counts = Counter(count(rows) for rows in measured.rows.values())
+    return next((r for r in measured.rows.values() if count(r) == counts.most_common(1)[0][0]), {})
+
+
+def _alike(cell: Cell, rows: Sample | None, form: list[int], weigh: float, usual: Sample) -> Sample:
+    """Rows of one rank in the form that all have agreed on, with `mean`, what the gradient has of each.
+
+    The samples of a rank that did not call the layer have gradients of zero, and count as such.
+    """
     columns, places, tokens = form
-    shape, none = cell.layer.shape, cell.zeros((0,))
+    shape = cell.layer.shape
     if rows is None:
-        left, right = none.view(0, 1, 1, 1).expand(0, places, *shape[:2]), none.view(0, 1, 1, 1)
-        second = {"tokens": none.view(0, 1).expand(0, places).long()}
-        if not tokens:
-            second = {"right": right.expand(0, places, shape.blocks, shape.inner)}
-        empty = {"columns": cell.zeros((0, shape.numel))} if columns else {"left": left, **second}
-        return {**empty, "mean": none}
+        n = count(usual) if usual else 0
+        second = {"right": (n, places, shape.blocks, shape.inner)} if not tokens else {}
+        sizes = {"columns": (n, shape.numel)} if columns else {"left": (n, places, *shape[:2]), **second}
+        rows = {name: cell.zeros(size) for name, size in sizes.items()}
+        if tokens and not columns:
+            rows["tokens"] = torch.full((n, places), -1, device=rows["left"].device)
+        rows |= {"mean": usual["mean"]} if "mean" in usual else {}
     rows = conform(rows, shape, bool(columns), places)
     if "mean" in rows:  # rows without a scale of their own
         return {**rows, "mean": rows["mean"].to(cell.zeros(()).dtype) * weigh}

@@ -71,7 +71,7 @@ class LayerHook:
 class Inert:
     """The hook in a copy of a watched model."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def __call__(self, *_: Any) -> None:
         return None
 
 

@@ -86,6 +86,37 @@ class Piecewise(Schedule):
 
 
 @dataclass(frozen=True)
+class Exponential(Schedule):
+    """ratio^(t / length): SENG's damping falls to nine tenths in every ten epochs."""
+
+    ratio: float = 0.9
+    """The multiplier after each `length`."""
+    length: float = 0.1
+    """Progress in which the value changes by `ratio`."""
+
+    def __post_init__(self) -> None:
+        _ordered(0.0, self.length)
+        if not 0 < self.ratio < math.inf:
+            raise ValueError(f"ratio={self.ratio:g} must be positive; 0.9 takes a tenth off in every length")
+
+    def __call__(self, t: float) -> float:
+        return self.ratio ** (t / self.length)
+
+
+@dataclass(frozen=True)
+class Product(Schedule):
+    """One schedule times another."""
+
+    one: Schedule = Constant()
+    """The first factor."""
+    other: Schedule = Constant()
+    """The second factor."""
+
+    def __call__(self, t: float) -> float:
+        return self.one(t) * self.other(t)
+
+
+@dataclass(frozen=True)
 class WarmUp(Schedule):
     """A straight line from `start` up to 1 over `length`, times another schedule from t = 0 on."""
 

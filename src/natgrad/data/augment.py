@@ -47,6 +47,32 @@ class Crop:
         return windows(images, corners, self.size, self.size)
 
 
+@dataclass(frozen=True)
+class Zoom:
+    """A part of each raw image, brought to `size` x `size` pixels: Inception's crops (Szegedy et al. 2014).
+
+    The part's share of the image is uniform in `area`, the ratio of its sides log-uniform from 3/4 to 4/3, and it lies
+    anywhere that it fits. Pixels are interpolated bilinearly. Without a generator it is the middle, as of Crop.
+    """
+
+    size: int
+    area: tuple[float, float] = (0.08, 1.0)
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None:
+            return Crop(self.size)(images, None)
+        n, channels = images.shape[:2]
+        u = torch.rand((4, n), generator=generator)
+        share = self.area[0] + u[0] * (self.area[1] - self.area[0])
+        ratio = (4 / 3) ** (2 * u[1] - 1)
+        tall, wide = ((share * r).sqrt().clamp_max(1.0) for r in (ratio, 1 / ratio))
+        maps = torch.zeros(n, 2, 3)  # from the cut's coordinates, -1 to 1, to the image's
+        maps[:, 0, 0], maps[:, 1, 1] = wide, tall
+        maps[:, 0, 2], maps[:, 1, 2] = (1 - wide) * (2 * u[2] - 1), (1 - tall) * (2 * u[3] - 1)
+        grid = F.affine_grid(maps.to(images.device), [n, channels, self.size, self.size], align_corners=False)
+        return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+
+
 def crop_and_flip(inputs: Tensor, generator: torch.Generator) -> Tensor:
     """The usual augmentation of CIFAR: shift by up to four pixels, then mirror half of the images."""
     return flip(pad_crop(inputs, generator), generator)

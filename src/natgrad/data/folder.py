@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from natgrad.data.augment import Crop, crop_and_flip, flip
-from natgrad.data.images import Augment, Images, Source, Splits, as_they_are, whole
+from natgrad.data.augment import Crop, Zoom, crop_and_flip, flip
+from natgrad.data.images import Augment, Cut, Images, Source, Splits, as_they_are, whole
 from natgrad.data.pictures import Pictures, read
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -28,6 +28,8 @@ class ImageFolder(Source):
     """Height and width to which every image is resized when it is read, whatever its shape was."""
     crop: int | None = None
     """Height and width of what the network sees: cut at random from images for learning, else the middle; None: all."""
+    zoom: tuple[float, float] | None = None
+    """Least and largest share of an image that `crop` is made of while learning, by interpolation; None: no zoom."""
     subtract: Literal["channels", "image"] = "channels"
     """ImageNet's mean of each channel, over its deviation; or the training images' mean image, over 255 (SP-NGD)."""
     augment: bool = True
@@ -40,6 +42,8 @@ class ImageFolder(Source):
             raise ValueError(f"size={self.size} must be positive; it is the images' height and width in pixels")
         if self.crop is not None and not 1 <= self.crop <= self.size:
             raise ValueError(f"crop={self.crop} must be between 1 and size={self.size}; set --data.crop")
+        if self.zoom is not None and not (self.augment and self.crop and 0 < self.zoom[0] <= self.zoom[1] <= 1):
+            raise ValueError(f"zoom={self.zoom} must rise between 0 and 1, beside crop and augment; set --data.crop")
 
     def shape(self) -> tuple[int, int, int]:
         return (3, self.seen, self.seen)
@@ -92,8 +96,14 @@ class ImageFolder(Source):
         files = [file for file, _ in labelled]
         images = read(files, self.size) if self.in_memory else Pictures(files, self.size)
         labels = torch.tensor([label for _, label in labelled])
-        cut = whole if self.crop is None else Crop(self.crop, random=self.augment and split == "train")
-        return Images(images, labels, classes=self.classes(), mean=MEAN, std=STD, cut=cut)
+        return Images(images, labels, classes=self.classes(), mean=MEAN, std=STD, cut=self._cut(split == "train"))
+
+    def _cut(self, learning: bool) -> Cut:
+        if self.crop is None:
+            return whole
+        if learning and self.zoom is not None:
+            return Zoom(self.crop, self.zoom)
+        return Crop(self.crop, random=self.augment and learning)
 
 
 def mean_image(images: Images, size: int) -> Tensor:

@@ -4,5 +4,6 @@ from natgrad.models.base import Architecture
 from natgrad.models.mlp import Mlp
 from natgrad.models.preactivation import PreActResNet
 from natgrad.models.resnet import CifarResNet
+from natgrad.models.vgg import Vgg16
 
-__all__ = ["Architecture", "CifarResNet", "Mlp", "PreActResNet"]
+__all__ = ["Architecture", "CifarResNet", "Mlp", "PreActResNet", "Vgg16"]

@@ -25,6 +25,8 @@ class ImageResNet(Architecture):
     """Channels of the stem; 64 in the paper."""
     deep_stem: bool = False
     """The D variant: three 3x3 convolutions as the stem, averaging shortcuts."""
+    zero_last: bool = False
+    """Let each block begin as its shortcut: the gamma of its last BatchNorm is zero (Goyal et al. 2017)."""
 
     def __post_init__(self) -> None:
         if self.depth not in STAGES:
@@ -33,7 +35,12 @@ class ImageResNet(Architecture):
             raise ValueError(f"width={self.width}: give a positive number of channels, such as 64")
 
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        return he_normal(ImageNetwork(shape[0], classes, self.depth, self.width, self.deep_stem))
+        model = he_normal(ImageNetwork(shape[0], classes, self.depth, self.width, self.deep_stem))
+        if self.zero_last:
+            for block in model.modules():
+                if isinstance(block, Residual):
+                    nn.init.zeros_(block.last_norm().weight)
+        return model
 
 
 class ImageNetwork(nn.Sequential):
@@ -86,6 +93,12 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.body(x) + self.shortcut(x)).relu()
+
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm before the sum."""
+        norm = self.body[-1]
+        assert isinstance(norm, nn.BatchNorm2d)
+        return norm
 
 
 class Basic(Residual):

@@ -8,7 +8,7 @@ from torch import nn
 
 from natgrad.optim.base import SecondOrder
 from natgrad.optim.blocks import Blocks, kfac_blocks
-from natgrad.optim.lengths import Length, plain
+from natgrad.optim.lengths import Length, predicted_change
 from natgrad.optim.rules import Momentum, Rule
 from natgrad.staleness import Staleness
 
@@ -34,7 +34,7 @@ class KFAC(SecondOrder):
         decay: float = 0.95,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = kfac_blocks,
-        length: Length = plain,
+        length: Length = predicted_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
         gather: Literal["weights", "directions"] = "weights",
         **shared: Any,

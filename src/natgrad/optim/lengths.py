@@ -88,8 +88,9 @@ class PredictedChange:
 
     def __call__(self, steps: Sequence[Step], world: World) -> list[Tensor | float]:
         change = torch.zeros(1, dtype=torch.float64)
-        for step in steps:
-            change += step.lr**2 * float((step.direction * step.gradient).sum())
+        if steps:  # one wait for the device
+            squares = [step.lr**2 * torch.sum(step.direction * step.gradient, dtype=torch.float64) for step in steps]
+            change += torch.stack(squares).sum().cpu()
         world.over_owners([change], "scalars")
         factor = min(1.0, math.sqrt(self.limit / max(abs(change.item()), 1e-300)))
         return [factor] * len(steps)

@@ -8,7 +8,7 @@ from torch import nn
 
 from natgrad.optim.base import SecondOrder
 from natgrad.optim.blocks import Blocks, spngd_blocks
-from natgrad.optim.lengths import Length, plain
+from natgrad.optim.lengths import Length, predicted_change
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Momentum, Rule
 from natgrad.staleness import Adaptive, Staleness
@@ -55,7 +55,7 @@ class SPNGD(SecondOrder):
         decay: float = 0.0,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = spngd_blocks,
-        length: Length = plain,
+        length: Length = predicted_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
         rescale: Rescale | None = None,
         **shared: Any,

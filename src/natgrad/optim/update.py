@@ -31,7 +31,8 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
         parts: dict[nn.Parameter, Tensor] = {}
         for step in steps:
             factor = factors[id(step)] if step.curved else trust_ratio(step)
-            unpacked = step.layer.unpack(step.direction * factor)
+            whole = isinstance(factor, float) and factor == 1 and optimizer.gather == "weights"
+            unpacked = step.layer.unpack(step.direction if whole else step.direction * factor)
             parts |= zip(step.layer.parameters, unpacked)
     moving = [cell for cell, here in zip(cells, present) if here and cell.ready]
     if optimizer.gather == "directions":
@@ -41,10 +42,7 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
         with timed("probe"):
             optimizer.probe(parts)
     with timed("update"):
-        for cell in moving:
-            for parameter in cell.layer.parameters:
-                if parameter in parts:
-                    move(optimizer, cell, parameter, parts[parameter])
+        move_all(optimizer, moving, parts)
         for group in optimizer.param_groups:
             group["lr_last"] = group["lr"]
             group.setdefault("lr_first", group["lr"])
@@ -81,6 +79,24 @@ def prepare(optimizer: SecondOrder, index: int, gradient: Tensor) -> Step:
         direction = optimizer.fallback.direction(step.state, gradient, groups[0]["momentum"])
         step.direction = with_decay(step, direction)
     return step
+
+
+def move_all(optimizer: SecondOrder, moving: Sequence[Cell], parts: Mapping[nn.Parameter, Tensor]) -> None:
+    """W <- w - lr * part for every parameter, in one call a learning rate where nothing else is to be done."""
+    plain: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for cell in moving:
+        for parameter in cell.layer.parameters:
+            if parameter not in parts:
+                continue
+            rescaled = optimizer.rescale is not None and parameter is cell.layer.parameters[0]
+            if rescaled or "master" in optimizer.state[parameter]:
+                move(optimizer, cell, parameter, parts[parameter])
+            else:
+                weights, moves = plain.setdefault(optimizer.group_of(parameter)["lr"], ([], []))
+                weights.append(parameter)
+                moves.append(parts[parameter].to(parameter.dtype))
+    for lr, (weights, moves) in plain.items():
+        torch._foreach_add_(weights, moves, alpha=-lr)
 
 
 def move(optimizer: SecondOrder, cell: Cell, parameter: nn.Parameter, part: Tensor) -> None:

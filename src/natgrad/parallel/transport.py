@@ -66,23 +66,27 @@ class Processes:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._globally = [r if group is None else dist.get_global_rank(group, r) for r in range(self.size)]
-        self._uneven = dist.get_backend(group) == "nccl"  # its list forms are one grouped launch
+        backend = str(dist.get_backend(group))
+        self._grouped = "nccl" in backend  # its list forms take chunks of any length, in one launch
+        # without gloo beside it, what lives on the host (counts, flags, intervals) takes the way over the device
+        self._bridge = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
         # renamed in torch 2.13, which warns about the old names
         self._scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     def all_reduce(self, buffer: Tensor, op: str = "sum") -> Tensor:
-        dist.all_reduce(buffer, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
-        return buffer
+        sent = self._on_wire(buffer)
+        dist.all_reduce(sent, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
+        return sent.to(buffer.device)
 
     def reduce_scatter(self, chunks: Sequence[Tensor]) -> Pending:
-        lengths = [c.numel() for c in chunks]
+        lengths, home = [c.numel() for c in chunks], chunks[0].device
         options: dict[str, Any] = {"group": self.group, "async_op": True}
-        sent = list(chunks)
+        sent = chunks = [self._on_wire(c) for c in chunks]
         if padding(lengths) <= PADDING:
             mine, sent = chunks[0].new_empty(max(lengths)), [padded(chunks)]
             works = [self._scatter(mine, sent[0], **options)]
-        elif self._uneven:
+        elif self._grouped and chunks[0].is_cuda:
             mine = torch.empty_like(chunks[self.rank])
             works = [dist.reduce_scatter(mine, sent, **options)]
         else:
@@ -92,30 +96,41 @@ class Processes:
         def wait() -> Tensor:
             finish(works)
             sent.clear()  # until now the messages needed them
-            return mine[: lengths[self.rank]]
+            return mine[: lengths[self.rank]].to(home)
 
         return wait
 
     def all_gather(self, chunk: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         options: dict[str, Any] = {"group": self.group, "async_op": True}
+        home, chunk = chunk.device, self._on_wire(chunk)
         if padding(lengths) <= PADDING:
             whole = chunk.new_empty(self.size, max(lengths))
             long = torch.cat([chunk, chunk.new_zeros(max(lengths) - len(chunk))])
             works, chunks = [self._gather(whole.flatten(), long, **options)], list(whole)
         else:
             chunks = [chunk if r == self.rank else chunk.new_empty(n) for r, n in enumerate(lengths)]
-            if self._uneven:
+            if self._grouped and chunk.is_cuda:
                 works = [dist.all_gather(chunks, chunk.clone(), **options)]
             else:
                 works = [dist.broadcast(c, self._globally[r], **options) for r, c in enumerate(chunks) if len(c)]
         finish(works)
-        return [c[:n] for c, n in zip(chunks, lengths)]
+        return [c[:n].to(home) for c, n in zip(chunks, lengths)]
 
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
-        sends = [dist.P2POp(dist.isend, t, self._globally[r], self.group) for r, t in sorted(out.items())]
-        receives = [dist.P2POp(dist.irecv, t, self._globally[r], self.group) for r, t in sorted(into.items())]
+        incoming = {r: self._on_wire(t) for r, t in sorted(into.items())}
+        sends = [
+            dist.P2POp(dist.isend, self._on_wire(t), self._globally[r], self.group) for r, t in sorted(out.items())
+        ]
+        receives = [dist.P2POp(dist.irecv, t, self._globally[r], self.group) for r, t in incoming.items()]
         if sends or receives:
             finish(dist.batch_isend_irecv([*sends, *receives]))
+        for r, tensor in into.items():
+            if incoming[r] is not tensor:
+                tensor.copy_(incoming[r])
+
+    def _on_wire(self, tensor: Tensor) -> Tensor:
+        """A tensor where the backend can send it from."""
+        return tensor if self._bridge is None or tensor.is_cuda else tensor.to(self._bridge)
 
 
 def padding(lengths: Sequence[int]) -> float:

@@ -28,6 +28,7 @@ TABLE = {
 }
 
 OPTIMIZER = KFac(
+    length="plain",
     gather="directions",
     refresh=1,
     decay=0.0,

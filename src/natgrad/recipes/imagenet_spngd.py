@@ -23,7 +23,7 @@ TABLE = {
     "128k": Row(131_072, 1.0, 2.9, 3, 100, 7.0e-2, 0.93, 1.0e-4, 90, 873),
 }
 
-OPTIMIZER = SpNgd(norms="unitwise", samples=None, coefficient="tied", displaced=True, rescale="always")
+OPTIMIZER = SpNgd(norms="unitwise", length="plain", samples=None, coefficient="tied", displaced=True, rescale="always")
 REGULARISATION = Regularisation(erase=0.5, area=(0.02, 0.25), aspect=(0.3, 1.0))
 STALE_UP_TO = 32_768
 

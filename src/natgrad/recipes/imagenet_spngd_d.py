@@ -25,7 +25,9 @@ TABLE = {
     "128k": Row(131_072, 1.0, 3.0, 1, 95, 7.0e-2, 0.93, 1.0e-4, 81, 792),
 }
 
-OPTIMIZER = SpNgd(norms="full", norm_damping=16, samples=None, refresh=1, coefficient="corrected", rescale="shrink")
+OPTIMIZER = SpNgd(
+    norms="full", norm_damping=16, length="plain", samples=None, refresh=1, coefficient="corrected", rescale="shrink"
+)
 REGULARISATION = Regularisation(erase=0.5, per_sample=True, fresh_majority=True, keep_erased=True)
 
 

@@ -136,7 +136,7 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
     for inputs, targets in parts(job, batch, generator):
         clock.lap("data")
         output = job.model(inputs)
-        loss = F.cross_entropy(output, targets, reduction="sum") * (job.world.size / batch.total)
+        loss = loss_of(output, targets, job.recipe.label_smoothing) * (job.world.size / batch.total)
         job.recipe.optimizer.before_backward(job.optimizer, output)
         loss.backward()
         total += loss.detach()
@@ -148,6 +148,13 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
     job.average.add(step)
     clock.lap("update")
     return total
+
+
+def loss_of(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The summed cross entropy to labels [n] or [n, classes], of which `smoothing` goes to the other classes."""
+    classes = output.shape[1]
+    spread = smoothing * classes / max(classes - 1, 1)  # torch spreads it over all classes, the label's own too
+    return F.cross_entropy(output, targets, reduction="sum", label_smoothing=min(spread, 1.0))
 
 
 def parts(job: Job, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

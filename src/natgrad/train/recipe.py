@@ -26,6 +26,8 @@ class Recipe:
     """Multiplies the damping of an optimizer that has one, by progress from 0 to 1."""
     regularisation: Regularisation = field(default_factory=Regularisation)
     """Running mixup and random erasing of the training images."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread evenly over the other classes, while learning."""
     batch: int = 128
     """Samples in a step, over all ranks."""
     micro_batch: int | None = None
@@ -59,6 +61,8 @@ class Recipe:
                 raise ValueError(f"{name}={value:g} must be positive; set --{name.replace('_', '-')}")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average={self.average:g} must lie between 0 and 1; set --average")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing:g} must be at least 0 and below 1; 0.1 is common")
         self.regularisation.check()
         if not isinstance(self.damping_schedule, Constant) and not hasattr(self.optimizer, "damping"):
             names = type(self.damping_schedule).__name__, type(self.optimizer).__name__

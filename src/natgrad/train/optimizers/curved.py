@@ -23,6 +23,18 @@ INVERSES = {"cholesky": natgrad.Kronecker, "eigen": natgrad.EigenKronecker}
 WIRES = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def how_far(length: str, largest_change: float | None) -> lengths.Length:
+    """The length as a function."""
+    if largest_change is None:
+        return LENGTHS[length]
+    if length != "predicted_change":
+        raise ValueError(
+            f"largest_change={largest_change:g} says nothing to length={length}; "
+            "set --optimizer.length predicted_change"
+        )
+    return lengths.PredictedChange(largest_change)
+
+
 @dataclass(frozen=True)
 class Curved(Settings):
     """What SP-NGD and K-FAC have in common."""
@@ -55,7 +67,7 @@ class Curved(Settings):
     """Damping of normalisations, as a multiple of the others' (the release: 16)."""
     max_size: int = 8192
     """A side of a layer above this many dimensions keeps the diagonal of its factor only."""
-    length: Literal["plain", "trust", "predicted_change"] = "plain"
+    length: Literal["plain", "trust", "predicted_change"] = "predicted_change"
     """How far a step goes along its direction."""
     largest_change: float | None = None
     """With length predicted_change: the change of the output (KL) above which a step is shortened; None: 0.01."""
@@ -96,7 +108,7 @@ class Curved(Settings):
             "samples": self.samples,
             "curvature": self.blocks(),
             "max_size": self.max_size,
-            "length": self.how_far(),
+            "length": how_far(self.length, self.largest_change),
             "rule": Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
             "rescale": self.rescale,
             "max_norm": self.max_norm,
@@ -131,17 +143,6 @@ class Curved(Settings):
                     "set --optimizer.refresh None"
                 )
         return self.refresh
-
-    def how_far(self) -> lengths.Length:
-        """The length as a function."""
-        if self.largest_change is None:
-            return LENGTHS[self.length]
-        if self.length != "predicted_change":
-            raise ValueError(
-                f"largest_change={self.largest_change:g} says nothing to length={self.length}; "
-                "set --optimizer.length predicted_change"
-            )
-        return lengths.PredictedChange(self.largest_change)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""CIFAR-10 and CIFAR-100 as the hub's parquet files hold them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from natgrad.data import Cifar10, Cifar100
+
+
+def encoded(pixels):
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_cifar(folder: Path, labels=("label",), counts=(20, 10)):
+    """Files as on the hub: train in two parts, test in one; image k is all k, its labels k modulo 10."""
+    from datasets import Dataset
+
+    for split, count in zip(("train", "test"), counts):
+        numbers = np.array_split(np.arange(count), 2 if split == "train" else 1)
+        for part, some in enumerate(numbers):
+            images = [encoded(np.full((32, 32, 3), number, dtype=np.uint8)) for number in some]
+            columns = {name: (some % 10).tolist() for name in labels}
+            file = folder / f"{split}-{part:05}-of-{len(numbers):05}.parquet"
+            Dataset.from_dict({"img": images, **columns}).to_parquet(str(file))
+
+
+def test_cifar10_is_read_from_the_hubs_files(tmp_path):
+    write_cifar(tmp_path)
+    source = Cifar10(str(tmp_path))
+    splits = source.load()
+    assert (source.shape(), source.classes()) == ((3, 32, 32), 10)
+    assert splits.train.images.shape == (20, 3, 32, 32)
+    assert splits.train.images.dtype == torch.uint8
+    assert splits.train.images[:, 0, 0, 0].tolist() == list(range(20))
+    assert splits.train.labels.tolist() == [*range(10)] * 2
+    assert splits.test.labels.tolist() == [*range(10)]
+    inputs, _ = splits.test.batch(torch.tensor([5]))
+    torch.testing.assert_close(
+        inputs[0, :, 3, 4], (5 - torch.tensor([125.3, 123.0, 113.9])) / torch.tensor([63, 62.1, 66.7])
+    )
+
+
+def test_cifar100_takes_fine_labels(tmp_path):
+    write_cifar(tmp_path, labels=("fine_label", "coarse_label"))
+    splits = Cifar100(str(tmp_path)).load()
+    assert splits.train.labels.tolist() == [*range(10)] * 2
+    assert (splits.train.classes, splits.train.mean) == (100, (129.3, 124.1, 112.4))
+
+
+def test_files_of_the_other_set_are_refused_by_their_columns(tmp_path):
+    write_cifar(tmp_path, labels=("fine_label", "coarse_label"))
+    with pytest.raises(ValueError, match=r"fine_label.*not img and label.*--data\.path.*uoft-cs/cifar10$") as refused:
+        Cifar10(str(tmp_path)).load()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(ValueError, match=r"no/such.*--data\.path.*CIFAR-10 \(the hub's uoft-cs/cifar10\)"):
+        Cifar10("no/such").check()
