@@ -36,14 +36,9 @@ SCHEDULES = {
     "authors": RootWarmUp(Piecewise((0.51, 0.765), (1.0, 0.1, 0.01)), length=0.125, start=0.001),
     "constant": Constant(),
 }
-BLOCKS = {"curvature": natgrad.spngd_blocks, "damping": 1e-2, "samples": None, "decay": 0.9, "fisher": "sampled"}
-KRONECKER: dict[str, Any] = {
-    "preconditioner": natgrad.spngd_blocks,
-    "damping": 1e-2,
-    "samples": None,
-    "decay": 0.9,
-    "fisher": "sampled",
-}
+MEASURED: dict[str, Any] = {"damping": 1e-2, "samples": None, "decay": 0.9, "fisher": "sampled"}
+BLOCKS = {"curvature": natgrad.spngd_blocks, **MEASURED}
+KRONECKER = {"preconditioner": natgrad.spngd_blocks, **MEASURED}
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]
 
 
@@ -196,8 +191,14 @@ def study(task: Task, method: Method, schedule: str, splits: Splits) -> list[dic
     }
     picked = min(losses, key=lambda lr: losses[lr]) if losses else 1.0
     fresh = [{"seed": seed, **trial(task, method, schedule, picked, seed, splits)} for seed in task.fresh]
-    sweep = {f"{lr:g}": round(loss, 5) for lr, loss in losses.items()}
+    sweep = {f"{lr:g}": told(loss) for lr, loss in losses.items()}
+    fresh = [{**run, "loss": told(run["loss"])} for run in fresh]
     return [{"lr": picked, "tuned": bool(losses), "sweep": sweep, "fresh": fresh}]
+
+
+def told(loss: float) -> float | str:
+    """A loss as strict JSON has it, which knows no infinity."""
+    return round(loss, 8) if math.isfinite(loss) else "inf"
 
 
 def cases(name: str) -> list[dict[str, str]]:
@@ -217,7 +218,7 @@ def slug(name: str) -> str:
 
 def line(case: dict[str, str], row: dict[str, Any]) -> str:
     """A row of the table: median loss with its range, mean accuracy."""
-    losses = sorted(run["loss"] for run in row["fresh"])
+    losses = sorted(float(run["loss"]) for run in row["fresh"])
     accuracy = statistics.fmean(run["accuracy"] for run in row["fresh"])
     rate = f"{row['lr']:.3g}" if row["tuned"] else "-"
     middle = f"{statistics.median(losses):.4f} [{losses[0]:.4f}, {losses[-1]:.4f}]"
