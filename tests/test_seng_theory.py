@@ -60,12 +60,12 @@ def straightness(values):
     return slope.item(), 1 - (rest.square().sum() / (y - y.mean()).square().sum()).item()
 
 
-def straight(told, part=None, least=0.99):
+def straight(told, part=None):
     """Assert that the logarithms above rounding lie on a line; return its slope."""
     logs = [math.log(value) for value in told if value > 1e-24]
     slope, fit = straightness(logs[part] if part else logs)
     assert slope < 0
-    assert fit > least, (slope, fit)
+    assert fit > 0.99, (slope, fit)
     return slope
 
 
@@ -78,23 +78,12 @@ def test_improved_columns_shrink_every_residual_alike(lr, damping):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_loss_falls_linearly(seed):
-<<<<<<< HEAD
-    """The whole way, over nine orders of magnitude, and best once residuals are small beside the damping.
-
-    While they are large the columns are, too, and steps are shorter: a slower start, the larger the first residuals.
-    """
-    told, _ = losses(2000, 500, seed, lr=0.05, damping=0.05)
-    assert told[-1] < 1e-9 * told[0]
-    straight(told, least=0.98)
-    straight(told, slice(250, None), least=0.999)
-=======
     """The whole way, from order 1 over five orders of magnitude, and both halves of it."""
     told, _ = losses(2000, 300, seed, lr=0.5, damping=0.5)  # a tenth of it slows down the first steps
     assert told[-1] < 1e-5 * told[0]
     straight(told)
     straight(told, slice(0, 150))
     straight(told, slice(150, None))
->>>>>>> helper-f
 
 
 def test_the_rate_is_that_of_the_kernel_once_residuals_are_small():
