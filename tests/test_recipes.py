@@ -17,7 +17,7 @@ NAMES = sorted(every())
 SMALL = [name for name in NAMES if not name.startswith("imagenet_") and name != "cifar10_seng_vgg16"]
 
 
-def test_the_recipes_of_this_issue_are_there():
+def test_the_recipes_are_these():
     sizes = ("4k", "8k", "16k", "32k", "64k", "128k")
     imagenet = {f"imagenet_{family}_{size}" for family in ("spngd", "spngd_d", "kfac") for size in sizes}
     nlcg = {f"cifar100_nlcg_{size}" for size in ("128", "256", "512", "1k", "2k", "4k", "8k", "16k")}

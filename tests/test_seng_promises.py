@@ -171,6 +171,7 @@ def test_no_logits_are_refused_in_one_line():
         ({"rank": 0}, "rank=0"),
         ({"budget": 0}, "budget=0"),
         ({"samples": 0}, "samples=0"),
+        ({"legacy": natgrad.Legacy(local=True), "block": "network"}, "leave block"),
     ],
 )
 def test_what_cannot_be_is_refused(options, says):
@@ -178,7 +179,7 @@ def test_what_cannot_be_is_refused(options, says):
         seng(mlp(), **options)
 
 
-@pytest.mark.parametrize("name", ["decay", "fisher", "curvature"])
+@pytest.mark.parametrize("name", ["decay", "fisher", "curvature", "max_size"])
 def test_what_it_has_not_is_not_taken(name):
     with pytest.raises(TypeError, match=name):
         seng(mlp(), **{name: None})

@@ -31,9 +31,13 @@ class TwoLayers(nn.Module):
 
 
 def losses(width, steps, seed=0, **options):
-    """The loss before every step, from inputs on the sphere and targets of order 1."""
+    """The loss before every step, from unit inputs and targets of order 1.
+
+    Inputs stand at right angles, so that the kernel's eigenvalues are alike: else the loss is a sum of exponentials,
+    and its logarithm becomes straight only when the slowest is left.
+    """
     torch.manual_seed(seed)
-    x = nn.functional.normalize(torch.randn(SAMPLES, INPUTS, dtype=torch.float64))
+    x = torch.linalg.qr(torch.randn(INPUTS, SAMPLES, dtype=torch.float64)).Q.T
     y = torch.randn(SAMPLES, 1, dtype=torch.float64)
     model = TwoLayers(width).double()
     optimizer = natgrad.SENG(model, momentum=0.0, refresh=1, samples=None, sketch=None, **options)
@@ -75,7 +79,7 @@ def test_improved_columns_shrink_every_residual_alike(lr, damping):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_loss_falls_linearly(seed):
     """The whole way, from order 1 over five orders of magnitude, and both halves of it."""
-    told, _ = losses(2000, 300, seed, lr=0.05, damping=0.05)
+    told, _ = losses(2000, 300, seed, lr=0.5, damping=0.5)  # a tenth of it slows down the first steps
     assert told[-1] < 1e-5 * told[0]
     straight(told)
     straight(told, slice(0, 150))

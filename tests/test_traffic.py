@@ -155,6 +155,11 @@ def test_a_dead_layer_on_a_narrow_wire():
         assert dropped == 0
 
 
+def test_weights_that_nobody_sends_have_no_type_of_their_own():
+    with pytest.raises(ValueError, match="leave weights out"):
+        World(weights=torch.bfloat16, owners=False)
+
+
 def test_an_unknown_wire_is_refused():
     with pytest.raises(ValueError, match=r"wire=torch.int8.*torch.bfloat16"):
         World(wire=torch.int8)

@@ -78,7 +78,7 @@ class SENG(SecondOrder):
         world: Any = None,
         **shared: Any,
     ):
-        for name in ("curvature", "decay", "fisher"):
+        for name in ("curvature", "decay", "fisher", "max_size"):
             if name in shared:
                 raise TypeError(f"SENG() has no argument {name!r}: its curvature is that of this step's own samples")
         checks.one_of("columns", columns, ("empirical", "improved"))
@@ -90,6 +90,8 @@ class SENG(SecondOrder):
         world = world if isinstance(world, World) else World(world)
         if legacy is not None and legacy.local and world.size > 1 and world.owners:
             raise ValueError("Legacy(local=True): every rank takes its own directions; give world=World(owners=False)")
+        if legacy is not None and legacy.local and block == "network":
+            raise ValueError('Legacy(local=True) is by layers: leave block="network" out')
         space = SampleSpace(samples, sketch, rank, columns, budget, legacy, block)
         super().__init__(
             model,

@@ -62,6 +62,8 @@ class World:
                 'World(overlap=True, gradients="averaged"): a wrapper that averages gradients overlaps them itself; '
                 "leave overlap off"
             )
+        if weights is not None and not owners:
+            raise ValueError(f"World(weights={weights}, owners=False): nothing is sent back then; leave weights out")
         self.gradients: Gradients = "local" if overlap else gradients
         self.wire, self.weights, self.overlap, self.owners = wire, weights, overlap, owners
         if group is None:
