@@ -1,6 +1,6 @@
 """Handwritten digits on a small ResNet, in batches of a third of the training set: 24 steps in seconds.
 
-The network and the batch are those of `natgrad compare digits`; the learning rates are what its tuning found.
+The network and the batch are those of `natgrad compare digits`, which tunes; the numbers here are round ones.
 """
 
 from natgrad.data import Digits
