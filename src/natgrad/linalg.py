@@ -20,9 +20,18 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         inverse, good = _closed_form(matrix, damping)
         if bool(good.all()):
             return inverse, 0
+    factor, good, retries = _factor(matrix, damping)
+    if good is None:
+        return torch.cholesky_inverse(factor), retries
+    last = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) / damping[:, None, None]
+    return torch.where(good[:, None, None], torch.cholesky_inverse(factor), last), retries
+
+
+def _factor(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """Lower factors [b, d, d], the blocks [b] that have one (None: all), and the retries that it took."""
     factor, good = _cholesky(matrix, damping)
     if bool(good.all()):  # the one time that the host waits for the device
-        return torch.cholesky_inverse(factor), 0
+        return factor, None, 0
     retries = 0
     floor = torch.finfo(matrix.dtype).eps * matrix.abs().amax((1, 2))
     while retries < ATTEMPTS and not bool(good.all()):
@@ -30,8 +39,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         again, better = _cholesky(matrix, torch.maximum(damping, floor) * GROWTH**retries)
         factor = torch.where((better & ~good)[:, None, None], again, factor)
         good = good | better
-    last = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) / damping[:, None, None]
-    return torch.where(good[:, None, None], torch.cholesky_inverse(factor), last), retries
+    return factor, good, retries
 
 
 def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,14 +103,9 @@ def damped_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
 
     A block that never succeeds gets the factor of its trace plus the damping times I: it shortens, and turns nothing.
     """
-    factor, good = _cholesky(matrix, damping)
-    retries = 0
-    floor = torch.finfo(matrix.dtype).eps * matrix.abs().amax((1, 2))
-    while retries < ATTEMPTS and not bool(good.all()):
-        retries += 1
-        again, better = _cholesky(matrix, torch.maximum(damping, floor) * GROWTH**retries)
-        factor = torch.where((better & ~good)[:, None, None], again, factor)
-        good = good | better
+    factor, good, retries = _factor(matrix, damping)
+    if good is None:
+        return factor, retries
     size = torch.nan_to_num(mean_eigenvalue(matrix) * matrix.shape[-1], posinf=0.0, neginf=0.0).clamp_min(0) + damping
     last = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) * size.sqrt()[:, None, None]
     return torch.where(good[:, None, None], factor, last), retries
