@@ -12,8 +12,9 @@ from torch.testing import assert_close
 import natgrad
 from helpers import Mixed, Net, clone, mlp, points, train, weights
 from multi import SAME, run, share
-from natgrad.curvature.samplespace import ROW_STATE
 from natgrad.parallel import run_threads
+
+ROW_STATE = {"U", "U_inverse", "U_mean", "U_columns", "U_left", "U_right", "U_tokens", "U_sketched", "U_drawn"}
 
 
 def seng(model, **options):
@@ -220,6 +221,24 @@ def test_layers_unused_on_some_ranks(double):
         options = {"sketch": None, "block": block, "columns": columns}
         one, two = (run(n, start, batches, lambda m, world, o=options: seng(m, world=world, **o)) for n in (1, 2))
         assert_close(two[0][0], one[0][0], **SAME)
+
+
+@pytest.mark.parametrize("owners", [True, False])
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_travel_in_half_precision(wire, owners):
+    start, batches = Mixed(), [Mixed.batch(24, k) for k in range(3)]
+
+    def work(world):
+        model = clone(start)
+        opt = seng(model, world=world, refresh=1, sketch=None)
+        train(opt, model, [share(batch, world) for batch in batches])
+        return weights(model), opt.traffic()["statistics"]
+
+    narrow, wide = (run_threads(2, work, wire=w, owners=owners) for w in (wire, None))
+    assert torch.equal(narrow[0][0], narrow[1][0])
+    assert 0.5 * wide[0][1] < narrow[0][1] < 0.7 * wide[0][1]  # the rest is one size a sample
+    assert_close(narrow[0][0], wide[0][0], rtol=0.05, atol=0.01)
+    assert not torch.equal(narrow[0][0], wide[0][0])
 
 
 def test_a_network_in_use_learns():

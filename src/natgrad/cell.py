@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Curvature, Statistic
+from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature.rows import Rows, Sample
-from natgrad.curvature.samplespace import SampleSpace
 from natgrad.layers.base import Layer
 from natgrad.linalg import mean_eigenvalue
 from natgrad.staleness import Memory, Staleness
@@ -100,7 +100,15 @@ class Cell:
     @cached_property
     def by_rows(self) -> bool:
         """Whether the statistic is rows, whose tensors exist from the first measurement on."""
-        return any(isinstance(m, Rows) for m in self.curvature.statistics)
+        return isinstance(self.curvature, ByRows)
+
+    @cached_property
+    def row_names(self) -> frozenset[str]:
+        """The state that the last measurement of rows has left, as large as it made it."""
+        if not isinstance(self.curvature, ByRows):
+            return frozenset()
+        (key,) = self.keys
+        return frozenset({key, f"{key}_inverse", *(f"{key}_{name}" for name in self.curvature.stored)})
 
     def lost(self, rank: int) -> bool:
         """Whether this rank owns rows that have been measured, but were not in the state that it loaded."""
@@ -114,12 +122,12 @@ class Cell:
     def keep_rows(self, key: str, rows: Sample, seed: int) -> int:
         """Take in the rows of all ranks at the owner. Returns the steps until the next ones, 0 if they are unusable."""
         curvature, state = self.curvature, self.state()
-        assert isinstance(curvature, SampleSpace)
+        assert isinstance(curvature, ByRows)
         generator = torch.Generator(rows["mean"].device).manual_seed(seed)
         gram, kept = curvature.digest(rows, self.layer.shape, generator)
         if not bool(torch.isfinite(gram).all()):
             return 0
-        for name in [n for n in state if n.startswith(f"{key}_") and n.removeprefix(f"{key}_") in curvature.stored]:
+        for name in self.row_names & state.keys():
             del state[name]
         state |= {f"{key}_{name}": value for name, value in kept.items()}
         state[key], state[f"{key}_inverse"] = gram, torch.zeros_like(gram)
@@ -178,7 +186,7 @@ class Cell:
         """What the curvature preconditions with. `fresh`: rows that were just measured, of all samples."""
         state = self.state()
         inverses = {key: state[f"{key}_inverse"] for key in self.keys}
-        if isinstance(self.curvature, SampleSpace):
+        if isinstance(self.curvature, ByRows):
             for key in self.keys:
                 inverses |= {n: v for n in self.curvature.stored if (v := state.get(f"{key}_{n}")) is not None}
             if fresh:

@@ -11,23 +11,22 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from natgrad.capture import Key, Measured
 from natgrad.cell import Cell
 from natgrad.curvature.rows import Sample, conform, count, places_of, scaled
-from natgrad.curvature.samplespace import SampleSpace
 from natgrad.parallel import Parcel, World, bring
 
 FORMS = ("columns", "left", "right", "tokens", "mean")
 
 
 def bring_rows(
-    cells: Sequence[Cell], world: World, keys: Sequence[Key], measured: Measured, weigh: float
+    cells: Sequence[Cell], world: World, keys: Sequence[Key], measured: Measured, weigh: float, local: bool
 ) -> dict[Key, Sample]:
     """The rows of every layer that this rank owns, as gradients of each sample's own loss.
 
     weigh: times what hooks saw it is the gradient of a sample's own loss.
+    local: every rank uses its own rows, and nothing is sent.
     """
     if not keys:
         return {}
@@ -37,31 +36,40 @@ def bring_rows(
     alike = [
         _alike(cells[key[0]], measured.rows.get(key), form, weigh, usual) for key, form in zip(keys, forms.tolist())
     ]
+    if local or world.size == 1:
+        return dict(zip(keys, alike))
     counts = torch.zeros(len(keys), world.size, dtype=torch.int64)
     counts[:, world.rank] = torch.tensor([len(rows["mean"]) for rows in alike])
-    if not local(cells, keys):
-        world.sum([counts], "scalars")
-    parcels, places = [], []
-    for place, ((index, _), rows) in enumerate(zip(keys, alike)):
-        for name in FORMS:
-            if name in rows:
-                parcels.append(Parcel(rows[name], cells[index].owner))
-                places.append((place, name))
-    if local(cells, keys):
-        received: list[Tensor | None] = [p.tensor for p in parcels]
-    else:
-        received = bring(world, parcels, counts[[place for place, _ in places]], "statistics")
+    world.sum([counts], "scalars")
+    sent = [(place, *item) for place, rows in enumerate(alike) for item in narrowed(rows, world.wire).items()]
+    parcels = [Parcel(value, cells[keys[place][0]].owner) for place, _, value in sent]
+    received = bring(world, parcels, counts[[place for place, *_ in sent]], "statistics")
     result: dict[Key, Sample] = {}
-    for (place, name), value in zip(places, received):
+    for (place, name, _), value in zip(sent, received):
         if value is not None:
             result.setdefault(keys[place], {})[name] = value
-    return result
+    return {key: widened(rows) for key, rows in result.items()}
 
 
-def local(cells: Sequence[Cell], keys: Sequence[Key]) -> bool:
-    """Whether every rank is to use its own rows, as SENG's release does."""
-    curvature = cells[keys[0][0]].curvature
-    return isinstance(curvature, SampleSpace) and curvature.legacy is not None and curvature.legacy.local
+def narrowed(rows: Sample, wire: torch.dtype | None) -> Sample:
+    """Rows as they are sent: in half precision, if asked for, each sample's over its largest entry, kept beside."""
+    sent = {name: rows[name] for name in FORMS if name in rows}
+    for name in ("columns", "left", "right") if wire is not None else ():
+        if name in sent:
+            size = sent[name].flatten(1).abs().amax(1) if sent[name].numel() else sent[name].new_zeros(len(sent[name]))
+            size = torch.where(size > 0, size, 1)
+            sent[name] = (sent[name] / size.view(-1, *[1] * (sent[name].dim() - 1))).to(wire)
+            sent[f"{name}_size"] = size
+    return sent
+
+
+def widened(rows: Sample) -> Sample:
+    """The inverse of `narrowed`, but for rounding."""
+    for name in ("columns", "left", "right"):
+        size = rows.pop(f"{name}_size", None)
+        if size is not None:
+            rows[name] = rows[name].to(size) * size.view(-1, *[1] * (rows[name].dim() - 1))
+    return rows
 
 
 def form_of(rows: Sample | None) -> list[int]:

@@ -28,6 +28,7 @@ class Preconditioner:
     """The cells of a model with the hooks that feed them."""
 
     def __init__(self, cells: Sequence[Cell], world: World, seed: int, sampled: bool = False):
+        self.local = False  # every rank takes its own rows
         self.judged: Judge | None = None  # rows are weighed by the gradients of the logits
         self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
         self.replace(cells)
@@ -92,7 +93,7 @@ class Preconditioner:
             received = self.world.reduce_narrow(parcels, "statistics")
             stacks = [(key, n) for key, n in seen if self.cells[key[0]].by_rows]
             weigh = (measured.samples if reduction == "mean" else 1) / scale
-            rows = bring_rows(self.cells, self.world, [key for key, _ in stacks], measured, weigh)
+            rows = bring_rows(self.cells, self.world, [key for key, _ in stacks], measured, weigh, self.local)
         with self.timed("factor"):
             seen = [*moments, *stacks]
             taken = self._absorb([key for key, _ in moments], received, round(samples))

@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost, Curvature
+from natgrad.curvature.base import Cost
+from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature.legacy import Legacy, mean_field
 from natgrad.curvature.rows import (
     Sample,
@@ -41,12 +42,10 @@ from natgrad.layers.base import Layer, Shape
 from natgrad.linalg import damped_cholesky
 
 STORED = ("columns", "left", "right", "tokens", "short_left", "short_right", "sketched", "drawn", "mean")
-ROW_STATE = frozenset({"U", "U_inverse", *(f"U_{name}" for name in STORED)})
-"""What a cell of this curvature has in the state from its first measurement on, as large as that one made it."""
 
 
 @dataclass(frozen=True)
-class SampleSpace(Curvature):
+class SampleSpace(ByRows):
     """The Fisher of `samples` samples by their gradients. See the optimizer SENG for the arguments."""
 
     samples: int | None = None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from natgrad.cell import Cell
 from natgrad.curvature import Cost
-from natgrad.curvature.samplespace import ROW_STATE
 from natgrad.layers.loose import Loose
 
 REFERENCE_ROWS = 4096  # rows of a refresh for the cost column
@@ -60,7 +59,7 @@ def held(cell: Cell, cost: Cost) -> int:
     """How many numbers the statistics are: of rows as many as were measured, before that what columns would be."""
     if not cell.by_rows:
         return (3 if cell.staleness().looks_back > 1 else 2) * cost.numbers
-    rows = [value for name, value in cell.state().items() if name in ROW_STATE]
+    rows = [value for name, value in cell.state().items() if name in cell.row_names]
     return sum(v.numel() * v.element_size() for v in rows) // 4 or cost.numbers
 
 

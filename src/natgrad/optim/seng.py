@@ -115,6 +115,7 @@ class SENG(SecondOrder):
         if block == "network":
             self.natural = Network(self.world, lambda: self.cells, self.group_of)
         elif legacy is not None and legacy.local:
+            self.engine.local = True
             self.natural = self._averaged
 
     def _averaged(self, steps: Sequence[Step], gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature.samplespace import ROW_STATE
 from natgrad.optim.unseen import loosen
 from natgrad.parallel import Parcel
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from natgrad.optim.base import SecondOrder
 
 
-def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict]) -> None:
+def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict[str, Any]]) -> None:
     """Refuse a state of another model, or a part of one, before anything is changed."""
     if not {"state", "param_groups"} <= saved.keys():
         raise ValueError(f"not an optimizer's state_dict: it has {sorted(map(str, saved))}, not state and param_groups")
@@ -27,7 +26,6 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
             f"this optimizer of {sizes[1]}"
         )
     for parameter, mine, theirs in pairs(saved, groups, state):
-        mine = without_rows(mine)
         if was_loosened(mine, theirs):
             continue
         missing = sorted(key for key in mine if key not in theirs and key != "master")  # the weight itself will do
@@ -68,26 +66,31 @@ def exact_copies(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[Any, 
     clocks into floats. Refuses what cannot be loaded before anything is changed.
     """
     groups = optimizer.param_groups
-    check_state(saved, groups, optimizer.state)
+    fixed = without_rows(optimizer)
+    check_state(saved, groups, fixed)
     theirs = {p: saved_state for p, _, saved_state in pairs(saved, groups, optimizer.state)}
     weights = [cell.layer.parameters[0] for cell in optimizer.cells]
     never = [k for k, w in enumerate(weights) if w in theirs and was_loosened(optimizer.state[w], theirs[w])]
     if never:
         loosen(optimizer, never)
     copies = {
-        parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in without_rows(mine).items()}
-        for parameter, mine in optimizer.state.items()
+        parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in mine.items()}
+        for parameter, mine in without_rows(optimizer).items()
     }
     for cell, weight in zip(optimizer.cells, weights):
         if cell.by_rows and cell.owner == optimizer.world.rank:
-            own = {key: value for key, value in theirs[weight].items() if key in ROW_STATE}
+            own = {key: value for key, value in theirs[weight].items() if key in cell.row_names}
             copies[weight] |= {key: value.detach().to(weight.device, copy=True) for key, value in own.items()}
     return copies
 
 
-def without_rows(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state without what has the shape of the last measurement."""
-    return {key: value for key, value in state.items() if key not in ROW_STATE}
+def without_rows(optimizer: SecondOrder) -> dict[Any, dict[str, Any]]:
+    """The optimizer's state without what has the shape of the last measurement."""
+    rows: dict[Any, frozenset[str]] = {cell.layer.parameters[0]: cell.row_names for cell in optimizer.cells}
+    return {
+        parameter: {key: value for key, value in state.items() if key not in rows.get(parameter, ())}
+        for parameter, state in optimizer.state.items()
+    }
 
 
 def _like(value: Any, mine: Any) -> Any:
@@ -118,7 +121,7 @@ DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 def rows_of(optimizer: SecondOrder, whole: dict[nn.Parameter, dict[str, Any]]) -> list[Parcel]:
     """Room in `whole` for everybody's rows, whose shapes one small message tells, filled where they are."""
     cells = [cell for cell in optimizer.cells if cell.by_rows]
-    names = sorted(ROW_STATE)
+    names = sorted(cells[0].row_names) if cells else []
     forms = torch.zeros(len(cells), len(names), 6, dtype=torch.int64)
     for cell, form in zip(cells, forms):
         for name, entry in zip(names, form):

@@ -1,0 +1,26 @@
+"""What a curvature over rows of samples adds: rows become a matrix that is factored, and tensors that are kept."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from natgrad.curvature.base import Curvature
+from natgrad.curvature.rows import Sample
+from natgrad.layers.base import Shape
+
+
+class ByRows(Curvature):
+    """A curvature with one statistic of the kind Rows.
+
+    `precondition` gets the factor under the statistic's name and what was kept under the names in `stored`, and
+    "fresh" beside them if the rows were measured in this very step, on all samples.
+    """
+
+    stored: tuple[str, ...]
+
+    @abstractmethod
+    def digest(self, rows: Sample, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Sample]:
+        """The matrices [b, n, n] that `factor` takes, and what else is kept, from the rows of all ranks."""
