@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.models.base import Architecture
+from natgrad.models.resnet import check_depth
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,7 @@ class PreActResNet(Architecture):
     """Channels of each stage."""
 
     def __post_init__(self) -> None:
-        blocks, rest = divmod(self.depth - 2, 2 * len(self.widths) or 1)
-        if blocks < 1 or rest:
-            stages = len(self.widths)
-            raise ValueError(f"depth={self.depth} is not {2 * stages}n + 2 for {stages} stages; try {2 * stages + 2}")
-        if min(self.widths) < 1:
-            raise ValueError(f"widths={self.widths} has a stage without channels; every width must be positive")
+        check_depth(self.depth, self.widths)
 
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
         blocks = (self.depth - 2) // (2 * len(self.widths))

@@ -31,12 +31,7 @@ class CifarResNet(Architecture):
     """Where the shape changes: a 1x1 convolution, or free of parameters (the paper's option A)."""
 
     def __post_init__(self) -> None:
-        blocks, rest = divmod(self.depth - 2, 2 * len(self.widths) or 1)
-        if blocks < 1 or rest:
-            stages = len(self.widths)
-            raise ValueError(f"depth={self.depth} is not {2 * stages}n + 2 for {stages} stages; try {2 * stages + 2}")
-        if min(self.widths) < 1:
-            raise ValueError(f"widths={self.widths} has a stage without channels; every width must be positive")
+        check_depth(self.depth, self.widths)
         if self.shortcut == "free" and list(self.widths) != sorted(self.widths):
             raise ValueError(f'widths={self.widths} shrink, which shortcut="free" cannot follow; use shortcut="conv"')
 
@@ -102,3 +97,13 @@ def _shortcut(inputs: int, outputs: int, stride: int, kind: Shortcut) -> nn.Modu
     if kind == "free":
         return FreeShortcut(inputs, outputs, stride)
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+def check_depth(depth: int, widths: tuple[int, ...]) -> None:
+    """Raise a ValueError for a depth that its stages cannot have, or a stage without channels."""
+    blocks, rest = divmod(depth - 2, 2 * len(widths) or 1)
+    if blocks < 1 or rest:
+        stages = len(widths)
+        raise ValueError(f"depth={depth} is not {2 * stages}n + 2 for {stages} stages; try {2 * stages + 2}")
+    if min(widths) < 1:
+        raise ValueError(f"widths={widths} has a stage without channels; every width must be positive")
