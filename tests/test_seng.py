@@ -92,7 +92,7 @@ def moved(model, opt, x, y):
 
 def agree(mine, theirs):
     for name, value in theirs.items():
-        assert_close(mine[name], value, rtol=1e-9, atol=1e-10 * float(value.abs().max()), msg=name)
+        assert_close(mine[name], value, rtol=1e-10, atol=1e-10 * float(value.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("columns", ["empirical", "improved"])
