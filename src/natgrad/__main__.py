@@ -24,6 +24,7 @@ EXTRAS = {
     "datasets": "train",
     "PIL": "train",
     "matplotlib": "report",
+    "pytorch_optimizer": "bench",
 }
 
 
