@@ -4,6 +4,7 @@ from natgrad.models.base import Architecture
 from natgrad.models.mlp import Mlp
 from natgrad.models.preactivation import PreActResNet
 from natgrad.models.resnet import CifarResNet
+from natgrad.models.transformer import Transformer
 from natgrad.models.vgg import Vgg16
 
-__all__ = ["Architecture", "CifarResNet", "Mlp", "PreActResNet", "Vgg16"]
+__all__ = ["Architecture", "CifarResNet", "Mlp", "PreActResNet", "Transformer", "Vgg16"]

@@ -30,12 +30,12 @@ class Score:
 
 
 def evaluate(model: nn.Module, images: Images, world: World, chunk: int = CHUNK) -> Score:
-    """Return loss (cross-entropy) and accuracy over all images, the model in evaluation mode."""
+    """Return loss (cross-entropy) and accuracy over all images, the model in evaluation mode; of texts, over all places."""
     total = torch.zeros(3, dtype=torch.float64)
     with _mode(model, training=False), torch.no_grad():
         for index in _share(len(images), world).split(chunk):
             inputs, labels = images.batch(index)
-            logits = model(inputs).float()
+            logits, labels = model(inputs).float().flatten(0, -2), labels.flatten()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             right = (logits.argmax(dim=1) == labels).sum()
             total += torch.stack((loss.double(), right.double(), torch.ones_like(loss).double() * len(labels))).cpu()

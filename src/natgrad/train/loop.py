@@ -151,7 +151,12 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
 
 
 def loss_of(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """The summed cross entropy to labels [n] or [n, classes], of which `smoothing` goes to the other classes."""
+    """The summed cross entropy to labels [n] or [n, classes], of which `smoothing` goes to the other classes.
+
+    Labels [n, places] of an output [n, places, classes]: a sample's loss is the mean over its places.
+    """
+    if output.dim() == 3:
+        return loss_of(output.flatten(0, 1), targets.flatten(), smoothing) / output.shape[1]
     classes = output.shape[1]
     spread = smoothing * classes / max(classes - 1, 1)  # torch spreads it over all classes, the label's own too
     return F.cross_entropy(output, targets, reduction="sum", label_smoothing=min(spread, 1.0))

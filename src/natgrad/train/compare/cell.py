@@ -1,0 +1,89 @@
+"""One contender at one size of batch: tuning in rounds, then final runs, as a sequence of requests for trials.
+
+A cell is a generator: it yields the trials that it needs next, is sent their results, and returns what came of it. So
+it knows nothing of who makes the trials, in which process, or whether they were remembered. Tuned are two budgets,
+each for itself: all steps, and half of them.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from natgrad.train.compare.contenders import Contender
+from natgrad.train.compare.protocol import Plan, short
+from natgrad.train.compare.tasks import Batch
+from natgrad.train.compare.trials import Trial
+
+TUNING_SEEDS = (100, 101, 102)
+Rank = Callable[[list[list[Any]]], list[int]]
+"""The places of points, best first, by the results of their runs."""
+Cell = Generator[list[Trial], list[Any], "Outcome"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning chose for a number of steps, and all that was tried for that number."""
+
+    steps: int
+    values: dict[str, Any]
+    tried: list[Any]
+    """(values, runs) of every point."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a contender at a size of batch."""
+
+    contender: Contender
+    batch: Batch
+    tuned: list[Tuned]
+    finals: list[Any]
+
+
+def cell(contender: Contender, batch: Batch, steps: int, plan: Plan, rank: Rank, ranks: int) -> Cell:
+    """Tune a contender for both budgets, then run it with fresh seeds."""
+
+    def trials(points: list[dict[str, Any]], count: int, seeds: tuple[int, ...], final: bool = False) -> list[Trial]:
+        return [Trial(contender, point, batch, count, seed, final, ranks) for point in points for seed in seeds]
+
+    found = yield from rounds(contender, plan, steps, trials, rank)
+    tuned = []
+    for count in sorted({steps, short(steps)}, reverse=True):
+        tuned.append((yield from choose(found[count], count, plan.profile.finalists, trials, rank)))
+    seeds, finals = tuple(range(1, 1 + plan.profile.seeds)), []
+    for one in tuned:
+        finals += yield trials([one.values], one.steps, seeds, final=True)
+    return Outcome(contender, batch, tuned, finals)
+
+
+def rounds(contender: Contender, plan: Plan, steps: int, trials: Any, rank: Rank) -> Any:
+    """Try the points; return, by number of steps, the points with their runs, best first."""
+    points = contender.points(plan.profile.trials)
+    found: dict[int, list[Any]] = {}
+    for rung in plan.rungs(steps):
+        points = points[: rung.points]
+        results = yield trials(points, rung.steps, TUNING_SEEDS[:1])
+        runs = [[result] for result in results]
+        order = rank(runs)
+        found[rung.steps] = [(points[place], runs[place]) for place in order]
+        points = [points[place] for place in order] if plan.profile.halving else points
+    return found
+
+
+def choose(found: list[Any], steps: int, finalists: int, trials: Any, rank: Rank) -> Any:
+    """Try the best points again with other seeds and return the best of them."""
+    best, others = found[:finalists], TUNING_SEEDS[1:]
+    results = yield trials([point for point, _ in best], steps, others)
+    share = len(others)
+    again = [(point, runs + results[share * n : share * (n + 1)]) for n, (point, runs) in enumerate(best)]
+    order = rank([runs for _, runs in again])
+    return Tuned(steps, again[order[0]][0], again + found[finalists:])
+
+
+def count_steps(plan: Plan, steps: int) -> int:
+    """Return how many steps all of a cell's trials make."""
+    last = {rung.steps: rung.points for rung in plan.rungs(steps)}
+    tuning = sum(rung.points * rung.steps for rung in plan.rungs(steps))
+    budgets = {steps, short(steps)}
+    again = sum(min(plan.profile.finalists, last[count]) * count for count in budgets) * (len(TUNING_SEEDS) - 1)
+    return tuning + again + plan.profile.seeds * sum(budgets)

@@ -1,0 +1,193 @@
+"""What optimizers meet on: data, a network, and how many steps a batch of each size gets. One entry a task.
+
+Steps fall as batches grow, but more slowly, as a fixed number of epochs would leave nothing to compare at the largest.
+Everybody gets the same number. A size that is not listed gets steps between its neighbours', on logarithmic scales.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from natgrad.data import Cifar100, Digits, ImageFolder
+from natgrad.data.text import Charlm
+from natgrad.models import CifarResNet
+from natgrad.models.imagenet import ImageResNet
+from natgrad.models.transformer import Transformer
+from natgrad.train.compare.contenders import CONTENDERS, Contender, chosen
+from natgrad.train.compare.space import LogUniform, Space
+from natgrad.train.optimizers import Sgd
+from natgrad.train.recipe import Recipe
+
+Batch = int | Literal["full"]
+EVERYONE = tuple(contender.name for contender in CONTENDERS)
+STRONGEST = ("AdamW", "Muon", "SOAP", "SPNGD", "KFAC", "SENG-improved")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of a task's comparison is made; every number can be replaced on the command line."""
+
+    optimizers: tuple[str, ...]
+    batch: tuple[Batch, ...]
+    trials: int
+    seeds: int = 3
+    finalists: int = 2
+    halving: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem: what is trained, for how many steps at each size of batch, and by what it is judged."""
+
+    name: str
+    about: str
+    recipe: Recipe
+    """Data, network, regularisation; the optimizer, schedule, batch, steps and seed are each trial's."""
+    steps: tuple[tuple[int, int], ...]
+    """(samples in a batch, steps), rising in the samples."""
+    full: int
+    """Steps of the whole training set as one batch."""
+    targets: tuple[float, ...]
+    """Fixed values of the metric to be reached, for pictures across sizes of batch."""
+    profiles: Mapping[str, Profile]
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    """What a run is judged by on the test split."""
+    held_out: float = 1 / 6
+    """Share of the training samples on which tuning is judged."""
+    points: int = 24
+    """Places along a final run at which it is judged."""
+    spaces: Mapping[str, Space] = field(default_factory=dict)
+    """Entries of contenders' spaces that are different here, by the name of the entry."""
+
+    def steps_of(self, batch: Batch) -> int:
+        """Return how many steps a batch of this size gets."""
+        if batch == "full":
+            return self.full
+        sizes = [size for size, _ in self.steps]
+        if batch <= sizes[0] or batch >= sizes[-1]:
+            return self.steps[0 if batch <= sizes[0] else -1][1]
+        above = next(place for place, size in enumerate(sizes) if size >= batch)
+        (low, many), (high, few) = self.steps[above - 1 : above + 1]
+        share = math.log(batch / low) / math.log(high / low)
+        return round(many * (few / many) ** share)
+
+    def chosen(self, names: tuple[str, ...]) -> tuple[Contender, ...]:
+        """Return the contenders of these names, with what is different in their spaces here."""
+        changed = {name: dict(space) for name, space in self.spaces.items()}
+        return tuple(replace(one, space={**one.space, **changed.get(one.name, {})}) for one in chosen(names))
+
+    def profile(self, name: str | None) -> Profile:
+        """Return a profile by name; without one, the first."""
+        if name is None:
+            return next(iter(self.profiles.values()))
+        if name not in self.profiles:
+            raise ValueError(f"there is no profile {name!r} of {self.name}; choose {', '.join(self.profiles)}")
+        return self.profiles[name]
+
+    def located(self, path: str | None) -> "Task":
+        """Return the task with its data elsewhere."""
+        if path is None:
+            return self
+        if not hasattr(self.recipe.data, "path"):
+            raise ValueError(f"--data.path {path!r} says nothing to {self.name}, whose data are installed with python")
+        changed: Any = {"path": path}
+        return replace(self, recipe=replace(self.recipe, data=replace(self.recipe.data, **changed)))
+
+
+SMALL = CifarResNet(depth=8, widths=(16, 32, 64))
+TOKENS: Space = {"lr": LogUniform(1e-3, 0.3), "damping": LogUniform(1e-6, 1e-2)}
+"""Where a sample's loss is a mean over places, its curvature is smaller by their number, and so is what damps it."""
+
+DIGITS = Task(
+    name="digits",
+    about="scikit-learn's digits, 1,437 images of 8x8 for training, on ResNet-8",
+    recipe=Recipe(Digits(), SMALL, Sgd(), norm_samples=1024),
+    steps=((64, 128), (128, 96), (256, 64), (479, 40)),
+    full=24,
+    targets=(0.95, 0.97),
+    profiles={
+        "demo": Profile(("Nesterov", "SPNGD"), (479,), trials=24, finalists=3),
+        "full": Profile(EVERYONE, (64, 128, 256, 479, "full"), trials=12),
+    },
+)
+
+CIFAR100_SMALL = Task(
+    name="cifar100-small",
+    about="2,000 images of 10 classes of CIFAR-100, averaged to 16x16, on ResNet-8; mirrored and shifted",
+    recipe=Recipe(Cifar100(size=16, keep_classes=10, subset=2000), SMALL, Sgd(), norm_samples=1024),
+    steps=((125, 160), (500, 80)),
+    full=48,
+    targets=(0.55, 0.6, 0.65),
+    held_out=0.25,
+    points=20,
+    profiles={
+        "cpu": Profile(STRONGEST, (500, "full"), trials=12),
+        "full": Profile(EVERYONE, (500, "full"), trials=12),
+    },
+)
+
+CIFAR100 = Task(
+    name="cifar100",
+    about="CIFAR-100, 50,000 images of 32x32, on ResNet-32; mirrored and shifted",
+    recipe=Recipe(Cifar100(), CifarResNet(depth=32), Sgd(), norm_samples=4096, micro_batch=8192),
+    steps=((1024, 1500), (2048, 1000), (4096, 600), (8192, 400), (16384, 240)),
+    full=120,
+    targets=(0.4, 0.5, 0.6),
+    held_out=0.1,
+    profiles={
+        "gpu": Profile(STRONGEST, (4096, 16384, "full"), trials=12),
+        "full": Profile(EVERYONE, (1024, 2048, 4096, 8192, 16384, "full"), trials=12),
+    },
+)
+
+CHARLM = Task(
+    name="charlm",
+    about="the next character of python's help topics, windows of 64, on a transformer of two blocks of width 64",
+    recipe=Recipe(Charlm(), Transformer(), Sgd()),
+    steps=((64, 400), (256, 200), (1024, 100)),
+    full=48,
+    targets=(2.4, 2.2, 2.0),
+    metric="loss",
+    held_out=0.1,
+    points=16,
+    profiles={
+        "cpu": Profile(STRONGEST, (1024,), trials=8),
+        "full": Profile(EVERYONE, (64, 256, 1024), trials=12),
+    },
+    spaces={name: TOKENS for name in ("SPNGD", "KFAC")},
+)
+
+IMAGENET = Task(
+    name="imagenet",
+    about="ImageNet in train/CLASS and val/CLASS folders, on ResNet-50; for clusters (--ranks or torchrun)",
+    recipe=Recipe(
+        ImageFolder("data/imagenet", size=256, crop=224, in_memory=False),
+        ImageResNet(50),
+        Sgd(),
+        micro_batch=32,
+        drop_last=True,
+        label_smoothing=0.1,
+    ),
+    steps=((4096, 11000), (8192, 5500), (16384, 2800), (32768, 1700), (65536, 1100), (131072, 900)),
+    full=400,
+    targets=(0.7, 0.74, 0.75),
+    held_out=0.02,
+    profiles={"full": Profile(("Nesterov", "LARS", "SPNGD"), (32768, 131072), trials=8, seeds=1)},
+)
+
+
+def tasks() -> dict[str, Task]:
+    """Return all tasks by name."""
+    return {task.name: task for task in (DIGITS, CIFAR100_SMALL, CIFAR100, CHARLM, IMAGENET)}
+
+
+def find_task(name: str) -> Task:
+    """Return a task; raise ValueError with near misses."""
+    known = tasks()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}"
+        raise ValueError(f"there is no task {name!r}; {hint}")
+    return known[name]
