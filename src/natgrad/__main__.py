@@ -88,17 +88,20 @@ def train(arguments: list[str]) -> int:
 def compare(arguments: list[str]) -> int:
     """Tune and train every contender of a task at equal budgets."""
     from natgrad.train.arguments import parse
-    from natgrad.train.compare import run
+    from natgrad.train.compare.protocol import Protocol, check
+    from natgrad.train.compare.run import run
+    from natgrad.train.compare.tasks import find_task, tasks
     from natgrad.train.launch import spread
-    from natgrad.train.protocol import Protocol, check
-    from natgrad.train.tasks import find_task, tasks
 
     if no_name(arguments):
-        lines = [f"  {task.name:<12} {task.about}" for task in tasks().values()]
-        return show("natgrad compare TASK [--field value ...]; the tasks:\n", lines, arguments)
+        lines = [f"  {task.name:<15} {task.about} ({', '.join(task.profiles)})" for task in tasks().values()]
+        return show(
+            "natgrad compare TASK [--profile NAME] [--field value ...]; tasks and profiles:\n", lines, arguments
+        )
     name, *rest = arguments
     task = find_task(name)
     protocol = parse(Protocol(), f"natgrad compare {name}", task.about, rest)
+    task = task.located(protocol.data.path)
     return spread(
         ["compare", *arguments],
         protocol.ranks,

@@ -1,8 +1,8 @@
 """A small causal transformer of characters (Vaswani et al. 2017; norms before each part, as GPT-2 has them).
 
-    x <- embedding of the character + embedding of its place
-    x <- x + attention(norm(x)),  x <- x + mlp(norm(x))     once a block
-    logits = head(norm(x))
+x <- embedding of the character + embedding of its place
+x <- x + attention(norm(x)),  x <- x + mlp(norm(x))     once a block
+logits = head(norm(x))
 """
 
 from dataclasses import dataclass
@@ -78,6 +78,8 @@ class Block(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         """Each place looks at itself and at those before it."""
         n, places, width = x.shape
-        parts = (layer(x).view(n, places, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        parts = (
+            layer(x).view(n, places, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         seen = F.scaled_dot_product_attention(*parts, is_causal=True)
         return self.out(seen.transpose(1, 2).reshape(n, places, width))

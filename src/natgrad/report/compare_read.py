@@ -159,9 +159,7 @@ def comparison_of(results: dict[str, Any]) -> Comparison:
     plan = results["plan"]
     lines = [_line(cell, budget) for cell in results["cells"] for budget in cell["budgets"]]
     task = plan["task"]
-    return Comparison(
-        task["name"], results["about"], task["metric"], plan["targets"], plan, results["machine"], lines
-    )
+    return Comparison(task["name"], results["about"], task["metric"], plan["targets"], plan, results["machine"], lines)
 
 
 def _line(cell: dict[str, Any], budget: dict[str, Any]) -> Line:

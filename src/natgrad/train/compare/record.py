@@ -58,7 +58,9 @@ def final_values(run: Any) -> dict[str, Any]:
         "seed": run["seed"],
         "diverged": run["diverged"],
         "train_loss": rounded(run["train_loss"]),
-        "points": [[e["step"], *(rounded(e[name]) for name in ("elapsed", "accuracy", "loss"))] for e in run["evaluations"]],
+        "points": [
+            [e["step"], *(rounded(e[name]) for name in ("elapsed", "accuracy", "loss"))] for e in run["evaluations"]
+        ],
         "losses": [rounded(step["loss"], 4) for step in steps],
         "step_seconds": rounded(median(step["seconds"] for step in steps)) if steps else None,
         "stages": means(step["stages"] for step in steps[1:] or steps),

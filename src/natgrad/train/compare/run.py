@@ -120,7 +120,9 @@ class Work:
         for one in outcome.tuned:
             runs = [final for final in outcome.finals if final["budget"] == one.steps and final["evaluations"]]
             ends[one.steps] = median([final["evaluations"][-1][metric] for final in runs]) if runs else None
-        said = ", ".join(f"{'diverged' if end is None else f'{end:.4f}'} in {steps} steps" for steps, end in ends.items())
+        said = ", ".join(
+            f"{'diverged' if end is None else f'{end:.4f}'} in {steps} steps" for steps, end in ends.items()
+        )
         self.say(f"batch {outcome.batch}, {outcome.contender.name}: {metric} {said}")
 
     def say(self, text: str) -> None:

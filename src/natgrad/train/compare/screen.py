@@ -18,7 +18,12 @@ class Screen:
         self.began = self.told = time.monotonic()
         self.bar: Progress | None = None
         if self.console.is_terminal:
-            columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn(title),
+                BarColumn(),
+                TextColumn("{task.percentage:.0f} %"),
+                TextColumn("{task.fields[note]}"),
+            )
             times = (TimeElapsedColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, *times, console=self.console, transient=True)
             self.bar.start()

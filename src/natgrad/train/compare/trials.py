@@ -119,7 +119,10 @@ def diverged(told: list[dict[str, Any]]) -> bool:
 def step_values(step: Step) -> dict[str, Any]:
     """Return what the report needs of a step."""
     values = {"step": step.step, "loss": finite(step.loss), "seconds": step.seconds, "stages": step.stages}
-    return {**values, **{name: step.second_order[name] for name in ("refreshed", "traffic") if name in step.second_order}}
+    return {
+        **values,
+        **{name: step.second_order[name] for name in ("refreshed", "traffic") if name in step.second_order},
+    }
 
 
 def judge(job: Job) -> dict[str, float | None]:

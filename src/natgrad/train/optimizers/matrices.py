@@ -173,4 +173,3 @@ class Soap(Settings):
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
-
