@@ -6,11 +6,12 @@ do not overlap, so what is held out shares no character with what is learned fro
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from natgrad.data.images import Images, Source, Splits
+from natgrad.data.images import Source, Splits
 
 TEST = 10
 """Every tenth topic is for the test."""
@@ -49,9 +50,6 @@ class Texts:
         return windows[:, :-1], windows[:, 1:]
 
 
-Samples = Images | Texts
-
-
 @dataclass(frozen=True)
 class Charlm(Source):
     """The help topics of python (pydoc_data.topics), character by character; characters that are rare are one."""
@@ -77,7 +75,8 @@ class Charlm(Source):
     def load(self) -> Splits:
         train, test = topics()
         order = frequent(train, self.alphabet)
-        return Splits(*(Texts(windows(text, order, self.places), self.alphabet) for text in (train, test)))
+        made: list[Any] = [Texts(windows(text, order, self.places), self.alphabet) for text in (train, test)]
+        return Splits(*made)
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from natgrad.report import compare_curves as curves
 from natgrad.report import compare_plots as plots
 from natgrad.report.compare_read import KINDS, Comparison
 from natgrad.report.compare_table import KIND_WORDS, at_edges, findings, headings, rows, verdicts
@@ -60,10 +61,10 @@ def _size(results: Comparison, batch: str, first: bool) -> str:
     """All about one size of batch; only the largest is open at first."""
     body = (
         _table(results, batch)
-        + _figure(plots.curves(results, batch), f"Test {results.metric} at batch {batch}", CURVES)
-        + f'<div class="pair">{_figure(plots.losses(results, batch), "Training loss")}'
-        + f"{_figure(plots.stages(results, batch), 'Stages of a step')}</div>"
-        + _figure(plots.tuning(results, batch), "What tuning tried")
+        + _figure(curves.curves(results, batch), f"Test {results.metric} at batch {batch}", CURVES)
+        + f'<div class="pair">{_figure(curves.losses(results, batch), "Training loss")}'
+        + f"{_figure(curves.stages(results, batch), 'Stages of a step')}</div>"
+        + _figure(curves.tuning(results, batch), "What tuning tried")
     )
     title = f"Batch {batch}: {results.samples(batch)} samples, {results.full(batch)} steps"
     return f"<details{' open' if first else ''}><summary>{escape(title)}</summary>{body}</details>"
@@ -92,7 +93,7 @@ def _verdicts(results: Comparison) -> str:
     )
     lines = []
     for verdict in verdicts(results):
-        best = [" ".join(verdict.best.get(kind, ("-", ""))) for kind in KINDS]
+        best = [" ".join(verdict.best.get(kind, "-")).strip() for kind in KINDS]
         measure = MEASURES[verdict.measure].format(metric=results.metric)
         ahead = " and ".join(KIND_WORDS[kind] for kind in verdict.winner.split(" and ")) if verdict.winner else "nobody"
         cells = "".join(f"<td>{escape(text)}</td>" for text in (verdict.batch, measure, *best, ahead))

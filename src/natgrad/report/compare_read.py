@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 KINDS = ("first-order", "matrix", "natgrad")
@@ -117,9 +117,11 @@ class Comparison:
         return line.end(self.column) if line else None
 
     def reach(self, line: Line, target: float | None) -> tuple[float, float]:
-        """Median over seeds of the step and the second at which the target is first reached; infinite where never."""
+        """Median over seeds (of an even number the lower) of the step and the second at which the target is first
+        reached; infinite where most never reach it.
+        """
         found = [self._first(run, target) for run in line.finals]
-        return median(step for step, _ in found), median(second for _, second in found)
+        return median_low(step for step, _ in found), median_low(second for _, second in found)
 
     def fewest(self, batch: str, name: str, target: float | None) -> tuple[float, float]:
         """Fewest steps and least seconds to the target, over the budgets, each by itself."""
@@ -163,12 +165,7 @@ def comparison_of(results: dict[str, Any]) -> Comparison:
 
 
 def _line(cell: dict[str, Any], budget: dict[str, Any]) -> Line:
-    finals = [
-        Final(
-            **{name: run[name] for name in Final.__dataclass_fields__},
-        )
-        for run in budget["finals"]
-    ]
+    finals = [Final(**{name: run[name] for name in Final.__dataclass_fields__}) for run in budget["finals"]]
     given = {name: budget[name] for name in ("steps", "values", "at_edge", "tried")}
     held = {name: cell[name] for name in ("kind", "samples", "of")}
     return Line(name=cell["contender"], batch=str(cell["batch"]), finals=finals, **held, **given)

@@ -8,6 +8,7 @@ from statistics import median
 from natgrad.report.compare_read import KINDS, Comparison, Line
 
 KIND_WORDS = {"first-order": "first-order", "matrix": "Muon, Shampoo, SOAP", "natgrad": "natgrad"}
+OF_KIND = {"first-order": "the first-order ones", "matrix": "Muon, Shampoo and SOAP", "natgrad": "natgrad's"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,19 @@ HEADINGS = (
     "train loss",
     "ms a step",
 )
+
+
+NARROW = (
+    "\noptimizer",
+    "{metric},\nall steps",
+    "\nhalf of them",
+    "steps\nto goal",
+    "share\nof all",
+    "seconds\nto goal",
+    "train\nloss",
+    "ms a\nstep",
+)
+"""The headings for a terminal of 80 letters, where ranges have a line of their own."""
 
 
 def headings(results: Comparison) -> list[str]:
@@ -139,7 +153,7 @@ def _verdict(
             continue
         name = min(of_kind, key=lambda one: of_kind[one])
         least[kind] = of_kind[name]
-        best[kind] = (name, text(least[kind])) if math.isfinite(least[kind]) else ("none", "never")
+        best[kind] = (name, text(least[kind])) if math.isfinite(least[kind]) else ("never", "")
     lowest = min(least.values(), default=math.inf)
     winners = [kind for kind, value in least.items() if value == lowest] if math.isfinite(lowest) else []
     return Verdict(batch, measure, best, " and ".join(winners))
@@ -153,11 +167,8 @@ def findings(results: Comparison) -> list[str]:
         if line is None:
             continue
         where = f"Batch {batch}" + (f" ({results.samples(batch)} samples)" if batch == "full" else "")
-        own = results.fewest(batch, line.name, goal)
-        said.append(
-            f"{where}: {line.name}, the best tuned first-order optimizer, ends at {results.text(goal)} after {line.steps} "
-            f"steps (the goal; it first gets there after {own[0]:g} steps, {own[1]:.1f} s)."
-        )
+        best = f"{where}: {line.name}, the best tuned first-order optimizer, ends at {results.text(goal)}"
+        said.append(f"{best} after {line.steps} steps (the goal). {_reaching(results, batch, 'first-order')[0]}")
         said += _reaching(results, batch, "natgrad") + _reaching(results, batch, "matrix")
     return said + losses(results)
 
@@ -171,9 +182,11 @@ def _reaching(results: Comparison, batch: str, kind: str) -> list[str]:
     name = min(names, key=lambda one: reached[one])
     steps, seconds = reached[name]
     if not math.isfinite(steps):
-        return [f"Of {KIND_WORDS[kind]} none reaches it."]
+        return [f"Of {OF_KIND[kind]} none gets there."]
     share = steps / results.full(batch)
-    return [f"Of {KIND_WORDS[kind]} {name} is first, after {steps:g} steps ({share:.2f} of them) and {seconds:.1f} s."]
+    return [
+        f"Of {OF_KIND[kind]} {name} is there first, after {steps:g} steps ({share:.2f} of them) and {seconds:.1f} s."
+    ]
 
 
 MEASURES = {"end": "in {metric} after all steps", "steps": "in steps to the goal", "seconds": "in seconds to the goal"}
@@ -188,7 +201,7 @@ def losses(results: Comparison) -> list[str]:
         kind = verdict.winner.split(" and ")[0]
         (other, theirs), (name, ours) = verdict.best[kind], verdict.best["natgrad"]
         what = MEASURES[verdict.measure].format(metric=results.metric)
-        said.append(f"Lost at batch {verdict.batch} {what}: {other} {theirs}, {name} {ours}.")
+        said.append(f"Behind at batch {verdict.batch} {what}: {other} {theirs}, natgrad's {name} {ours}".rstrip() + ".")
     return said
 
 

@@ -1,7 +1,7 @@
 """A comparison's tables on a terminal."""
 
 from natgrad.report.compare_read import Comparison
-from natgrad.report.compare_table import at_edges, findings, headings, rows, verdicts
+from natgrad.report.compare_table import NARROW, at_edges, findings, rows, verdicts
 
 
 def show(results: Comparison) -> None:
@@ -15,8 +15,10 @@ def show(results: Comparison) -> None:
         steps, goal = results.full(batch), results.text(results.goal(batch))
         title = f"{results.name}, batch {batch}, {steps} and {results.at(batch)[-1].steps} steps; goal {goal}"
         printed = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for place, heading in enumerate(headings(results)):
-            printed.add_column(heading, justify="left" if place == 0 else "right", no_wrap=place != 0)
+        for place, heading in enumerate(NARROW):
+            printed.add_column(
+                heading.format(metric=results.metric), justify="right" if place else "left", no_wrap=True
+            )
         for row in rows(results, batch):
             printed.add_row(*(cell.replace(" (", "\n(") for cell in row.cells()))
         console.print(printed)
@@ -24,7 +26,7 @@ def show(results: Comparison) -> None:
     for heading in ("batch", "by", "first-order", "matrix", "natgrad", "winner"):
         printed.add_column(heading)
     for verdict in verdicts(results):
-        best = [" ".join(verdict.best.get(kind, ("-", ""))) for kind in ("first-order", "matrix", "natgrad")]
+        best = [" ".join(verdict.best.get(kind, "-")).strip() for kind in ("first-order", "matrix", "natgrad")]
         printed.add_row(verdict.batch, verdict.measure, *best, verdict.winner or "nobody")
     console.print(printed)
     for sentence in findings(results):

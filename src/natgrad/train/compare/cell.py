@@ -14,7 +14,7 @@ from natgrad.train.compare.protocol import Plan, short
 from natgrad.train.compare.tasks import Batch
 from natgrad.train.compare.trials import Trial
 
-TUNING_SEEDS = (100, 101, 102)
+TUNING_SEEDS = (100, 101)
 Rank = Callable[[list[list[Any]]], list[int]]
 """The places of points, best first, by the results of their runs."""
 Cell = Generator[list[Trial], list[Any], "Outcome"]
@@ -73,6 +73,8 @@ def rounds(contender: Contender, plan: Plan, steps: int, trials: Any, rank: Rank
 def choose(found: list[Any], steps: int, finalists: int, trials: Any, rank: Rank) -> Any:
     """Try the best points again with other seeds and return the best of them."""
     best, others = found[:finalists], TUNING_SEEDS[1:]
+    if len(best) == 1:
+        return Tuned(steps, best[0][0], found)
     results = yield trials([point for point, _ in best], steps, others)
     share = len(others)
     again = [(point, runs + results[share * n : share * (n + 1)]) for n, (point, runs) in enumerate(best)]
@@ -85,5 +87,6 @@ def count_steps(plan: Plan, steps: int) -> int:
     last = {rung.steps: rung.points for rung in plan.rungs(steps)}
     tuning = sum(rung.points * rung.steps for rung in plan.rungs(steps))
     budgets = {steps, short(steps)}
-    again = sum(min(plan.profile.finalists, last[count]) * count for count in budgets) * (len(TUNING_SEEDS) - 1)
+    best = {count: min(plan.profile.finalists, last[count]) for count in budgets}
+    again = sum(best[count] * count for count in budgets if best[count] > 1) * (len(TUNING_SEEDS) - 1)
     return tuning + again + plan.profile.seeds * sum(budgets)

@@ -42,7 +42,7 @@ class Protocol:
     seeds: int | None = None
     """Fresh seeds for the final runs."""
     finalists: int | None = None
-    """The best points, which are tried with two more seeds before one is chosen."""
+    """The best points, which are tried with one more seed before one is chosen; 1: the best is chosen at once."""
     halving: bool | None = None
     """Try all points at a quarter of the steps, the best half at half of them, the best quarter at all."""
     steps: int | None = None

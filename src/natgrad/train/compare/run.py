@@ -16,11 +16,12 @@ from natgrad.report import write
 from natgrad.report.compare_read import read_comparison
 from natgrad.report.compare_terminal import show
 from natgrad.train import machine
-from natgrad.train.compare.cell import Outcome, cell, count_steps
+from natgrad.train.compare.cell import Cell, Outcome, cell, count_steps
+from natgrad.train.compare.contenders import Contender
 from natgrad.train.compare.protocol import Plan, Protocol, check_folder, plan_of, plan_values, steps_of
 from natgrad.train.compare.record import results_of
 from natgrad.train.compare.screen import Screen
-from natgrad.train.compare.tasks import Task
+from natgrad.train.compare.tasks import Batch, Task
 from natgrad.train.compare.trials import Trial, agree, merit, remember, remembered
 from natgrad.train.compare.work import Bench, Here, Maker, Workers, drive
 from natgrad.train.log import forget, write_json
@@ -68,12 +69,12 @@ class Work:
             self.maker = Here(Bench(task, protocol.device, world), stop)
         self.outcomes: list[Outcome] = []
         contenders, sizes = task.chosen(plan.profile.optimizers), plan.profile.batch
-        self.pairs = [(contender, batch) for batch in sizes for contender in contenders]
+        self.pairs: list[tuple[Contender, Batch]] = [(one, batch) for batch in sizes for one in contenders]
         total = len(contenders) * sum(count_steps(plan, self.steps(batch)) for batch in sizes)
         self.screen = Screen(f"compare {task.name}", total) if world.rank == 0 else None
         self.say(f"{len(self.pairs)} pairs of optimizer and batch, {total} steps in all; results in {plan.folder}")
 
-    def steps(self, batch: Any) -> int:
+    def steps(self, batch: Batch) -> int:
         """The full budget at a size of batch."""
         return steps_of(self.task, self.protocol, batch)
 
@@ -81,7 +82,7 @@ class Work:
         """Whether to stop between trials. In this process a trial itself looks, and all ranks stop in its same step."""
         return self.protocol.workers > 1 and self.stop()
 
-    def cells(self) -> list[Any]:
+    def cells(self) -> list[Cell]:
         """All pairs of contender and batch."""
         ranks = self.world.size
         return [cell(one, batch, self.steps(batch), self.plan, self.order, ranks) for one, batch in self.pairs]

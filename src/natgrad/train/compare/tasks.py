@@ -59,7 +59,9 @@ class Task:
     points: int = 24
     """Places along a final run at which it is judged."""
     spaces: Mapping[str, Space] = field(default_factory=dict)
-    """Entries of contenders' spaces that are different here, by the name of the entry."""
+    """What is different here in contenders' spaces, by the contender's name."""
+    firsts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What is different in their first points."""
 
     def steps_of(self, batch: Batch) -> int:
         """Return how many steps a batch of this size gets."""
@@ -75,8 +77,14 @@ class Task:
 
     def chosen(self, names: tuple[str, ...]) -> tuple[Contender, ...]:
         """Return the contenders of these names, with what is different in their spaces here."""
-        changed = {name: dict(space) for name, space in self.spaces.items()}
-        return tuple(replace(one, space={**one.space, **changed.get(one.name, {})}) for one in chosen(names))
+        return tuple(
+            replace(
+                one,
+                space={**one.space, **self.spaces.get(one.name, {})},
+                first={**one.first, **self.firsts.get(one.name, {})},
+            )
+            for one in chosen(names)
+        )
 
     def profile(self, name: str | None) -> Profile:
         """Return a profile by name; without one, the first."""
@@ -97,19 +105,19 @@ class Task:
 
 
 SMALL = CifarResNet(depth=8, widths=(16, 32, 64))
-TOKENS: Space = {"lr": LogUniform(1e-3, 0.3), "damping": LogUniform(1e-6, 1e-2)}
-"""Where a sample's loss is a mean over places, its curvature is smaller by their number, and so is what damps it."""
+TOKENS: Space = {"lr": LogUniform(3e-4, 0.03), "damping": LogUniform(1e-5, 1e-2)}
+"""Where a sample's loss is a mean over places, its curvature is smaller by their number, and so are lr and damping."""
 
 DIGITS = Task(
     name="digits",
     about="scikit-learn's digits, 1,437 images of 8x8 for training, on ResNet-8",
     recipe=Recipe(Digits(), SMALL, Sgd(), norm_samples=1024),
-    steps=((64, 128), (128, 96), (256, 64), (479, 40)),
-    full=24,
+    steps=((64, 96), (128, 72), (256, 48), (479, 32)),
+    full=20,
     targets=(0.95, 0.97),
     profiles={
         "demo": Profile(("Nesterov", "SPNGD"), (479,), trials=24, finalists=3),
-        "full": Profile(EVERYONE, (64, 128, 256, 479, "full"), trials=12),
+        "full": Profile(EVERYONE, (64, 128, 256, 479, "full"), trials=10),
     },
 )
 
@@ -156,7 +164,8 @@ CHARLM = Task(
         "cpu": Profile(STRONGEST, (1024,), trials=8),
         "full": Profile(EVERYONE, (64, 256, 1024), trials=12),
     },
-    spaces={name: TOKENS for name in ("SPNGD", "KFAC")},
+    spaces=dict.fromkeys(("SPNGD", "KFAC"), TOKENS),
+    firsts=dict.fromkeys(("SPNGD", "KFAC"), {"lr": 3e-3, "damping": 1e-3}),
 )
 
 IMAGENET = Task(
