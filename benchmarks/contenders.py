@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from grid import Contender
+
 from natgrad.train.optimizers import AdamW, KFac, Sgd, SpNgd
 from natgrad.train.optimizers.curved import LENGTHS
-from natgrad.train.tasks import Contender
 
 DAMPINGS = (1e-4, 1e-3, 1e-2)
 BEST: tuple[Any, bool] = ("predicted_change", False)  # tried further, and as K-FAC

@@ -16,10 +16,10 @@ from statistics import fmean
 from typing import Any
 
 from contenders import contenders
+from grid import Contender
 from study import Study, main, merit
 
 from natgrad.train.optimizers import SpNgd
-from natgrad.train.tasks import Contender
 
 EARLY, LATE, FRESH = 100, 101, (1, 2, 3)  # seeds
 FINALISTS, WIDER = 3, 3

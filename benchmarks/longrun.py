@@ -14,10 +14,10 @@ from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
+from grid import Contender
 from study import Study, main, merit
 
 from natgrad.train.optimizers import SpNgd
-from natgrad.train.tasks import Contender
 
 EARLY, FRESH = 100, (1, 2, 3, 4, 5)  # seeds
 STEPS = {"digits": 200, "cifar100-small": 80}

@@ -31,11 +31,11 @@ from natgrad.data.augment import flip, pad_crop
 from natgrad.models import CifarResNet
 from natgrad.parallel import World
 from natgrad.train import machine
+from natgrad.train.compare.trials import finite
 from natgrad.train.log import write_json
 from natgrad.train.loop import Job, prepare, steps
 from natgrad.train.optimizers import Settings
 from natgrad.train.recipe import Recipe, described
-from natgrad.train.trials import finite
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES, LEARN, VALIDATE = 10, 150, 100  # of CIFAR-100's: the first labels, and images of each

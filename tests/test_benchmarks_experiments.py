@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from natgrad.train.optimizers import Sgd
-from natgrad.train.tasks import Contender
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import lengths
 import longrun
 import study
+from grid import Contender
 
 GRID = Contender("SGD", Sgd(), {"lr": (0.03, 0.1, 0.3, 1.0), "momentum": (0.8, 0.9, 0.95)})
 

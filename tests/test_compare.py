@@ -1,9 +1,8 @@
-"""The comparison: equal budgets, choice on held-out images, taking up again, and what is refused."""
+"""The comparison: equal budgets, choice on held-out samples, taking up again, workers, ranks, and what is refused."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import torch
@@ -11,101 +10,147 @@ import torch
 from natgrad.data import Digits
 from natgrad.models import Mlp
 from natgrad.parallel import World, run_threads
-from natgrad.train import compare, trials
-from natgrad.train.optimizers import Sgd, SpNgd
-from natgrad.train.protocol import Protocol, check, plan_of
-from natgrad.train.tasks import Contender, Task, find_task, tasks
-from natgrad.train.trials import Trial, agree, ranking
+from natgrad.train.compare import protocol as rules
+from natgrad.train.compare import run as carry
+from natgrad.train.compare import trials, work
+from natgrad.train.compare.protocol import Protocol, check, plan_of
+from natgrad.train.compare.tasks import Profile, Task, find_task, tasks
+from natgrad.train.compare.trials import Trial, agree, diverged, judged_at, run_trial
+from natgrad.train.optimizers import Sgd
+from natgrad.train.recipe import Recipe
 
-FIRST = Contender("SGD", Sgd(), {"lr": (0.01, 0.1, 1.0), "momentum": (0.0, 0.9)})
-SECOND = Contender("SP-NGD", SpNgd(), {"lr": (0.01, 0.1), "damping": (1e-3, 1e-2, 1e-1)})
-TASK = Task("tiny", "a test", Digits(), Mlp((16,)), (FIRST, SECOND), steps=4, batch_share=1 / 3)
-PROTOCOL = Protocol(trials=3, finalists=2, seeds=2)
+SMALL = Profile(("Nesterov", "KFAC"), (100, "full"), trials=4, seeds=2, finalists=1)
+TASK = Task(
+    "tiny",
+    "a test",
+    Recipe(Digits(), Mlp((16,)), Sgd()),
+    steps=((100, 8), (400, 4)),
+    full=4,
+    targets=(0.5,),
+    profiles={"small": SMALL},
+    points=4,
+)
+
+
+def made_in(folder, **changes):
+    protocol = Protocol(out=str(folder), **changes)
+    check(TASK, protocol)
+    status = carry.run(TASK, protocol, World())
+    return status, json.loads((folder / "results.json").read_text()) if status == "finished" else None
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    protocol = replace(PROTOCOL, out=str(tmp_path_factory.mktemp("made") / "out"))
-    check(TASK, protocol)
-    assert compare.run(TASK, protocol, World()) == "finished"
-    return protocol, json.loads((Path(protocol.out or "") / "results.json").read_text())
+    folder = tmp_path_factory.mktemp("made") / "out"
+    status, results = made_in(folder)
+    assert status == "finished"
+    return folder, results
 
 
-def test_everyone_gets_the_same_number_of_trials_steps_and_seeds(made):
+def test_everyone_gets_the_same_trials_steps_and_seeds_at_every_size_of_batch(made):
     _, results = made
-    assert [len(entry["trials"]) for entry in results["tuned"]] == [3 + 2 * 2, 3 + 2 * 2]
-    budgets = {(run["contender"], run["budget"], run["seed"]) for run in results["finals"]}
-    assert budgets == {(name, steps, seed) for name in ("SGD", "SP-NGD") for steps in (4, 2) for seed in (1, 2)}
-    assert {len(run["steps"]) == run["budget"] for run in results["finals"]} == {True}
-    assert {run["batch"] for run in results["finals"]} == {479}
+    cells = {(cell["contender"], cell["batch"]): cell for cell in results["cells"]}
+    assert set(cells) == {(name, batch) for name in ("Nesterov", "KFAC") for batch in (100, "full")}
+    for (_, batch), cell in cells.items():
+        steps = 8 if batch == 100 else 4
+        assert [budget["steps"] for budget in cell["budgets"]] == [steps, steps // 2]
+        assert [len(budget["tried"]) for budget in cell["budgets"]] == [1, 2]
+        assert cell["samples"] == (100 if batch == 100 else 1437)
+        for budget in cell["budgets"]:
+            assert [run["seed"] for run in budget["finals"]] == [1, 2]
+            assert {len(run["losses"]) for run in budget["finals"]} == {budget["steps"]}
 
 
-def test_what_tuning_chose_is_its_best_and_is_what_was_run(made):
+def test_final_runs_are_judged_along_the_way_and_record_their_code(made):
     _, results = made
-    for entry in results["tuned"]:
-        by_point = {}
-        for trial in entry["trials"]:
-            by_point.setdefault(json.dumps(trial["values"]), []).append(trial)
-        assert sorted(len(seen) for seen in by_point.values()) == [1, 3, 3]
-        first = {point: (seen[0]["accuracy"], -seen[0]["loss"]) for point, seen in by_point.items()}
-        assert min(first, key=lambda point: first[point]) == next(p for p, seen in by_point.items() if len(seen) == 1)
-        finalists = {point: fmean(t["accuracy"] for t in seen) for point, seen in by_point.items() if len(seen) == 3}
-        assert finalists[json.dumps(entry["values"])] == max(finalists.values())
-        runs = [run for run in results["finals"] if run["contender"] == entry["name"]]
-        assert all(run["values"] == entry["values"] for run in runs)
-
-
-def test_final_runs_are_judged_after_every_step(made):
-    _, results = made
-    for run in results["finals"]:
-        assert [point["step"] for point in run["evaluations"]] == list(range(1, run["budget"] + 1))
-        assert all({"accuracy", "loss", "train_loss", "elapsed"} <= set(point) for point in run["evaluations"])
-        assert run["steps"][0]["lr"] == pytest.approx(run["values"]["lr"])
+    for cell in results["cells"]:
+        budget = cell["budgets"][0]
+        points = budget["finals"][0]["points"]
+        assert [point[0] for point in points] == sorted(judged_at(budget["steps"], 4))
+        assert points[-1][0] == budget["steps"]
+        assert all(0 <= accuracy <= 1 for _, _, accuracy, _ in points)
+        assert budget["finals"][0]["made_by"] == rules.made_by()
+        assert budget["finals"][0]["train_loss"] > 0
 
 
 def test_a_finished_comparison_is_taken_from_its_files(made, monkeypatch):
-    protocol, results = made
-    monkeypatch.setattr(compare, "run_trial", None)
-    check(TASK, protocol)
-    assert compare.run(TASK, protocol, World()) == "finished"
-    again = json.loads((Path(protocol.out) / "results.json").read_text())
-    assert again["finals"] == results["finals"]
+    folder, results = made
+    monkeypatch.setattr(work, "run_trial", None)
+    assert made_in(folder)[1]["cells"] == results["cells"]
+
+
+def test_more_optimizers_and_seeds_take_what_is_there(made, monkeypatch, tmp_path):
+    folder, _ = made
+    asked = []
+
+    def counted(trial, *others):
+        asked.append(trial)
+        return run_trial(trial, *others)
+
+    monkeypatch.setattr(work, "run_trial", counted)
+    _, more = made_in(folder, seeds=3, optimizers=("SGD", "Nesterov"))
+    known = [trial for trial in asked if trial.contender.name == "Nesterov"]
+    assert {(trial.final, trial.seed) for trial in known} == {(True, 3)}
+    assert {cell["contender"] for cell in more["cells"]} == {"SGD", "Nesterov"}
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
-    protocol = replace(PROTOCOL, out=str(tmp_path / "out"), seeds=1)
-    made = []
-    run_trial = trials.run_trial
+    count = []
 
-    def interrupted(trial, recipe, splits, world, stop, tick):
-        if len(made) == 4:
-            stop.asked = True
-        made.append(trial)
-        return run_trial(trial, recipe, splits, world, stop, tick)
+    def interrupted(trial, task, splits, world, stop, tick):
+        count.append(trial)
+        return None if len(count) == 6 else run_trial(trial, task, splits, world, stop, tick)
 
-    monkeypatch.setattr(compare, "run_trial", interrupted)
-    assert compare.run(TASK, protocol, World()) == "interrupted"
-    assert not (tmp_path / "out/results.json").exists()
-    kept = {path.name for path in (tmp_path / "out/trials").iterdir()}
-    assert len(kept) == 4
-    made.append(None)  # no more interruptions
-    assert compare.run(TASK, protocol, World()) == "finished"
-    assert len(made) == 6 + (7 + 7 + 4 - 4)
+    monkeypatch.setattr(work, "run_trial", interrupted)
+    small = {"optimizers": ("Nesterov",), "batch": (100,)}
+    assert made_in(tmp_path, **small)[0] == "interrupted"
+    assert not (tmp_path / "results.json").exists()
+    assert len(list((tmp_path / "trials").iterdir())) == 5
+    assert made_in(tmp_path, **small)[0] == "finished"
+    assert len(count) == 1 + (4 + 2 + 1) + 4
+
+
+def test_a_file_that_was_half_written_is_made_anew(tmp_path):
+    small = {"optimizers": ("Nesterov",), "batch": (100,), "trials": 1, "seeds": 1}
+    made_in(tmp_path, **small)
+    path = next((tmp_path / "trials").glob("final-*"))
+    path.write_text("{")
+    assert made_in(tmp_path, **small)[0] == "finished"
+    assert json.loads(path.read_text())["final"]
+
+
+@pytest.mark.slow
+def test_workers_make_what_one_process_makes(made, tmp_path):
+    folder, results = made
+    status, others = made_in(tmp_path / "out", workers=2)
+    assert status == "finished"
+
+    def ends(some):
+        return [
+            (cell["contender"], cell["batch"], budget["values"], run["seed"], [p[2:] for p in run["points"]])
+            for cell in some["cells"]
+            for budget in cell["budgets"]
+            for run in budget["finals"]
+        ]
+
+    for mine, theirs in zip(ends(results), ends(others)):
+        assert mine[:4] == theirs[:4]
+        assert torch.tensor(mine[4]).allclose(torch.tensor(theirs[4]), atol=2e-3)
 
 
 def test_two_ranks_choose_alike(tmp_path):
-    protocol = replace(PROTOCOL, trials=2, seeds=1, out=str(tmp_path / "out"))
+    protocol = Protocol(out=str(tmp_path / "out"), batch=(100,), trials=2, seeds=1)
 
-    def work(world):
-        splits = TASK.data.load()
-        if world.rank == 0:
-            compare.open_folder(Path(protocol.out or ""), {}, overwrite=False)
-        tuned = compare.tune(compare.Work(TASK, protocol, world, splits, compare.Stop()))
-        return [chosen.values for chosen in tuned or []]
+    def made_by_rank(world):
+        chosen = []
+        plan = plan_of(TASK, protocol)
+        one = carry.Work(TASK, protocol, plan, world, carry.Stop())
+        assert work.drive(one.cells(), one.make, one.stopped, lambda outcome: chosen.append(outcome))
+        return [(outcome.contender.name, [tuned.values for tuned in outcome.tuned]) for outcome in chosen]
 
-    first, second = run_threads(2, work)
+    first, second = run_threads(2, made_by_rank)
     assert first == second
-    assert len(first) == 2
+    assert [name for name, _ in first] == ["Nesterov", "KFAC"]
 
 
 def test_ranks_agree_on_what_rank_0_says():
@@ -113,82 +158,101 @@ def test_ranks_agree_on_what_rank_0_says():
     assert said == [[5, 0]] * 3
 
 
-def test_the_best_has_the_lowest_mean_loss_on_the_validation_images():
-    def runs(*ends):
-        return [{"evaluations": [{"accuracy": 2.0, "loss": 0.0}, {"accuracy": a, "loss": loss}]} for a, loss in ends]
-
-    results = [runs((0.8, 0.1)), runs((0.9, 0.5)), runs((1.0, 0.3), (0.8, 0.5)), runs((0.9, None)), runs((1.0, 9.0))]
-    assert ranking(results) == [0, 2, 1, 4, 3]
-
-
-def test_a_grid_is_tried_whole_or_in_a_fixed_part():
-    assert len(FIRST.points(6)) == 6
-    part = FIRST.points(4)
-    assert part == FIRST.points(4)
-    assert len({tuple(point.values()) for point in part}) == 4
-    with pytest.raises(ValueError, match="trials=7 but the grid of SGD has 6"):
-        FIRST.points(7)
+def test_a_run_that_diverges_ends_early_and_counts():
+    sgd = TASK.chosen(("SGD",))[0]
+    values = {**sgd.points(1)[0], "lr": 1e30}
+    result = run_trial(Trial(sgd, values, 100, 30, 0, True), TASK, TASK.recipe.data.load(), World(), bool, lambda s: None)
+    assert result["diverged"] == len(result["steps"]) < 10
+    assert result["evaluations"] == []
+    assert result["train_loss"] is None
+    assert not diverged([{"loss": None}])
+    assert not diverged([{"loss": None}, {"loss": 1.0}])
 
 
-def test_values_at_the_end_of_their_range_are_named():
-    assert FIRST.edges({"lr": 1.0, "momentum": 0.9}) == ["lr"]
-    assert FIRST.edges({"lr": 0.1, "momentum": 0.9}) == []
+def test_a_task_gives_steps_between_its_neighbours():
+    assert [TASK.steps_of(batch) for batch in (1, 100, 200, 400, 9999, "full")] == [8, 8, 6, 4, 4, 4]
 
 
-def test_settings_take_the_values_of_a_point():
-    assert FIRST.settings({"lr": 0.5, "momentum": 0.0}) == Sgd(lr=0.5, momentum=0.0)
+def test_places_of_judging_are_spread_and_end_with_the_run():
+    assert judged_at(100, 4) == {25, 50, 75, 100}
+    assert judged_at(3, 10) == {1, 2, 3}
 
 
 def test_trials_that_differ_have_files_that_differ(tmp_path):
-    point = {"lr": 0.1, "momentum": 0.9}
-    all_trials = [
-        Trial(FIRST, values, seed, steps, final)
-        for values in (point, {**point, "lr": 0.2})
-        for seed in (0, 1)
+    sgd, kfac = TASK.chosen(("SGD", "KFAC"))
+    point = sgd.points(1)[0]
+    listed = [
+        Trial(sgd, values, batch, steps, seed, final, ranks)
+        for values in (point, {**point, "lr": 0.2}, {**point, "schedule": "linear"})
+        for batch in (100, "full")
         for steps in (4, 2)
+        for seed in (0, 1)
         for final in (False, True)
+        for ranks in (1, 2)
     ]
-    assert len({trial.file(tmp_path) for trial in all_trials}) == len(all_trials)
+    listed.append(Trial(kfac, kfac.points(1)[0], 100, 4, 0, False))
+    assert len({trial.file(TASK, tmp_path) for trial in listed}) == len(listed)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"trials": 0}, "trials=0"),
-        ({"seeds": -1}, "seeds=-1"),
-        ({"steps": 0}, "steps=0"),
-        ({"batch": 0}, "batch=0"),
-        ({"trials": 100}, "trials=100"),
-        ({"contenders": ("nobody",)}, "'nobody'"),
-        ({"held_out": 1.5}, "held_out=1.5"),
-    ],
-)
-def test_impossible_protocols_are_refused_by_value(changes, says, tmp_path):
+REFUSED = {
+    "trials": ({"trials": 0}, "trials=0"),
+    "seeds": ({"seeds": -1}, "seeds=-1"),
+    "steps": ({"steps": 0}, "steps=0"),
+    "batch": ({"batch": (0,)}, "batch=0.*full"),
+    "workers": ({"workers": 0}, "workers=0"),
+    "both": ({"workers": 2, "ranks": 2}, "workers=2 beside ranks=2"),
+    "an optimizer": ({"optimizers": ("nobody",)}, "'nobody'"),
+    "a profile": ({"profile": "huge"}, "'huge'.*small"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_impossible_protocols_are_refused_by_value(name, tmp_path):
+    changes, says = REFUSED[name]
     with pytest.raises(ValueError, match=says):
-        check(TASK, replace(PROTOCOL, out=str(tmp_path / "out"), **changes))
+        check(TASK, Protocol(out=str(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_another_plan_is_refused(made):
-    protocol, _ = made
-    with pytest.raises(ValueError, match="--overwrite"):
-        check(TASK, replace(protocol, seeds=5))
-    check(TASK, replace(protocol, seeds=5, overwrite=True))
+def test_a_folder_of_something_else_or_of_other_code_is_refused(made, tmp_path, monkeypatch):
+    folder, _ = made
+    (tmp_path / "file").write_text("")
+    for path, says in ((tmp_path, "something else.*--overwrite"), (tmp_path / "file", "is a file")):
+        with pytest.raises(ValueError, match=says):
+            check(TASK, Protocol(out=str(path)))
+    with pytest.raises(ValueError, match="something else"):
+        check(replace(TASK, held_out=0.3), Protocol(out=str(folder)))
+    monkeypatch.setattr(rules, "made_by", lambda: {"commit": "another"})
+    with pytest.raises(ValueError, match="another version or commit.*--reuse"):
+        check(TASK, Protocol(out=str(folder)))
+    check(TASK, Protocol(out=str(folder), reuse=True))
+    check(TASK, Protocol(out=str(folder), overwrite=True))
 
 
-def test_plans_are_equal_where_results_are_shared():
-    assert plan_of(TASK, PROTOCOL) == plan_of(TASK, replace(PROTOCOL, out="elsewhere", overwrite=True))
-    assert plan_of(TASK, PROTOCOL) != plan_of(TASK, replace(PROTOCOL, steps=5))
+def test_results_of_other_code_are_used_again_only_when_told(made, monkeypatch):
+    path = next(Path(made[0] / "trials").iterdir())
+    assert trials.remembered(path, reuse=False)
+    monkeypatch.setattr(trials, "made_by", lambda: {"commit": "another"})
+    assert trials.remembered(path, reuse=False) is None
+    assert trials.remembered(path, reuse=True)
 
 
-def test_the_baseline_is_always_among_those_compared():
-    assert [contender.name for contender in TASK.chosen(("SP-NGD",))] == ["SGD", "SP-NGD"]
-    assert [contender.name for contender in TASK.chosen(("SGD",))] == ["SGD"]
+def test_data_elsewhere_are_named_and_refused_where_there_are_none():
+    task = find_task("cifar100-small").located("no/such")
+    with pytest.raises(ValueError, match="'no/such'"):
+        check(task, Protocol())
+    with pytest.raises(ValueError, match="--data.path 'x' says nothing to tiny"):
+        TASK.located("x")
+    assert rules.task_values(task) == rules.task_values(find_task("cifar100-small"))
 
 
 @pytest.mark.parametrize("name", sorted(tasks()))
-def test_a_task_gives_every_contender_the_default_number_of_trials(name):
+def test_every_profile_of_a_task_names_who_and_what_it_knows(name):
     task = find_task(name)
-    for contender in task.contenders:
-        assert len(contender.points(Protocol().trials)) == Protocol().trials
-        assert all(hasattr(contender.base, name) for name in contender.space)
+    for profile in task.profiles.values():
+        assert len(task.chosen(profile.optimizers)) == len(profile.optimizers)
+        assert all(task.steps_of(batch) >= 8 for batch in profile.batch)
+        first_order = [one for one in task.chosen(profile.optimizers) if one.kind == "first-order"]
+        assert first_order, "somebody has to set the goal"
+    with pytest.raises(ValueError, match=r"did you mean|choose among"):
+        find_task(name + "x")

@@ -46,15 +46,17 @@ def scaling(results: Comparison) -> Figure | None:
     if len(results.batches) < 2:
         return None
     targets: list[tuple[str, Callable[[str], float | None]]] = [
-        ("the best first-order optimizer's end at that batch", results.goal),
+        ("the best first-order end at that batch", results.goal),
         *((f"{results.metric} {results.text(target)}", lambda batch, t=target: t) for target in results.targets),
     ]
     count = len(targets)
-    figure = Figure(figsize=(10.4, 4.3 * math.ceil(count / 2)), layout="constrained")
-    panels = np.asarray(figure.subplots(math.ceil(count / 2), 2, squeeze=False)).flatten()
+    across = 3 if count % 3 == 0 else 2
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(10.4, 4.2 * down), layout="constrained")
+    panels = np.asarray(figure.subplots(down, across, squeeze=False)).flatten()
     for axes, (title, target) in zip(panels, targets):
         _steps_to(axes, results, target)
-        axes.set_title(f"Steps to {title}")
+        axes.set_title(f"Steps to {title}", fontsize=9.5)
     for axes in panels[count:]:
         axes.axis("off")
     handles, names = panels[0].get_legend_handles_labels()
@@ -88,9 +90,8 @@ def _steps_to(axes: Axes, results: Comparison, target: Callable[[str], float | N
             )
     if any(missed.values()):
         axes.axhline(1.3 * most, color="#CCCCCC", linewidth=0.8)
-        axes.annotate(
-            "never", (sizes[0], 1.33 * most), (-22, 2), textcoords="offset points", fontsize=8, color="#777777"
-        )
+        place = ("axes fraction", "data")
+        axes.annotate("never:", (0.01, 1.36 * most), xycoords=place, fontsize=8, color="#777777")
     finite = [values[0] for values in found.values() if math.isfinite(values[0])]
     if finite:
         least = min(finite)
