@@ -60,5 +60,7 @@ class Lamb(Settings):
         from pytorch_optimizer import Lamb as LAMB
 
         positive("lr", self.lr)
-        optimizer = LAMB(model.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        given = {"betas": self.betas, "weight_decay": self.weight_decay}
+        # adam_debias: without it the library divides the learning rate by 1 - beta1^t, tenfold in the first step
+        optimizer = LAMB(model.parameters(), self.lr, adam_debias=True, **given)
         return alone(optimizer, model, world)

@@ -1,0 +1,95 @@
+"""Texts: windows, what follows what, no leaks between splits; the transformer; losses over places."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import natgrad
+from natgrad.data import hold_out
+from natgrad.data.text import Charlm, Texts, frequent, windows
+from natgrad.models import Transformer
+from natgrad.parallel import World
+from natgrad.train.evaluate import evaluate
+from natgrad.train.loop import loss_of, prepare, steps
+from natgrad.train.optimizers import SpNgd
+from natgrad.train.recipe import Recipe
+
+SMALL = Transformer(blocks=1, width=16, heads=2)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return Charlm(places=16).load()
+
+
+def test_windows_follow_each_other_and_share_one_character():
+    order = frequent("abcabca", 3)
+    assert order == {"a": 0, "b": 1}
+    assert windows("abcabcab", order, 3).tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
+
+
+def test_a_target_is_the_character_after(splits):
+    inputs, targets = splits.train.batch(torch.tensor([3, 0]))
+    assert inputs.shape == targets.shape == (2, 16)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(splits.train.batch(torch.tensor([1]))[0][0, 0], targets[1, -1])
+    assert inputs.max() < 96
+
+
+def test_what_is_held_out_is_not_learned_from(splits):
+    kept = hold_out(splits, 0.1, seed=0)
+    assert len(kept.train) + len(kept.test) == len(splits.train)
+    assert len(kept.test) == round(0.1 * len(splits.train))
+    assert len(splits.test) > 100
+    together = torch.cat((kept.train.images, kept.test.images)).flatten().sort().values
+    assert torch.equal(together, splits.train.images.flatten().sort().values)
+
+
+def test_impossible_windows_are_refused():
+    with pytest.raises(ValueError, match="places=1"):
+        Charlm(places=1)
+    with pytest.raises(ValueError, match="alphabet=1000"):
+        Charlm(alphabet=1000)
+    with pytest.raises(ValueError, match="width=10 .*heads=4"):
+        Transformer(width=10)
+
+
+def test_no_place_sees_what_comes_after():
+    model = SMALL.build((1, 1, 8), 9)
+    one = torch.randint(9, (2, 8))
+    other = one.clone()
+    other[:, 5:] = (other[:, 5:] + 1) % 9
+    same, changed = model(one), model(other)
+    torch.testing.assert_close(same[:, :5], changed[:, :5])
+    assert not torch.allclose(same[:, 5:], changed[:, 5:])
+
+
+def test_a_samples_loss_is_the_mean_over_its_places():
+    logits, targets = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
+    per_place = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
+    torch.testing.assert_close(loss_of(logits, targets, 0.0), per_place.mean(dim=1).sum())
+    torch.testing.assert_close(loss_of(logits[:, 0], targets[:, 0], 0.0), per_place[:, 0].sum())
+
+
+def test_a_text_is_judged_place_by_place():
+    texts = Texts(torch.randint(7, (5, 9), dtype=torch.uint8), 7)
+
+    class Sure(torch.nn.Module):
+        def forward(self, x):
+            return 100.0 * F.one_hot(torch.zeros_like(x), 7).float()
+
+    score = evaluate(Sure(), texts, World(), chunk=2)  # type: ignore[arg-type]
+    assert score.accuracy == pytest.approx(float((texts.images[:, 1:] == 0).double().mean()))
+    assert score.loss == pytest.approx(100 * (1 - score.accuracy), rel=1e-4)
+
+
+def test_all_of_the_transformer_has_curvature_and_it_learns(splits):
+    model = SMALL.build((1, 1, 16), 96)
+    assert all(row.curvature != "fallback" for row in natgrad.SPNGD(model, lr=0.1).coverage())
+    job = prepare(Recipe(Charlm(places=16), SMALL, SpNgd(lr=0.01), batch=256, steps=12), World(), splits)
+    assert job.score().loss == pytest.approx(math.log(96), rel=0.05)
+    losses = [step.loss for step in steps(job)]
+    assert losses[-1] < 3.5
+    assert job.score().loss < 3.5
