@@ -44,6 +44,18 @@ class Job:
     def device(self) -> torch.device:
         return self.splits.train.device
 
+    def progress(self, step: int) -> float:
+        """Return which share of the run lies behind after so many steps: in epochs where their lengths differ."""
+        if len(self.sampler.batches) == 1:
+            return step / self.steps
+        return self.sampler.epochs_at(step) / self.sampler.epochs_at(self.steps)
+
+    def due(self, step: int) -> bool:
+        """Return whether the model is judged after so many steps: at ends of epochs if the recipe says nothing else."""
+        every = self.recipe.evaluate_every
+        ends = step % every == 0 if every else self.sampler.locate(step)[1] == 0
+        return ends or step == self.steps
+
     def score(self, split: str = "test") -> Score:
         """Judge the model (its means, if there are some) on one split, BatchNorm's statistics estimated anew."""
         chunk = min(CHUNK, self.recipe.micro_batch or CHUNK)
@@ -77,10 +89,11 @@ def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
     """Build model, optimizer and sampler; raise ValueError for values that do not fit each other."""
     recipe.check_values()
     train = splits.train
-    sampler = Sampler(len(train), recipe.batch, recipe.seed, world.rank, world.size, recipe.drop_last)
-    steps = recipe.steps if recipe.steps is not None else round(recipe.epochs * len(sampler))
+    sampler = Sampler(len(train), recipe.batches(), recipe.seed, world.rank, world.size, recipe.drop_last)
+    steps = recipe.steps if recipe.steps is not None else sampler.total_steps(recipe.epochs)
     if steps < 1:
-        raise ValueError(f"epochs={recipe.epochs:g} of {len(sampler)} steps make no step; raise epochs or set steps")
+        each = sampler.length(0)
+        raise ValueError(f"epochs={recipe.epochs:g} of {each} steps make no step; raise epochs or set steps")
     model = build_model(recipe).to(train.device)
     optimizer = recipe.optimizer.build(model, world)
     regulariser, average = Regulariser(recipe.regularisation, train.classes), Average(model, recipe.average)
@@ -98,7 +111,7 @@ def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
     pace = Pace(job.optimizer, lr=job.recipe.schedule, damping=job.recipe.damping_schedule)
     elapsed = 0.0
     for step, batch in zip(range(1, job.steps + 1), job.sampler.stream()):
-        pace.set((step - 1) / job.steps)
+        pace.set(job.progress(step - 1))
         before, clock = _second_order_seconds(job.optimizer), Clock(job.device)
         loss = descend(job, batch, step, clock)
         news = torch.stack((loss, loss.new_tensor(float(stop()))))
@@ -108,7 +121,7 @@ def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
         elapsed += clock.total
         yield Step(
             step=step,
-            epoch=step / len(job.sampler),
+            epoch=job.sampler.epochs_at(step),
             loss=value,
             lr=job.optimizer.param_groups[0]["lr"],
             seconds=clock.total,

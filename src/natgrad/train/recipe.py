@@ -30,6 +30,8 @@ class Recipe:
     """Share of a label that is spread evenly over the other classes, while learning."""
     batch: int = 128
     """Samples in a step, over all ranks."""
+    batch_schedule: Schedule = field(default_factory=Constant)
+    """Multiplies the batch, by progress from 0 to 1 at the start of each epoch."""
     micro_batch: int | None = None
     """Samples that a rank takes at once, the rest of its share one part after the other; None: all."""
     epochs: float = 10.0
@@ -46,6 +48,13 @@ class Recipe:
     """Share of the old that running means of the weights keep, less at the start, for evaluations; None: no means."""
     norm_samples: int = 4096
     """Training samples from which BatchNorm's statistics are estimated anew before an evaluation."""
+
+    def batches(self) -> tuple[int, ...]:
+        """Samples in a step in each epoch of the run; one number for all where the batch does not change."""
+        if isinstance(self.batch_schedule, Constant):
+            return (self.batch,)
+        progress = (epoch / self.epochs for epoch in range(math.ceil(self.epochs)))
+        return tuple(round(self.batch * self.batch_schedule(t)) for t in progress)
 
     def check(self) -> None:
         """Raise a ValueError for values that no run could use, before anything is read or written."""
@@ -64,9 +73,20 @@ class Recipe:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing:g} must be at least 0 and below 1; 0.1 is common")
         self.regularisation.check()
+        self._check_batches()
         if not isinstance(self.damping_schedule, Constant) and not hasattr(self.optimizer, "damping"):
             names = type(self.damping_schedule).__name__, type(self.optimizer).__name__
             raise ValueError(f"damping_schedule={names[0]} but {names[1]} has no damping; leave it Constant()")
+
+    def _check_batches(self) -> None:
+        if isinstance(self.batch_schedule, Constant):
+            return
+        kind = type(self.batch_schedule).__name__
+        if self.steps is not None:
+            raise ValueError(f"steps={self.steps} beside batch_schedule={kind}, which counts in epochs; set --epochs")
+        for epoch, batch in enumerate(self.batches()):
+            if batch < 1:
+                raise ValueError(f"batch_schedule={kind} leaves batch={batch} in epoch {epoch}; it must stay positive")
 
 
 def described(value: Any) -> Any:

@@ -78,11 +78,10 @@ def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
 
 def follow(job: Job, journal: Journal, stop: Stop) -> str:
     """Take all steps, judging the model on the way, unless stopped."""
-    every = job.recipe.evaluate_every or len(job.sampler)
     for step in steps(job, stop):
         journal.step(step)
         if step.stop:
             return "interrupted"
-        if step.step % every == 0 or step.step == job.steps:
+        if job.due(step.step):
             journal.evaluation(step, job.score())
     return "finished"
