@@ -39,6 +39,10 @@ class Job:
     regulariser: Regulariser
     steps: int
     average: Average
+    done: int = 0
+    """Steps that have been taken."""
+    elapsed: float = 0.0
+    """Seconds of training so far."""
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +113,7 @@ def build_model(recipe: Recipe) -> nn.Module:
 def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
     """Train, yielding a record after each step; the job's model may be judged in between."""
     pace = Pace(job.optimizer, lr=job.recipe.schedule, damping=job.recipe.damping_schedule)
-    elapsed = 0.0
-    for step, batch in zip(range(1, job.steps + 1), job.sampler.stream()):
+    for step, batch in zip(range(job.done + 1, job.steps + 1), job.sampler.stream(job.done)):
         pace.set(job.progress(step - 1))
         before, clock = _second_order_seconds(job.optimizer), Clock(job.device)
         loss = descend(job, batch, step, clock)
@@ -118,14 +121,14 @@ def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
         job.world.mean([news])
         value, stopping = news.tolist()
         clock.lap("other")
-        elapsed += clock.total
+        job.done, job.elapsed = step, job.elapsed + clock.total
         yield Step(
             step=step,
             epoch=job.sampler.epochs_at(step),
             loss=value,
             lr=job.optimizer.param_groups[0]["lr"],
             seconds=clock.total,
-            elapsed=elapsed,
+            elapsed=job.elapsed,
             images_per_second=batch.total / clock.total,
             stages=_split(clock.laps, before, _second_order_seconds(job.optimizer)),
             second_order=_second_order(job.optimizer),
