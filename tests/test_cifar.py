@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from natgrad.data import Cifar10, Cifar100
+from natgrad.data import Cifar10, Cifar100, Images
+from natgrad.data.augment import CropFlip
+from natgrad.data.subsets import shrunk
 
 
 def encoded(pixels):
@@ -64,3 +66,45 @@ def test_files_of_the_other_set_are_refused_by_their_columns(tmp_path):
 def test_a_missing_folder_is_named():
     with pytest.raises(ValueError, match=r"no/such.*--data\.path.*CIFAR-10 \(the hub's uoft-cs/cifar10\)"):
         Cifar10("no/such").check()
+
+
+def test_a_small_problem_is_made_of_the_first_classes_and_averaged_pixels(tmp_path):
+    write_cifar(tmp_path)
+    source = Cifar10(str(tmp_path), size=16, keep_classes=3, augment=False)
+    splits, whole = source.load(), Cifar10(str(tmp_path)).load()
+    assert (source.shape(), source.classes(), splits.train.classes) == ((3, 16, 16), 3, 3)
+    assert splits.train.labels.tolist() == [0, 1, 2] * 2
+    assert splits.test.labels.tolist() == [0, 1, 2]
+    assert splits.train.images.dtype == torch.uint8
+    assert torch.equal(splits.train.images[:, :, 0, 0], whole.train.images[[0, 1, 2, 10, 11, 12]][:, :, 0, 0])
+
+
+def test_averaged_pixels_are_means_of_squares():
+    raw = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    small = shrunk(Images(raw, torch.zeros(5, dtype=torch.int64), 2, (0.0,) * 3, (1.0,) * 3), 8)
+    exact = raw.double().view(5, 3, 8, 4, 8, 4).mean((3, 5))
+    assert small.images.shape == (5, 3, 8, 8)
+    assert (small.images.double() - exact).abs().max() <= 0.5
+
+
+def test_a_subset_has_every_class_in_proportion_and_is_always_the_same(tmp_path):
+    write_cifar(tmp_path, counts=(40, 20))
+    splits, again = (Cifar10(str(tmp_path), subset=20).load() for _ in range(2))
+    assert splits.train.labels.bincount().tolist() == [2] * 10
+    assert len(splits.test) == 20
+    assert torch.equal(splits.train.images, again.train.images)
+    with pytest.raises(ValueError, match=r"subset=41 .* 40 images; set --data\.subset"):
+        Cifar10(str(tmp_path), subset=41).load()
+
+
+def test_smaller_images_are_shifted_less(tmp_path):
+    write_cifar(tmp_path)
+    assert Cifar10(str(tmp_path), size=16).load().augment == CropFlip(2)
+    assert Cifar10(str(tmp_path)).load().augment == CropFlip(4)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 10}, {"keep_classes": 1}, {"keep_classes": 101}, {"subset": 0}])
+def test_a_small_problem_that_cannot_be_is_refused(wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=rf"{name}={value} must be .*set --data\.{name.replace('_', '-')}"):
+        Cifar100(**wrong)

@@ -73,6 +73,14 @@ class Zoom:
         return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
-def crop_and_flip(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """The usual augmentation of CIFAR: shift by up to four pixels, then mirror half of the images."""
-    return flip(pad_crop(inputs, generator), generator)
+@dataclass(frozen=True)
+class CropFlip:
+    """The usual augmentation of CIFAR: shift by up to `padding` pixels, then mirror half of the images."""
+
+    padding: int = 4
+
+    def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        return flip(pad_crop(inputs, generator, self.padding), generator)
+
+
+crop_and_flip = CropFlip()
