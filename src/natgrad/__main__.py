@@ -81,6 +81,7 @@ def train(arguments: list[str]) -> int:
         values.options.ranks,
         check=lambda: check(name, values.recipe, values.options),
         work=lambda world: run(name, values.recipe, values.options, world),
+        restarts=values.options.max_restarts,
     )
 
 

@@ -1,6 +1,6 @@
 """A checkpoint on disk: what each rank wrote, found again by torch.distributed.checkpoint, whole or not at all.
 
-    step-00000120/            renamed from step-00000120.part when every rank is done, so it is whole wherever it is there
+    step-00000120/            renamed from step-00000120.part when every rank is done: where it is there, it is whole
         .metadata             which tensor lies in which file: torch.distributed.checkpoint reads the folder as one
         state.json            what is no tensor, and the digests of .metadata and of every sums.json
         rank-0/__0_0.distcp   tensors, as rank 0 wrote them
@@ -53,7 +53,7 @@ KNOWN = {
 }
 
 
-class Damaged(ValueError):
+class DamagedError(ValueError):
     """A checkpoint that cannot be what was written."""
 
 
@@ -128,23 +128,23 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def read_values(checkpoint: Path) -> dict[str, Any]:
-    """What is no tensor; Damaged where the file is not as it was written."""
+    """What is no tensor; DamagedError where the file is not as it was written."""
     try:
         told = json.loads((checkpoint / "state.json").read_text())
         content, known = told["content"], told["digest"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise Damaged(f"{str(checkpoint)!r} is no checkpoint of natgrad: its state.json cannot be read") from None
+        raise DamagedError(f"{str(checkpoint)!r} is no checkpoint of natgrad: its state.json cannot be read") from None
     if digest_of(content) != known:
-        raise Damaged(f"checkpoint {str(checkpoint)!r} is damaged: state.json is not as it was written")
+        raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: state.json is not as it was written")
     if content.get("format") != FORMAT:
-        raise Damaged(
+        raise DamagedError(
             f"checkpoint {str(checkpoint)!r} has format {content.get('format')!r}, this natgrad reads {FORMAT}"
         )
     return content
 
 
 def verify(checkpoint: Path, rank: int, size: int) -> None:
-    """Compare every `size`-th part with its digests, beginning at the rank's own; Damaged names what differs."""
+    """Compare every `size`-th part with its digests, beginning at the rank's own; DamagedError names what differs."""
     sums = read_values(checkpoint)["sums"]
     for name in [".metadata", *sorted(sums)[rank::size]]:
         _compare(checkpoint, name, sums[name])
@@ -158,9 +158,9 @@ def _compare(checkpoint: Path, name: str, known: str) -> None:
     try:
         same = digest(checkpoint / name) == known
     except OSError as error:
-        raise Damaged(f"checkpoint {str(checkpoint)!r} is damaged: {name}: {error.strerror}") from None
+        raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: {name}: {error.strerror}") from None
     if not same:
-        raise Damaged(f"checkpoint {str(checkpoint)!r} is damaged: {name} is not as it was written")
+        raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: {name} is not as it was written")
 
 
 def contents(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
@@ -193,9 +193,9 @@ def read_table(folder: Path) -> Metadata:
         try:
             table = Plain(stream).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise Damaged(f"checkpoint {str(folder)!r} is damaged: .metadata cannot be read ({error})") from None
+            raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata cannot be read ({error})") from None
     if not isinstance(table, Metadata):
-        raise Damaged(f"checkpoint {str(folder)!r} is damaged: .metadata is no table of contents")
+        raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata is no table of contents")
     return table
 
 

@@ -29,10 +29,13 @@ def in_world() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def spread(arguments: list[str], ranks: int, check: Callable[[], None], work: Callable[[World], str]) -> int:
+def spread(
+    arguments: list[str], ranks: int, check: Callable[[], None], work: Callable[[World], str], restarts: int = 0
+) -> int:
     """Do `work` as the rank that this process is, on ranks started here, or alone; return the exit code.
 
-    Only a process that is not yet a rank checks first, so that a mistake costs no launch.
+    Only a process that is not yet a rank checks first, so that a mistake costs no launch. When a rank that was started
+    here dies, all are started again, up to `restarts` times.
     """
     if in_world():
         check_ranks(ranks)
@@ -42,7 +45,7 @@ def spread(arguments: list[str], ranks: int, check: Callable[[], None], work: Ca
     else:
         check()
         if ranks > 1:
-            return launch(ranks, arguments)
+            return launch(ranks, arguments, restarts)
         status = work(World())
     return 130 if status == "interrupted" else 0
 
@@ -53,7 +56,7 @@ def check_ranks(asked: int) -> None:
         raise ValueError(f"--ranks {asked} under a launcher of {os.environ['WORLD_SIZE']} ranks; leave --ranks out")
 
 
-def launch(ranks: int, arguments: list[str]) -> int:
+def launch(ranks: int, arguments: list[str], restarts: int = 0) -> int:
     """Run `natgrad ARGUMENTS` on so many ranks and return the exit code of the first that failed, or 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,7 +72,7 @@ def launch(ranks: int, arguments: list[str]) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
     )
     try:

@@ -39,6 +39,7 @@ class Job:
     regulariser: Regulariser
     steps: int
     average: Average
+    pace: Pace
     done: int = 0
     """Steps that have been taken."""
     elapsed: float = 0.0
@@ -101,7 +102,8 @@ def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
     model = build_model(recipe).to(train.device)
     optimizer = recipe.optimizer.build(model, world)
     regulariser, average = Regulariser(recipe.regularisation, train.classes), Average(model, recipe.average)
-    return Job(recipe, world, splits, model, optimizer, sampler, regulariser, steps, average)
+    pace = Pace(optimizer, lr=recipe.schedule, damping=recipe.damping_schedule)
+    return Job(recipe, world, splits, model, optimizer, sampler, regulariser, steps, average, pace)
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -112,9 +114,8 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
     """Train, yielding a record after each step; the job's model may be judged in between."""
-    pace = Pace(job.optimizer, lr=job.recipe.schedule, damping=job.recipe.damping_schedule)
     for step, batch in zip(range(job.done + 1, job.steps + 1), job.sampler.stream(job.done)):
-        pace.set(job.progress(step - 1))
+        job.pace.set(job.progress(step - 1))
         before, clock = _second_order_seconds(job.optimizer), Clock(job.device)
         loss = descend(job, batch, step, clock)
         news = torch.stack((loss, loss.new_tensor(float(stop()))))

@@ -1,4 +1,4 @@
-"""Nested values as JSON and named tensors: {"a": [tensor, 0.5]} becomes {"dict": [["a", {"list": [...]}]]} and a tensor."""
+"""Nested values as JSON and named tensors: {"a": [x, 0.5]} becomes {"dict": [["a", {"list": [...]}]]} and tensor x."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def state_of(job: Job) -> tuple[Tensors, dict[str, Any]]:
 def restore(job: Job, path: Path, changes: bool = False) -> None:
     """Bring a fresh job to where a checkpoint was written; ValueError where it is of another run."""
     values, table = checkpoint.read_values(path), checkpoint.contents(path)
-    check_same(path, values, job, changes)
+    changed = check_same(path, values, job, changes)
     names = {f"model/{name}": p for name, p in job.model.named_parameters()}
     names |= {f"average/{name}": mean for name, mean in zip(_trained(job), job.average.means)}
     for name, tensor in names.items():
@@ -70,14 +70,17 @@ def restore(job: Job, path: Path, changes: bool = False) -> None:
     with torch.no_grad():
         for name, value in checkpoint.load(path, {name: table[name] for name in names}).items():
             names[name].copy_(value)
-    _restore_optimizer(job, path, values, table)
+    _restore_optimizer(job, path, values, table, changed)
     _restore_own(job, path, values["ranks"], table)
-    job.done = values["step"]
+    job.done, job.elapsed = values["step"], values["elapsed"]
 
 
-def check_same(path: Path, values: Mapping[str, Any], job: Job, changes: bool) -> None:
-    """Refuse the checkpoint of another recipe, naming what differs, and a step that does not exist here."""
-    differing = list(differences(values["recipe"], _plain(described(job.recipe))))
+def check_same(path: Path, values: Mapping[str, Any], job: Job, changes: bool) -> bool:
+    """Refuse the checkpoint of another recipe, naming what differs, and a step that does not exist here.
+
+    Return whether the recipe differs, which `changes` allows.
+    """
+    differing = list(differences(without_free(values["recipe"]), _plain(without_free(described(job.recipe)))))
     if differing and not changes:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
@@ -91,6 +94,7 @@ def check_same(path: Path, values: Mapping[str, Any], job: Job, changes: bool) -
         )
     if values["step"] > job.steps:
         raise ValueError(f"checkpoint {str(path)!r} has {values['step']} steps, this recipe ends after {job.steps}")
+    return bool(differing)
 
 
 FREE = {"path", "workers"}
@@ -101,10 +105,16 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """Name the fields in which two described recipes differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            if key not in FREE:
-                yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name.removesuffix('.kind')} was {old}, is {new}"
+
+
+def without_free(recipe: Any) -> Any:
+    """Return a described recipe without the fields that say where and how, not what."""
+    if not isinstance(recipe, dict):
+        return recipe
+    return {key: without_free(value) for key, value in recipe.items() if key not in FREE}
 
 
 def _plain(value: Any) -> Any:
@@ -144,13 +154,16 @@ def _own(job: Job) -> Iterator[tuple[str, Tensor]]:
             yield f"{here}/mixup/{name}/{part:06d}", value
 
 
-def _restore_optimizer(job: Job, path: Path, values: Mapping[str, Any], table: Mapping[str, Any]) -> None:
+def _restore_optimizer(
+    job: Job, path: Path, values: Mapping[str, Any], table: Mapping[str, Any], changed: bool
+) -> None:
+    """changed: the numbers of the recipe count, not those of the checkpoint."""
     fresh = job.optimizer.state_dict()["param_groups"]
     loose = {name: table[name] for name in table if re.match("optimizer/(groups|state)/", name)}
     common = checkpoint.load(path, loose)
     groups = []
     for group, saved in zip(fresh, unpack(values["groups"], common)):
-        set_by_recipe = {name: value for name, value in group.items() if name in job.optimizer.defaults}
+        set_by_recipe = {name: value for name, value in group.items() if changed and name in job.optimizer.defaults}
         groups.append({**saved, **set_by_recipe, "params": group["params"]})
     if isinstance(job.optimizer, SecondOrder):
         job.optimizer.skipped = values["skipped"]
@@ -163,7 +176,7 @@ def _restore_optimizer(job: Job, path: Path, values: Mapping[str, Any], table: M
 def _second_order_state(
     job: Job, optimizer: SecondOrder, path: Path, table: Mapping[str, Any], same: bool
 ) -> dict[int, dict[str, Tensor]]:
-    """This rank's part of an optimizer's state, by the place of the parameter."""
+    """Return this rank's part of an optimizer's state, by the place of the parameter."""
     by_name = {name: p for p, name in _names(job).items()}
     there: dict[nn.Parameter, dict[str, str]] = {p: {} for p in by_name.values()}
     for prefix in ("", f"rank-{job.world.rank}/") if same else ("",):
