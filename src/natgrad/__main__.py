@@ -43,6 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
         if "NATGRAD_DEBUG" in os.environ:
             raise
         return refuse(" ".join(str(error).split()))
+    except RuntimeError as error:
+        if "NATGRAD_DEBUG" in os.environ or not lost_connection(error):
+            raise
+        print(f"natgrad: rank {os.environ['RANK']} has lost its connection to another rank", file=sys.stderr)
+        return 1
+
+
+def lost_connection(error: RuntimeError) -> bool:
+    """Say whether an error is what is heard of a rank that has died."""
+    signs = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+    return "RANK" in os.environ and any(sign in str(error) for sign in signs)
 
 
 def dispatch(arguments: list[str]) -> int:

@@ -39,6 +39,8 @@ class Options:
     """Checkpoints that stay, the newest ones."""
     resume: bool = False
     """Go on from the last checkpoint of that folder; any number of ranks will do."""
+    auto_resume: bool = False
+    """Go on from the last good checkpoint of that folder if there is one, else begin: for jobs that are requeued."""
     checkpoint: int | None = None
     """With --resume: go on from the checkpoint after so many steps instead of the last."""
     accept_changes: bool = False
@@ -59,7 +61,7 @@ def check(name: str, recipe: Recipe, options: Options) -> None:
     check_options(options)
     folder = options.folder(name)
     if not options.resume:
-        check_free(folder, options.overwrite)
+        check_free(folder, options.overwrite or options.auto_resume)
     elif not checkpoint.found(folder / FOLDER):
         raise ValueError(f"there is no checkpoint in {str(folder / FOLDER)!r} to resume from; leave --resume out")
     recipe.check()
@@ -76,8 +78,8 @@ def check_options(options: Options) -> None:
     for name in ("checkpoint", "accept_changes"):
         if getattr(options, name) and not options.resume:
             raise ValueError(f"--{name.replace('_', '-')} says nothing without --resume")
-    if options.resume and options.overwrite:
-        raise ValueError("--resume goes on with what --overwrite would delete; leave one of them out")
+    if options.resume + options.auto_resume + options.overwrite > 1:
+        raise ValueError("--resume, --auto-resume and --overwrite exclude each other; leave all but one of them out")
     if options.max_restarts and options.ranks == 1:
         raise ValueError("--max-restarts is for ranks that are started here: add --ranks, or tell torchrun")
     if options.max_restarts and options.save_every == 0:
@@ -105,6 +107,7 @@ def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
     start = None
     if restarted():
         check_not_given_up(folder)
+    if restarted() or options.auto_resume:
         start = choose(folder / FOLDER, None, world, told.append)
     elif options.resume:
         start = choose(folder / FOLDER, options.checkpoint, world, None)
@@ -138,11 +141,10 @@ def open_journal(name: str, options: Options, job: Job) -> Journal:
     """Begin a run's folder, or go on with one, and show what happens."""
     about = {"name": name, "recipe": described(job.recipe), "steps": job.steps}
     about["machine"] = machine.describe(job.world, job.device)
-    again = options.resume or restarted()
-    folder = options.folder(name)
-    if job.done == 0 and (options.overwrite or restarted()):
+    folder, anew = options.folder(name), options.overwrite or options.auto_resume or restarted()
+    if job.done == 0 and anew:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    files = RunFolder(folder, about, options.overwrite or restarted(), job.done if again and job.done else None)
+    files = RunFolder(folder, about, anew, job.done or None)
     return Journal(files, Display(name, job.steps))
 
 
@@ -199,5 +201,7 @@ def finish(job: Job, journal: Journal, options: Options, folder: Path) -> None:
 
 def resume_command() -> str:
     """Return the command that takes this run up again."""
-    words = [word for word in shlex.split(machine.command()) if word not in ("--overwrite", "--resume")]
+    words = [
+        word for word in shlex.split(machine.command()) if word not in ("--overwrite", "--resume", "--auto-resume")
+    ]
     return shlex.join([*words, "--resume"])
