@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/kills.py --times 10 --out benchmarks/results/kills.json
 
-One undisturbed run, then so many that are killed by SIGKILL at a random moment of their training: in turns one rank, which
-the launcher then restarts with the others from the last checkpoint (--max-restarts), and everything, launcher included,
-which `--resume` takes up. Checkpoints are written every other step, so many moments lie within a write.
+One undisturbed run, then so many that are killed by SIGKILL at a random moment of their training: in turns one rank,
+which the launcher then restarts with the others from the last checkpoint (--max-restarts), and the launcher, with which
+its ranks end, so that `--resume` takes the run up. Checkpoints are written at every other step: many lie in one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from record import Record
 
 RUN = (
@@ -60,7 +59,9 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def kill(process: subprocess.Popen[bytes], out: Path, moment: float, span: float, everything: bool) -> int:
-    """Wait for the first step, then for a share of the training's seconds, and kill; return the steps that were done."""
+    """Wait for the first step, then for a share of the training's seconds, and kill; return the steps that were
+    done.
+    """
     while steps_done(out) == 0:
         if process.poll() is not None:
             raise SystemExit(f"the run ended before its first step: {process.stderr.read().decode()}")  # type: ignore[union-attr]
@@ -68,7 +69,7 @@ def kill(process: subprocess.Popen[bytes], out: Path, moment: float, span: float
     time.sleep(moment * span)
     done = steps_done(out)
     if everything:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
     else:
         victims = ranks_of(process.pid)
         if victims:
@@ -96,6 +97,8 @@ def trial(folder: Path, ranks: int, number: int, moment: float, span: float, who
     done = kill(process, out, moment, span, everything)
     if everything:
         process.wait()
+        while subprocess.run(["pgrep", "-f", str(out)], capture_output=True, check=False).returncode == 0:
+            time.sleep(0.05)  # the kernel is ending its ranks
         there = (out / "checkpoints").is_dir() and any(p.suffix == "" for p in (out / "checkpoints").glob("step-*"))
         process = start(command(out, ranks, "--resume" if there else "--auto-resume"))
     finished(process)

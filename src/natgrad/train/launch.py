@@ -5,6 +5,7 @@ that fails on a user's mistake leaves its one line in the launcher's error file;
 and passes the exit code on.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ def spread(
     here dies, all are started again, up to `restarts` times.
     """
     if in_world():
+        end_with_launcher()
         check_ranks(ranks)
         world = join()
         status = work(world)
@@ -48,6 +50,14 @@ def spread(
             return launch(ranks, arguments, restarts)
         status = work(World())
     return 130 if status == "interrupted" else 0
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when the launcher that we are is killed; without, it would train on, unseen."""
+    if OURS in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:  # it is gone already
+            os._exit(1)
 
 
 def check_ranks(asked: int) -> None:

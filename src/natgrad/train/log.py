@@ -20,12 +20,15 @@ from natgrad.train.evaluate import Score
 from natgrad.train.loop import Step
 from natgrad.train.machine import peak_memory
 
+LOCK = ".lock"
+"""Held by the run that writes to a folder; left by one that was killed."""
+
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Refuse to write where another run is, unless told to."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {str(folder)!r} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()) and not overwrite:
         raise ValueError(f"--out {str(folder)!r} is not empty; add --overwrite to replace it, or name another folder")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from natgrad.parallel import World
 from natgrad.train import checkpoint, machine
+from natgrad.train.lock import Lock, on_first
 from natgrad.train.log import Display, Journal, RunFolder, check_free
 from natgrad.train.loop import Job, Step, build_model, prepare, steps
 from natgrad.train.recipe import Recipe, described
@@ -101,20 +102,24 @@ def pick_device(name: str, world: World) -> torch.device:
 
 def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
     """Train, judge and record, on every rank; return "finished" or "interrupted"."""
+    lock = on_first(world, lambda: Lock(options.folder(name)))
+    try:
+        return run_alone(name, recipe, options, world)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
+    """`run` in a folder that is ours."""
     device, folder = pick_device(options.device, world), options.folder(name)
     check_agreement(recipe, world)
     told: list[str] = []
-    start = None
-    if restarted():
-        check_not_given_up(folder)
-    if restarted() or options.auto_resume:
-        start = choose(folder / FOLDER, None, world, told.append)
-    elif options.resume:
-        start = choose(folder / FOLDER, options.checkpoint, world, None)
+    start = find_start(folder, options, world, told)
     job = prepare(recipe, world, recipe.data.load().to(device))
     if start is not None:
         restore(job, start, options.accept_changes)
-    journal = open_journal(name, options, job) if world.rank == 0 else Journal()
+    journal = on_first(world, lambda: open_journal(name, options, job)) or Journal()
     for wrong in told:
         journal.event("damaged", reason=wrong)
     if start is not None:
@@ -135,6 +140,15 @@ def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
         last = saver.last() if saver is not None and status != "finished" and world.rank == 0 else None
         journal.close(status, resume_command() if last is not None else None)
     return status
+
+
+def find_start(folder: Path, options: Options, world: World, told: list[str]) -> Path | None:
+    """Return the checkpoint to go on from, if there is one; damaged ones that were passed over are put into `told`."""
+    if restarted():
+        check_not_given_up(folder)
+    if restarted() or options.auto_resume:
+        return choose(folder / FOLDER, None, world, told.append)
+    return choose(folder / FOLDER, options.checkpoint, world, None) if options.resume else None
 
 
 def open_journal(name: str, options: Options, job: Job) -> Journal:
