@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -23,6 +24,7 @@ class Lock:
     """Holds a folder until this process ends, or `release`."""
 
     def __init__(self, folder: Path) -> None:
+        self.made = [one for one in (folder, *folder.parents) if not one.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / LOCK).open("a+")
         try:
@@ -40,9 +42,12 @@ class Lock:
         self.file.flush()
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Let others have the folder; where nothing was written, it goes as it came."""
         Path(self.file.name).unlink(missing_ok=True)
         self.file.close()
+        with contextlib.suppress(OSError):  # not empty
+            for folder in self.made:
+                folder.rmdir()
 
 
 def on_first(world: World, work: Callable[[], T]) -> T | None:
