@@ -11,7 +11,6 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,7 @@ from natgrad.train.display import Display
 from natgrad.train.evaluate import Score
 from natgrad.train.loop import Step
 from natgrad.train.machine import peak_memory
+from natgrad.train.warn import listeners
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -147,16 +147,20 @@ class Journal:
     def __init__(self, folder: RunFolder | None = None, display: Display | None = None) -> None:
         self.folder, self.display = folder, display
         self.summary: dict[str, Any] = {}
+        if folder is not None:
+            listeners.append(self._warning)
+
+    def _warning(self, text: str) -> None:
+        if self.folder is not None:
+            self.folder.line("warning", step=self.summary.get("steps", 0), text=text)
 
     def step(self, step: Step) -> None:
         """Record a step, and the most memory that this rank has held so far."""
         memory = peak_memory()
         self.summary.update(steps=step.step, seconds=step.elapsed, loss=step.loss, memory=memory, **_skipped(step))
         if self.folder is not None:
-            values = asdict(step)
-            values.pop("stop")
-            second_order = values.pop("second_order")
-            self.folder.line("step", **values, memory=memory, **second_order)
+            values = {name: value for name, value in vars(step).items() if name not in ("second_order", "stop")}
+            self.folder.line("step", **values, memory=memory, **step.second_order)
         if self.display is not None:
             self.display.record(step, memory)
 
@@ -186,6 +190,7 @@ class Journal:
         if self.display is not None:
             self.display.end(status, self.summary, self.folder.folder if self.folder is not None else None, resume)
         if self.folder is not None:
+            listeners.remove(self._warning)
             self.folder.close(status, **self.summary, **({"resume": resume} if resume else {}))
 
 
