@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from natgrad.parallel import World
-from natgrad.train import machine
+from natgrad.train import machine, tensorboard
 from natgrad.train.log import Display, Journal, RunFolder, check_free
 from natgrad.train.loop import Job, build_model, prepare, steps
 from natgrad.train.recipe import Recipe, described
@@ -27,6 +27,8 @@ class Options:
     """cpu, cuda, or auto: cuda where there is one."""
     train_loss: bool = False
     """At the end, also judge the model on the whole training set."""
+    tensorboard: bool = False
+    """Write the run's numbers for TensorBoard, too: into the folder tensorboard of the results."""
 
     def folder(self, name: str) -> Path:
         return Path(self.out or f"runs/{name}")
@@ -37,6 +39,8 @@ def check(name: str, recipe: Recipe, options: Options) -> None:
     if options.ranks < 1:
         raise ValueError(f"ranks={options.ranks} must be at least 1; set --ranks")
     pick_device(options.device, World())
+    if options.tensorboard:
+        tensorboard.check_installed()
     check_free(options.folder(name), options.overwrite)
     recipe.check()
     recipe.optimizer.build(build_model(recipe), World())
@@ -62,7 +66,7 @@ def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
         about = {"name": name, "recipe": described(recipe), "steps": job.steps}
         about["machine"] = machine.describe(world, device)
         folder = RunFolder(options.folder(name), about, options.overwrite)
-        journal = Journal(folder, Display(name, job.steps))
+        journal = Journal(folder, Display(name, job.steps), options.tensorboard)
     status = "failed"
     try:
         with Stop() as stop:
