@@ -9,10 +9,11 @@ import warnings
 
 import pytest
 
+from natgrad.report.spell import ago, brief, duration, number, size
 from natgrad.train import display
 from natgrad.train.display import Display
 from natgrad.train.evaluate import Score
-from natgrad.train.figures import Figures, brief, duration, number, size
+from natgrad.train.figures import Figures
 from natgrad.train.log import Journal, RunFolder
 from natgrad.train.loop import Step
 from natgrad.train.warn import clean, listeners, told_once
@@ -75,7 +76,7 @@ def test_running_means_follow_a_change_and_small_stages_are_not_named():
     named = [name for name, _ in figures.split()]
     assert named == ["data", "network", "messages", "factor", "update", "own"]
     told = dict(figures.rows()[1])
-    assert (told["refreshed"], told["memory"], told["time"]) == ("0%", "3.00 GB", "6:40")
+    assert (told["refreshed"], told["memory"], told["time"]) == ("0%", "3 GB", "6:40")
 
 
 def test_a_row_has_what_matters_and_only_what_there_is():
@@ -105,7 +106,14 @@ def test_a_row_has_what_matters_and_only_what_there_is():
         (brief(0.9996), "1 s"),
         (brief(12.345), "12.3 s"),
         (size(544e6), "544 MB"),
-        (size(1.2e9), "1.20 GB"),
+        (size(544), "0.544 KB"),
+        (ago(5), "5 seconds ago"),
+        (ago(119), "119 seconds ago"),
+        (ago(150), "2 minutes ago"),
+        (ago(3 * 86400), "3 days ago"),
+        (size(1.2e9), "1.2 GB"),
+        (size(999.6e6), "1 GB"),
+        (size(1.2345e12), "1234 GB"),
         (number(0.5), "0.5000"),
         (number(0.0), "0.0000"),
         (number(3.2e-5), "3.2e-05"),
@@ -148,7 +156,7 @@ def test_a_terminal_gets_a_panel_that_fits_and_goes_away():
     panel = shown(stream.getvalue()).splitlines()
     shows.close()
     assert all(len(line.rstrip()) <= 80 for line in panel)
-    text = " ".join(" ".join(panel).replace("\u00a0", " ").split())
+    text = " ".join(" ".join(panel).split())
     for said in (
         "1234/12345",
         "epoch 154.2",
@@ -164,6 +172,16 @@ def test_a_terminal_gets_a_panel_that_fits_and_goes_away():
         assert said in text
     assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h") == 1
     assert "step  1234/12345  epoch 154.2" in stream.getvalue()
+
+
+def test_a_narrow_terminal_tears_no_entry_apart(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    shows = Display("mine", 12345, Terminal())
+    shows.record(step(1234), 544 * 10**6)
+    lines = [part.plain for part in shows.panel().renderables[1:]]
+    shows.close()
+    assert lines[-1].splitlines() == ["data 2%   network 70%   messages 8%", "factor 12%   update 6%   own 2%"]
+    assert all(len(line) <= 40 for text in lines for line in text.splitlines())
 
 
 def test_a_panel_is_drawn_seldom(monkeypatch):

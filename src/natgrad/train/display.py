@@ -16,8 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from natgrad.report.spell import duration, number
 from natgrad.train.evaluate import Score
-from natgrad.train.figures import Figures, Row, duration, number
+from natgrad.train.figures import Figures, Row
 from natgrad.train.loop import Step
 
 OFTEN = 1 / 8
@@ -26,6 +27,7 @@ SHARE = 0.005
 """Largest share of the time that drawing may take."""
 SELDOM = 30.0
 """Seconds between two lines in a file, evaluations and events aside."""
+GAP = "   "
 
 
 class Display:
@@ -107,17 +109,18 @@ class Display:
         figures = self.figures
         bar = ProgressBar(total=self.steps, completed=figures.done)
         line.add_row(Text(self.title, style="bold"), bar, Text(figures.place()))
-        return Group(line, *(_text(row) for row in figures.rows() if row))
+        return Group(line, *(_text(row, self.console.width) for row in figures.rows() if row))
 
 
-def _text(row: Row) -> Text:
-    """Return a row that breaks between its entries only."""
-    hard = "\u00a0"  # a space at which no line breaks
-    text = Text()
-    for place, (name, value) in enumerate(row):
-        text.append("   " if place else "")
-        text.append((name + " ").replace(" ", hard) if name else "", style="dim")
-        text.append(value.replace(" ", hard))
+def _text(row: Row, width: int) -> Text:
+    """Return a row of names and values in lines that break between entries only."""
+    text, used = Text(no_wrap=True), 0
+    for name, value in row:
+        long = len(name) + bool(name) + len(value)
+        if used:
+            text.append("\n" if used + len(GAP) + long > width else GAP)
+        used = long if not used or used + len(GAP) + long > width else used + len(GAP) + long
+        text.append(f"{name} " if name else "", style="dim").append(value)
     return text
 
 

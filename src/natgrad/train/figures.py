@@ -8,6 +8,7 @@ the steps so far (judging, saving), spread over them.
 import time
 from collections.abc import Callable
 
+from natgrad.report.spell import brief, duration, number, size
 from natgrad.train.evaluate import Score
 from natgrad.train.loop import Step
 
@@ -107,27 +108,3 @@ class Figures:
             + (f"  {brief(self.seconds)} a step" if self.seconds else "")
             + (f"  ETA {duration(left)}" if left is not None else "")
         )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as a clock shows them: 0:07, 12:34, 1:02:03, 3 d 4:05:06."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    short = f"{minutes}:{rest:02d}" if not (hours or days) else f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{days} d {short}" if days else short
-
-
-def number(value: float) -> str:
-    """Return a loss: four places, or its order where these would be zeros."""
-    return f"{value:.1e}" if 0 < abs(value) < 0.001 or abs(value) >= 1e6 else f"{value:.4f}"
-
-
-def brief(seconds: float) -> str:
-    """Return a short time with three figures."""
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
-
-
-def size(count: float) -> str:
-    """Return bytes in MB or GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
