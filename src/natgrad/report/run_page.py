@@ -129,7 +129,7 @@ def _told(values: list[Any], text: Any, together: Any = max) -> str:
 def _reading(logs: list[Log]) -> str:
     said = []
     if len({plots.shade(logs, log) for log in logs}) < min(len(logs), len(COLOURS)):
-        said.append("Runs that differ in their seeds alone share a colour.")
+        said.append("Runs of one recipe, whatever their seeds, share a colour.")
     if any(len(log.steps) > plots.POINTS for log in logs):
         said.append("Lines are means over neighbouring steps, bands their range.")
     return " ".join(said)

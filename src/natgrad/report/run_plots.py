@@ -55,6 +55,7 @@ def progress(logs: list[Log]) -> Figure | None:
     rows = 1 if len(logs) == 1 else 2
     figure = Figure(figsize=(10.4, 3.7 if rows == 1 else 6.4), layout="constrained")
     grid = np.asarray(figure.subplots(rows, 2 if rows == 1 else 3, squeeze=False))
+    figure.set_layout_engine("constrained", h_pad=0.1)
     losses, scores = (grid[0][:1], grid[0][1:]) if rows == 1 else (grid[0], grid[1])
     for axes, place in zip(losses, places):
         _losses(axes, logs, *place)
@@ -66,8 +67,8 @@ def progress(logs: list[Log]) -> Figure | None:
 
 def _losses(axes: Axes, logs: list[Log], label: str, where: Place) -> None:
     for log in logs:
-        label = log.label if len(logs) > 1 else "each batch"
-        _draw(axes, log.steps, where, _value("loss"), label, shade(logs, log), dashes(logs, log))
+        name = log.label if len(logs) > 1 else "each batch"
+        _draw(axes, log.steps, where, _value("loss"), name, shade(logs, log), dashes(logs, log))
         if len(logs) == 1:
             points = [(where(line), line.get("test_loss")) for line in log.evaluations]
             style: dict[str, Any] = {"color": COLOURS[1], "marker": "o", "markersize": 3, "label": "test images"}

@@ -69,7 +69,7 @@ class Log:
 
     def status(self) -> str:
         """Say how the run is, in a sentence."""
-        kind, last = self.kind, f"last line {ago(self.age)}"
+        kind, last = self.kind, f"{'last line' if self.done else 'begun'} {ago(self.age)}"
         place = f"{self.done} of {self.total} steps" if self.done else "no step"
         if self.summary is not None:
             return f"{kind} after {place} in {duration(self.elapsed)}"
