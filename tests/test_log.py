@@ -24,7 +24,7 @@ def begun(folder, last):
     for number in range(1, last + 1):
         journal.step(step(number))
         if number % 2 == 0:
-            journal.evaluation(step(number), Score(0.1 * number, 1.0))
+            journal.evaluation(step(number), Score(1.0, 0.1 * number))
             journal.event("checkpoint", path=f"at-{number}")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from natgrad.parallel import World, join, leave
+from natgrad.train.warn import told_once
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -42,13 +43,17 @@ def spread(
         end_with_launcher()
         check_ranks(ranks)
         world = join()
-        status = work(world)
+        with told_once(world.rank):
+            status = work(world)
         leave()
+    elif ranks > 1:
+        with told_once(rank=1):  # its ranks will warn again
+            check()
+        return launch(ranks, arguments, restarts)
     else:
-        check()
-        if ranks > 1:
-            return launch(ranks, arguments, restarts)
-        status = work(World())
+        with told_once(rank=0):
+            check()
+            status = work(World())
     return 130 if status == "interrupted" else 0
 
 
@@ -91,6 +96,9 @@ def launch(ranks: int, arguments: list[str], restarts: int = 0) -> int:
         return 130
     except ChildFailedError as failed:
         return _tell(failed)
+    finally:
+        if sys.stdout.isatty():
+            print("\x1b[?25h", end="", flush=True)  # the cursor, which a rank that was killed has left hidden
     return 0
 
 

@@ -11,7 +11,6 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,8 @@ from natgrad.train.display import Display
 from natgrad.train.evaluate import Score
 from natgrad.train.loop import Step
 from natgrad.train.machine import peak_memory
+from natgrad.train.tensorboard import FOLDER, Board
+from natgrad.train.warn import listeners
 
 LOCK = ".lock"
 """Held by the run that writes to a folder; left by one that was killed."""
@@ -57,7 +58,7 @@ class RunFolder:
     def __init__(
         self, folder: Path, about: dict[str, Any], overwrite: bool = False, resume_at: int | None = None
     ) -> None:
-        self.folder, self.elapsed = folder, 0.0
+        self.folder, self.resume_at, self.elapsed = folder, resume_at, 0.0
         if resume_at is None:
             check_free(folder, overwrite)
         sessions = [_session(about, resume_at or 0)]
@@ -67,6 +68,8 @@ class RunFolder:
             sessions = [*kept.get("sessions", []), {**sessions[0], **({"changed": changed} if changed else {})}]
             about = kept
             self.elapsed = cut(folder / "metrics.jsonl", resume_at)
+        else:
+            forget(folder, f"{FOLDER}/*/events.out.tfevents.*")
         forget(folder, "summary.json", "report.html")
         write_json(folder / "recipe.json", {**about, "sessions": sessions})
         mode = "wb" if resume_at is None else "ab"
@@ -147,21 +150,30 @@ def finite(value: Any) -> Any:
 class Journal:
     """What becomes of a run's news: written to a folder, shown on a display, where there are such."""
 
-    def __init__(self, folder: RunFolder | None = None, display: Display | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder | None = None, display: Display | None = None, tensorboard: bool = False
+    ) -> None:
         self.folder, self.display = folder, display
+        self.board = Board(folder.folder, folder.resume_at) if folder is not None and tensorboard else None
         self.summary: dict[str, Any] = {}
+        if folder is not None:
+            listeners.append(self._warning)
+
+    def _warning(self, text: str) -> None:
+        if self.folder is not None:
+            self.folder.line("warning", step=self.summary.get("steps", 0), text=text)
 
     def step(self, step: Step) -> None:
         """Record a step, and the most memory that this rank has held so far."""
         memory = peak_memory()
         self.summary.update(steps=step.step, seconds=step.elapsed, loss=step.loss, memory=memory, **_skipped(step))
         if self.folder is not None:
-            values = asdict(step)
-            values.pop("stop")
-            second_order = values.pop("second_order")
-            self.folder.line("step", **values, memory=memory, **second_order)
+            values = {name: value for name, value in vars(step).items() if name not in ("second_order", "stop")}
+            self.folder.line("step", **values, memory=memory, **step.second_order)
         if self.display is not None:
             self.display.record(step, memory)
+        if self.board is not None:
+            self.board.step(step, memory)
 
     def evaluation(self, step: Step, score: Score) -> None:
         """Record how good the model is on the test images after a step."""
@@ -171,6 +183,8 @@ class Journal:
             self.folder.line("evaluation", **values, test_accuracy=score.accuracy, test_loss=score.loss)
         if self.display is not None:
             self.display.judged(step, score)
+        if self.board is not None:
+            self.board.evaluation(step, score)
 
     def event(self, kind: str, **values: Any) -> None:
         """Record anything else that happened, after the last step unless `step` says otherwise; show it as a line."""
@@ -188,7 +202,10 @@ class Journal:
         """Say how the run ended, in the folder and to whoever watches; `resume` is the command that takes it up."""
         if self.display is not None:
             self.display.end(status, self.summary, self.folder.folder if self.folder is not None else None, resume)
+        if self.board is not None:
+            self.board.close()
         if self.folder is not None:
+            listeners.remove(self._warning)
             self.folder.close(status, **self.summary, **({"resume": resume} if resume else {}))
 
 

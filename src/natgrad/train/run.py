@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from natgrad.parallel import World
-from natgrad.train import checkpoint, machine
+from natgrad.train import checkpoint, machine, tensorboard
 from natgrad.train.lock import Lock, on_first
 from natgrad.train.log import Display, Journal, RunFolder, check_free
 from natgrad.train.loop import Job, Step, build_model, prepare, steps
@@ -50,6 +50,8 @@ class Options:
     """With --ranks: how often to start again from the last checkpoint when a rank has died."""
     bad_steps: int = 5
     """Steps in a row whose loss is not finite, after which the run stops."""
+    tensorboard: bool = False
+    """Write the run's numbers for TensorBoard, too: into the folder tensorboard of the results."""
 
     def folder(self, name: str) -> Path:
         return Path(self.out or f"runs/{name}")
@@ -60,6 +62,8 @@ def check(name: str, recipe: Recipe, options: Options) -> None:
     if options.ranks < 1:
         raise ValueError(f"ranks={options.ranks} must be at least 1; set --ranks")
     check_options(options)
+    if options.tensorboard:
+        tensorboard.check_installed()
     folder = options.folder(name)
     if not options.resume:
         check_free(folder, options.overwrite or options.auto_resume)
@@ -159,7 +163,7 @@ def open_journal(name: str, options: Options, job: Job) -> Journal:
     if job.done == 0 and anew:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
     files = RunFolder(folder, about, anew, job.done or None)
-    return Journal(files, Display(name, job.steps))
+    return Journal(files, Display(name, job.steps), options.tensorboard)
 
 
 def follow(job: Job, journal: Journal, saver: Saver | None, options: Options, stop: Stop) -> str:
