@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.data import Cifar100, Digits, ImageFolder, Images, Sampler, Splits, hold_out
+from natgrad.data import Cifar100, Digits, Images, ImageSet, Sampler, Splits, hold_out
 from natgrad.data.augment import crop_and_flip, flip, pad_crop
 
 DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
@@ -104,7 +104,7 @@ def test_augmentation_depends_on_its_generator_alone():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("source", [Cifar100(path="no/such/place"), ImageFolder(path="no/such/place")])
+@pytest.mark.parametrize("source", [Cifar100(path="no/such/place"), ImageSet(path="no/such/place")])
 def test_a_missing_path_is_named_with_what_is_expected(source):
     with pytest.raises(ValueError, match=r"no/such/place.*--data\.path") as refused:
         source.check()

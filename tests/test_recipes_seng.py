@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natgrad.data import Cifar10, ImageFolder
+from natgrad.data import Cifar10, ImageSet
 from natgrad.models import CifarResNet, Vgg16
 from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import World
@@ -74,7 +74,7 @@ def test_networks_and_images_are_theirs():
     assert recipe.model == ImageResNet(50, zero_last=True)
     assert (recipe.label_smoothing, recipe.drop_last, recipe.micro_batch) == (0.1, True, 64)
     data = recipe.data
-    assert isinstance(data, ImageFolder)
+    assert isinstance(data, ImageSet)
     assert (data.size, data.crop, data.zoom, data.in_memory) == (256, 224, (0.087, 1.0), False)
     assert data.shape() == (3, 224, 224)
 
