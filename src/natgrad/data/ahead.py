@@ -54,9 +54,10 @@ class Ahead:
             return None
         try:
             made = [next(self.made) for _ in index.split(PIECE)]
-        except RuntimeError as error:  # workers are gone: killed by a scheduler's signal, or for their memory
+        except (RuntimeError, OSError, EOFError) as error:  # killed, by a scheduler's signal or for their memory
             self.coming.clear()
-            warnings.warn(f"images are no longer read ahead: {str(error).splitlines()[0]}", stacklevel=2)
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"workers have died, images are no longer read ahead ({why})", stacklevel=2)
             return None
         self.coming.popleft()
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ def picture(encoded: bytes | str | None, size: int | None, resize: Resize = "squ
             shown = shown if size is None else resized(shown, size, resize)
             return np.asarray(shown, dtype=np.uint8).transpose(2, 0, 1)
     except Exception as error:  # decoders of broken files raise all there is
-        raise UnreadableError(reason(error)) from None
+        raise UnreadableError(reason(error, encoded)) from None
 
 
 def upright(opened: Image) -> Image:
@@ -75,7 +76,7 @@ def resized(shown: Image, size: int, resize: Resize) -> Image:
     return shown.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception, encoded: bytes | str) -> str:
     """Say in a few words what a decoder found."""
     from PIL import UnidentifiedImageError
 
@@ -84,6 +85,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "not there"
     if isinstance(error, UnidentifiedImageError):
-        return "no image format that is known"
+        empty = isinstance(encoded, str) and not os.path.getsize(encoded)
+        return "empty" if empty else "no image format that is known"
     text = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {text[0]}"[:120]

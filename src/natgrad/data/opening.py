@@ -81,7 +81,7 @@ def _load(path: str, config: str | None, found: str) -> Any:
     try:
         return datasets.load_dataset(path, config)
     except Exception as error:  # the hub, its cache and the files each have their own
-        said = " ".join(str(error).split())[:200]
+        said = " ".join(str(error.__cause__ or error).split())[:200]
         if found == "parquet":
             raise ValueError(f"the parquet files in {path!r} cannot be read: {said}") from None
         raise ValueError(

@@ -50,7 +50,7 @@ def table(rows: Any, column: Any, classes: int | None, split: str) -> Table:
     """
     values = column.to_numpy(zero_copy_only=False)
     numbers = np.asarray(values, dtype=np.float64)  # a missing label becomes NaN
-    known = int(numbers.max(initial=-1)) + 1 if classes is None and not np.isnan(numbers).any() else classes or 0
+    known = int(np.nanmax(numbers, initial=-1)) + 1 if classes is None else classes
     wrong = np.flatnonzero(~((numbers >= 0) & (numbers < known)))
     if len(wrong):
         place, count = int(wrong[0]), len(wrong)
