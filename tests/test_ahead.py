@@ -1,5 +1,6 @@
 """Images read ahead by worker processes are those read on demand, whatever happens to the workers."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -124,6 +125,25 @@ def test_an_interrupt_of_the_terminal_leaves_workers_alone(folder):
     assert len(ahead.images.coming.coming) == 0
 
 
+def running(pids):
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def test_workers_end_when_a_run_is_over(folder):
+    data = source(folder)
+    job = prepare(replace(RECIPE, data=data), World(), data.load())
+    taking = steps(job)
+    next(taking)
+    pids = workers_of(job.splits.train.images)
+    assert running(pids) == pids
+    gc.disable()  # no cycle may hold them
+    try:
+        del job, taking
+        assert not running(pids)
+    finally:
+        gc.enable()
+
+
 KILLED = """
 import itertools, os, sys, time, torch
 from natgrad.data import ImageSet, read_ahead
@@ -143,9 +163,9 @@ def test_workers_end_with_a_rank_that_is_killed(folder, tmp_path):
     with subprocess.Popen([sys.executable, str(script), folder], stdout=subprocess.PIPE, text=True) as process:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         process.kill()
-        for _ in range(200):
-            if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        for _ in range(400):
+            if not running(pids):
                 break
             time.sleep(0.05)
     assert len(pids) == 2
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert not running(pids)

@@ -26,13 +26,16 @@ DEPTH = 1024
 
 
 class Ahead:
-    """What `dataset.__getitems__` makes of the pieces of each index, made by workers before it is asked for."""
+    """What `dataset.__getitems__` makes of the pieces of each index, made by workers before it is asked for.
+
+    The workers end when nothing refers to this object any more; so nothing that it refers to may refer to it.
+    """
 
     def __init__(self, dataset: Dataset, indices: Iterable[Tensor], workers: int, pin: bool = False) -> None:
         self.coming: deque[Tensor] = deque()
         loader: Any = DataLoader(
             dataset,
-            batch_sampler=self._pieces(indices),
+            batch_sampler=_pieces(indices, self.coming),
             num_workers=workers,
             prefetch_factor=max(2, -(-DEPTH // (PIECE * workers))),
             collate_fn=_as_it_is,
@@ -42,11 +45,6 @@ class Ahead:
             generator=torch.Generator(),  # else the workers' seed is drawn from the run's random numbers
         )
         self.made = iter(loader)
-
-    def _pieces(self, indices: Iterable[Tensor]) -> Iterator[list[int]]:
-        for index in indices:
-            self.coming.append(index)
-            yield from (piece.tolist() for piece in index.split(PIECE))
 
     def read(self, index: Tensor) -> list[Any] | None:
         """Return what was made of an index's pieces; None where it is not the one that was to come next."""
@@ -61,6 +59,13 @@ class Ahead:
             return None
         self.coming.popleft()
         return made
+
+
+def _pieces(indices: Iterable[Tensor], begun: deque[Tensor]) -> Iterator[list[int]]:
+    """Yield the pieces of each index, putting those that are begun in a queue."""
+    for index in indices:
+        begun.append(index)
+        yield from (piece.tolist() for piece in index.split(PIECE))
 
 
 def cores() -> int:

@@ -96,7 +96,8 @@ def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
     """Train, yielding a record after each step; the job's model may be judged in between."""
     pace = Pace(job.optimizer, lr=job.recipe.schedule, damping=job.recipe.damping_schedule)
     elapsed = 0.0
-    coming = (index for batch in job.sampler.stream() for index in cut(job, batch))
+    sampler, size = job.sampler, job.recipe.micro_batch  # what reads ahead must not hold the job, which holds it
+    coming = (index for batch in sampler.stream() for index in cut(batch, size))
     job.splits = replace(job.splits, train=read_ahead(job.splits.train, coming))
     for step, batch in zip(range(1, job.steps + 1), job.sampler.stream()):
         pace.set((step - 1) / job.steps)
@@ -160,14 +161,14 @@ def loss_of(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 def parts(job: Job, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's share, varied, blended and erased: inputs [n, c, h, w], and labels [n] or [n, classes]."""
-    for part, index in enumerate(cut(job, batch)):
+    for part, index in enumerate(cut(batch, job.recipe.micro_batch)):
         inputs, labels = job.splits.train.batch(index, generator)
         yield job.regulariser(part, job.splits.augment(inputs, generator), labels, generator)
 
 
-def cut(job: Job, batch: Batch) -> tuple[Tensor, ...]:
-    """Cut a rank's share of a batch into parts of at most `micro_batch` samples."""
-    return batch.index.split(job.recipe.micro_batch or len(batch.index))
+def cut(batch: Batch, size: int | None) -> tuple[Tensor, ...]:
+    """Cut a rank's share of a batch into parts of at most `size` samples; None: one part."""
+    return batch.index.split(size or len(batch.index))
 
 
 class Clock:
