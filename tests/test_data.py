@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from natgrad.data import Cifar100, Digits, ImageFolder, Images, Splits, hold_out
+from natgrad.data import Cifar100, Digits, Images, ImageSet, Splits, hold_out
 from natgrad.data.augment import crop_and_flip, flip, pad_crop
 
 DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
@@ -71,7 +71,7 @@ def test_augmentation_depends_on_its_generator_alone():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("source", [Cifar100(path="no/such/place"), ImageFolder(path="no/such/place")])
+@pytest.mark.parametrize("source", [Cifar100(path="no/such/place"), ImageSet(path="no/such/place")])
 def test_a_missing_path_is_named_with_what_is_expected(source):
     with pytest.raises(ValueError, match=r"no/such/place.*--data\.path") as refused:
         source.check()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from natgrad.data import Images
+from natgrad.data import Images, read_ahead
 from natgrad.parallel import World
 
 CHUNK = 1024
@@ -32,8 +32,10 @@ class Score:
 def evaluate(model: nn.Module, images: Images, world: World, chunk: int = CHUNK) -> Score:
     """Return loss (cross-entropy) and accuracy over all images, the model in evaluation mode."""
     total = torch.zeros(3, dtype=torch.float64)
+    share = _share(len(images), world).split(chunk)
+    images = read_ahead(images, share)
     with _mode(model, training=False), torch.no_grad():
-        for index in _share(len(images), world).split(chunk):
+        for index in share:
             inputs, labels = images.batch(index)
             logits = model(inputs).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -56,8 +58,10 @@ def estimate_norms(model: nn.Module, images: Images, world: World, samples: int 
     if not norms:
         return
     places = torch.linspace(0, len(images) - 1, min(samples, len(images))).long()
+    share = places[_share(len(places), world)].split(chunk)
+    images = read_ahead(images, share)
     with _mode(model, training=True), _plain_average(norms), torch.no_grad():
-        for index in places[_share(len(places), world)].split(chunk):
+        for index in share:
             model(images.batch(index)[0])
     world.mean([value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None])
 

@@ -8,7 +8,7 @@ two numbers a step, the loss and whether anyone wants to stop; so all ranks stop
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from natgrad.data import Regulariser, Sampler, Splits
-from natgrad.data.pictures import ahead
+from natgrad.data import Regulariser, Sampler, Splits, read_ahead
 from natgrad.data.sampler import Batch
 from natgrad.parallel import World
 from natgrad.train.average import Average
@@ -114,6 +113,9 @@ def build_model(recipe: Recipe) -> nn.Module:
 
 def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
     """Train, yielding a record after each step; the job's model may be judged in between."""
+    sampler, size = job.sampler, job.recipe.micro_batch  # what reads ahead must not hold the job, which holds it
+    coming = (index for batch in sampler.stream(job.done) for index in cut(batch, size))
+    job.splits = replace(job.splits, train=read_ahead(job.splits.train, coming))
     for step, batch in zip(range(job.done + 1, job.steps + 1), job.sampler.stream(job.done)):
         job.pace.set(job.progress(step - 1))
         before, clock = _second_order_seconds(job.optimizer), Clock(job.device)
@@ -175,18 +177,15 @@ def loss_of(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 
 def parts(job: Job, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's share, varied, blended and erased: inputs [n, c, h, w], and labels [n] or [n, classes].
+    """Yield this rank's share, varied, blended and erased: inputs [n, c, h, w], and labels [n] or [n, classes]."""
+    for part, index in enumerate(cut(batch, job.recipe.micro_batch)):
+        inputs, labels = job.splits.train.batch(index, generator)
+        yield job.regulariser(part, job.splits.augment(inputs, generator), labels, generator)
 
-    At most `micro_batch` images at a time; where they come from files, the next are read while these are in use.
-    """
-    train = job.splits.train
 
-    def made() -> Iterator[tuple[Tensor, Tensor]]:
-        for part, index in enumerate(batch.index.split(job.recipe.micro_batch or len(batch.index))):
-            inputs, labels = train.batch(index, generator)
-            yield job.regulariser(part, job.splits.augment(inputs, generator), labels, generator)
-
-    return made() if isinstance(train.images, Tensor) else ahead(made())
+def cut(batch: Batch, size: int | None) -> tuple[Tensor, ...]:
+    """Cut a rank's share of a batch into parts of at most `size` samples; None: one part."""
+    return batch.index.split(size or len(batch.index))
 
 
 class Clock:
