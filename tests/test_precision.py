@@ -28,7 +28,7 @@ OPTIMIZERS = [
     KFac(lr=0.1, refresh=2),
     Seng(lr=0.2, refresh=2),
     Nlcg(lr=0.3),
-    Nlcg(lr=1.0, step="curvature", feedback=None),
+    Nlcg(lr=1.0, step="curvature"),
 ]
 NAMES = ["sgd", "adamw", "spngd", "kfac", "seng", "nlcg", "nlcg curvature"]
 
@@ -59,8 +59,6 @@ def convolution_types(model):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=NAMES)
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_every_optimizer_learns_in_half_precision(splits, optimizer, kind):
-    if isinstance(optimizer, Nlcg) and optimizer.feedback is None:
-        optimizer = replace(optimizer, feedback="step")
     job = prepare(replace(RECIPE, optimizer=optimizer, precision=kind), World(), splits)
     seen = convolution_types(job.model)
     losses = [record.loss for record in steps(job)]
@@ -104,8 +102,6 @@ def overflowing(monkeypatch, when):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=NAMES)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_overflow_on_one_rank_leaves_the_step_out_on_all_at_one_scale(splits, optimizer, ranks, monkeypatch):
-    if isinstance(optimizer, Nlcg) and optimizer.feedback is None:
-        optimizer = replace(optimizer, feedback="step")
     recipe = replace(RECIPE, optimizer=optimizer, model=Mlp((8,)), steps=4, precision="float16")
     built = loop.build_model(recipe)
     monkeypatch.setattr(loop, "build_model", lambda _: copy.deepcopy(built))  # threads share one random generator
