@@ -16,7 +16,7 @@ from natgrad.train.loop import prepare, steps
 from natgrad.train.optimizers import Sgd
 from natgrad.train.recipe import Recipe
 
-RECIPE = Recipe(Digits(), CifarResNet(8, (4, 4, 4)), Sgd(lr=0.1), batch=256, steps=40, norms="average")
+RECIPE = Recipe(Digits(), CifarResNet(8, (4, 4, 4)), Sgd(lr=0.1), batch=256, steps=120, norms="average")
 
 
 @pytest.fixture(scope="module")
