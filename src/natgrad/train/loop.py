@@ -115,6 +115,7 @@ def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
 
 def build_model(recipe: Recipe) -> nn.Module:
     """Initialise the recipe's network from its seed: the same on every rank."""
+    recipe.model.load()
     seed_build(recipe.seed)
     return recipe.model.build(recipe.data.shape(), recipe.data.classes())
 
