@@ -3,7 +3,7 @@
     model/NAME                  parameters, the same on every rank
     average/NAME                their running means
     optimizer/NAME/KEY          state of an optimizer by parameter; of our own each rank writes what it holds
-    rank-R/...                  what every rank has of its own: buffers, the images that mixup will blend, a loss scale
+    rank-R/...                  what every rank has of its own: buffers, the images that mixup will blend
 
 Of what all ranks have alike, each writes its part. Schedules, the order of the samples and all draws are functions of
 the number of steps, so nothing else is needed to go on: on the same ranks to the last bit, on others in meaning.
@@ -41,6 +41,7 @@ def state_of(job: Job) -> tuple[Tensors, dict[str, Any]]:
         "steps": job.steps,
         "recipe": described(job.recipe),
         "groups": pack(groups, "optimizer/groups", alike),
+        "scaler": None if job.scaler is None else job.scaler.state_dict(),
     }
     own = dict(_own(job))
     if isinstance(job.optimizer, SecondOrder):
@@ -72,6 +73,8 @@ def restore(job: Job, path: Path, changes: bool = False) -> None:
             names[name].copy_(value)
     _restore_optimizer(job, path, values, table, changed)
     _restore_own(job, path, values["ranks"], table)
+    if job.scaler is not None and values["scaler"] is not None:
+        job.scaler.load_state_dict(values["scaler"])
     job.done, job.elapsed = values["step"], values["elapsed"]
 
 
