@@ -1,8 +1,13 @@
-"""Every test starts from the same random state, on one thread, and leaves compiled models free to run compiled."""
+"""Every test starts from the same random state, on one thread and without a network, and leaves compiled models free
+to run compiled.
+"""
+
+import os
 
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 

@@ -143,7 +143,7 @@ def test_two_ranks_train_together():
     process = natgrad("train", "digits_spngd", "--ranks", "2", "--steps", "6", "--out", "both")
     said, wrong = process.communicate(timeout=120)
     assert process.returncode == 0, wrong
-    assert said.count("step 6/6") == 1
+    assert said.count("step 6/6  epoch") == 1
     assert json.loads(Path("both/recipe.json").read_text())["machine"]["ranks"] == 2
     lines = [json.loads(line) for line in Path("both/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["traffic"]["statistics"] > 0

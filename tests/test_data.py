@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from natgrad.data import Cifar100, Digits, ImageFolder, Images, Sampler, Splits, hold_out
+from natgrad.data import Cifar100, Digits, Images, ImageSet, Splits, hold_out
 from natgrad.data.augment import crop_and_flip, flip, pad_crop
 
 DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
@@ -48,37 +46,6 @@ def test_held_out_images_are_no_longer_trained_on():
         hold_out(Splits(everything, test), 1.0, seed=3)
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 7), st.integers(0, 3), st.booleans())
-def test_all_ranks_together_see_each_sample_once_an_epoch(size, batch, ranks, epoch, drop_last):
-    if not ranks <= batch <= size:
-        with pytest.raises(ValueError, match="batch="):
-            Sampler(size, batch, ranks=ranks)
-        return
-    samplers = [Sampler(size, batch, 5, rank, ranks, drop_last) for rank in range(ranks)]
-    shares = [list(sampler.epoch(epoch)) for sampler in samplers]
-    assert {len(share) for share in shares} == {len(samplers[0])}
-    seen = []
-    for parts in zip(*shares):
-        sizes = [len(part.index) for part in parts]
-        assert max(sizes) - min(sizes) <= 1
-        assert min(sizes) >= 1
-        assert {part.total for part in parts} == {sum(sizes)}
-        assert sum(sizes) <= batch
-        seen += [place for part in parts for place in part.index.tolist()]
-    assert len(set(seen)) == len(seen)
-    left_out = size - len(seen)
-    assert left_out == (size % batch if drop_last or size % batch < ranks else 0)
-
-
-def test_batches_depend_on_seed_and_epoch_alone():
-    first = [part.index.tolist() for part in Sampler(50, 20, seed=1).epoch(0)]
-    assert first == [part.index.tolist() for part in Sampler(50, 20, seed=1).epoch(0)]
-    assert first != [part.index.tolist() for part in Sampler(50, 20, seed=1).epoch(1)]
-    assert first != [part.index.tolist() for part in Sampler(50, 20, seed=2).epoch(0)]
-    stream = Sampler(50, 20, seed=1).stream()
-    assert [next(stream).epoch for _ in range(7)] == [0, 0, 0, 1, 1, 1, 2]
-
-
 def test_pad_crop_shifts_whole_images():
     image = torch.arange(1.0, 65.0).view(1, 1, 8, 8).expand(200, 2, 8, 8)
     shifted = pad_crop(image, torch.Generator().manual_seed(0), padding=2)
@@ -104,7 +71,7 @@ def test_augmentation_depends_on_its_generator_alone():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("source", [Cifar100(path="no/such/place"), ImageFolder(path="no/such/place")])
+@pytest.mark.parametrize("source", [Cifar100(path="no/such/place"), ImageSet(path="no/such/place")])
 def test_a_missing_path_is_named_with_what_is_expected(source):
     with pytest.raises(ValueError, match=r"no/such/place.*--data\.path") as refused:
         source.check()

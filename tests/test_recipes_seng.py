@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_folder import write_images
 
-from natgrad.data import Cifar10, ImageFolder
+from natgrad.data import Cifar10, ImageSet
 from natgrad.models import CifarResNet, Vgg16
 from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import World
@@ -14,7 +15,6 @@ from natgrad.schedules import Constant
 from natgrad.train.loop import prepare, steps
 from natgrad.train.optimizers import Seng
 from test_cifar import write_cifar
-from test_folder import write_images
 
 # batch, lr, lambda, weight decay, momentum, refresh, c, threshold, epochs
 TABLE = {
@@ -74,7 +74,7 @@ def test_networks_and_images_are_theirs():
     assert recipe.model == ImageResNet(50, zero_last=True)
     assert (recipe.label_smoothing, recipe.drop_last, recipe.micro_batch) == (0.1, True, 64)
     data = recipe.data
-    assert isinstance(data, ImageFolder)
+    assert isinstance(data, ImageSet)
     assert (data.size, data.crop, data.zoom, data.in_memory) == (256, 224, (0.087, 1.0), False)
     assert data.shape() == (3, 224, 224)
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from natgrad.report import write
-from natgrad.report.read import Curve, Results, of_runs, read
+from natgrad.report.read import Curve, Results, read
 from natgrad.report.table import findings, goal, rows, show
 
 MACHINE = {
@@ -150,63 +150,6 @@ def test_the_page_needs_no_other_file(folder):
     assert "natgrad compare digits &lt;&amp;&gt;" in html
     assert "a &lt;test&gt;" in html
     assert "Mlp (hidden [16])" in html
-
-
-def write_run(folder, name="digits_sgd", seed=0, steps=3, second_order=False):
-    folder.mkdir()
-    recipe = {
-        "kind": "Recipe",
-        "data": {"kind": "Digits"},
-        "model": {"kind": "Mlp"},
-        "batch": 10,
-        "seed": seed,
-    }
-    about = {"name": name, "recipe": recipe, "steps": steps, "machine": MACHINE}
-    (folder / "recipe.json").write_text(json.dumps(about))
-    made = run(name, steps, seed, [0.5] * steps, second_order=second_order)
-    lines = [{"kind": "step", **step} for step in made["steps"]]
-    last = {"step": steps, "elapsed": 1.0, "test_accuracy": 0.75, "test_loss": 0.2}
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in [*lines, {"kind": "evaluation", **last}])
-    )
-    return folder
-
-
-def test_runs_that_differ_in_their_seed_are_one_curve(tmp_path):
-    folders = [write_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
-    folders.append(write_run(tmp_path / "other", "digits_spngd", second_order=True))
-    results = of_runs(folders)
-    assert [(curve.name, len(curve.runs)) for curve in results.curves] == [
-        ("digits_sgd", 2),
-        ("digits_spngd", 1),
-    ]
-    assert results.curves[0].ends("accuracy") == [0.75, 0.75]
-    html = write(folders, tmp_path / "page.html").read_text()
-    assert "digits_spngd" in html
-    assert html.count("<img ") == 4
-
-
-def test_a_run_that_was_interrupted_before_it_was_judged_can_be_shown(tmp_path):
-    folder = write_run(tmp_path / "run")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    (folder / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
-    assert "<table" in write([folder]).read_text()
-
-
-def test_folders_that_are_none_are_refused_by_name(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    run_folder = write_run(tmp_path / "unbegun")
-    (run_folder / "metrics.jsonl").write_text("")
-    for folders, says in (
-        ([tmp_path / "absent"], "absent"),
-        ([tmp_path / "empty"], "recipe.json"),
-        ([run_folder], "no step yet"),
-        ([folder, run_folder], "name it alone"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            write(folders)
-    with pytest.raises(ValueError, match="does not exist"):
-        write([folder], tmp_path / "no" / "page.html")
 
 
 def test_an_empty_curve_draws_nothing():

@@ -48,7 +48,7 @@ def test_a_run_leaves_a_folder_that_tells_everything(tmp_path):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [2, 4]
-    assert {"refreshed", "intervals", "traffic", "stages", "lr", "seconds"} <= set(lines[0])
+    assert {"refreshed", "intervals", "traffic", "stages", "lr", "seconds", "memory"} <= set(lines[0])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["steps"] == 4
@@ -110,7 +110,8 @@ def test_a_used_folder_is_refused_unless_told_to_overwrite(tmp_path):
     RunFolder(tmp_path, {"second": 2}, overwrite=True)
     assert not (tmp_path / "summary.json").exists()
     assert (tmp_path / "other").read_text() == "kept"
-    assert json.loads((tmp_path / "recipe.json").read_text()) == {"second": 2}
+    about = json.loads((tmp_path / "recipe.json").read_text())
+    assert (about["second"], "first" in about, len(about["sessions"])) == (2, False, 1)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

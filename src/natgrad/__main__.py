@@ -10,6 +10,7 @@ from typing import NoReturn
 USAGE = """natgrad: second-order training with very large mini-batches
 
   natgrad train RECIPE [--ranks N] [--field value ...]   train; results go to runs/RECIPE
+                [--model package.module:function]        any network; RECIPE may be an import path too
   natgrad train --list                                   the recipes
   natgrad compare TASK [--ranks N] [...]                 optimizers at equal budgets, and a report
   natgrad coverage RECIPE                                which curvature each layer has, and its cost
@@ -44,6 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
         if "NATGRAD_DEBUG" in os.environ:
             raise
         return refuse(" ".join(str(error).split()))
+    except RuntimeError as error:
+        if "NATGRAD_DEBUG" in os.environ or not lost_connection(error):
+            raise
+        print(f"natgrad: rank {os.environ['RANK']} has lost its connection to another rank", file=sys.stderr)
+        return 1
+
+
+def lost_connection(error: RuntimeError) -> bool:
+    """Say whether an error is what is heard of a rank that has died."""
+    signs = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+    return "RANK" in os.environ and any(sign in str(error) for sign in signs)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -69,7 +81,7 @@ def train(arguments: list[str]) -> int:
     """Train a recipe, on this process, as a rank of a world, or on ranks started here."""
     if no_name(arguments):
         return show_recipes(arguments)
-    from natgrad.recipes import find
+    from natgrad.recipes import find, title
     from natgrad.train.arguments import Training, parse
     from natgrad.train.launch import spread
     from natgrad.train.run import check, run
@@ -80,8 +92,9 @@ def train(arguments: list[str]) -> int:
     return spread(
         ["train", *arguments],
         values.options.ranks,
-        check=lambda: check(name, values.recipe, values.options),
-        work=lambda world: run(name, values.recipe, values.options, world),
+        check=lambda: check(title(name), values.recipe, values.options),
+        work=lambda world: run(title(name), values.recipe, values.options, world),
+        restarts=values.options.max_restarts,
     )
 
 

@@ -2,8 +2,8 @@
 
 from natgrad.data.cifar import Cifar10, Cifar100
 from natgrad.data.digits import Digits
-from natgrad.data.folder import ImageFolder
-from natgrad.data.images import Images, Source, Splits, hold_out
+from natgrad.data.images import Images, Source, Splits, hold_out, read_ahead
+from natgrad.data.imageset import ImageSet
 from natgrad.data.regularisation import Regularisation, Regulariser
 from natgrad.data.sampler import Sampler
 
@@ -11,7 +11,7 @@ __all__ = [
     "Cifar10",
     "Cifar100",
     "Digits",
-    "ImageFolder",
+    "ImageSet",
     "Images",
     "Regularisation",
     "Regulariser",
@@ -19,4 +19,5 @@ __all__ = [
     "Source",
     "Splits",
     "hold_out",
+    "read_ahead",
 ]

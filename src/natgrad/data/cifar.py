@@ -1,16 +1,16 @@
-"""CIFAR-10 and CIFAR-100, 60,000 images of 32x32, from a local folder of parquet files as the hub has them."""
+"""CIFAR-10 and CIFAR-100, 60,000 images of 32x32, from the hub or a folder of its parquet files."""
 
-import io
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 
 from natgrad.data.augment import CropFlip
 from natgrad.data.images import Images, Source, Splits, as_they_are
+from natgrad.data.opening import Names, open_tables
+from natgrad.data.pictures import Bad, Decoder, Pictures
 from natgrad.data.subsets import drawn, first_classes, shrunk
+from natgrad.data.tables import Table
 
 MEAN, STD = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
 SIZES = (32, 16, 8, 4)
@@ -22,7 +22,7 @@ class Cifar(Source):
     """What both have in common; a kind says its number of classes, its scale and its column of labels."""
 
     path: str = ""
-    """Folder with train-*.parquet and test-*.parquet."""
+    """A data set of the hub (OWNER/NAME), or a folder with its train-*.parquet and test-*.parquet."""
     augment: bool = True
     """Shift by up to an eighth of the size (four pixels of 32) and mirror, drawn anew for every batch."""
     each_image: bool = False
@@ -33,6 +33,8 @@ class Cifar(Source):
     """Only images of so many classes, the first ones, for small experiments; None: all."""
     subset: int | None = None
     """Only so many of the training images, every class in proportion, always the same ones; None: all."""
+    bad_limit: int = 10
+    """Unreadable images that are replaced by the next good one; one more ends the run."""
 
     hub = column = ""
     kinds: ClassVar[int]
@@ -56,46 +58,38 @@ class Cifar(Source):
         return self.keep_classes or self.kinds
 
     def check(self) -> None:
-        for split in ("train", "test"):
-            if not self._files(split):
-                raise ValueError(
-                    f"no {split}-*.parquet in {self.path!r}; --data.path must name a folder of parquet files "
-                    f"of CIFAR-{self.kinds} (the hub's {self.hub})"
-                )
+        self._tables()
 
     def load(self) -> Splits:
-        self.check()
+        bad = Bad(self.bad_limit)
         train, test = (
-            shrunk(first_classes(self._read(split), self.classes()), self.size) for split in ("train", "test")
+            shrunk(first_classes(self._images(table, bad), self.classes()), self.size) for table in self._tables()
         )
         train = train if self.subset is None else drawn(train, self.subset)
         return Splits(train, test, CropFlip(self.size // 8) if self.augment else as_they_are)
 
-    def _files(self, split: str) -> list[str]:
-        return sorted(str(file) for file in Path(self.path).rglob(f"{split}-*.parquet"))
-
-    def _read(self, split: str) -> Images:
-        from datasets import Dataset, Image, disable_progress_bars
-
-        disable_progress_bars()
-        table: Any = Dataset.from_parquet([*self._files(split)], keep_in_memory=True)
-        if not {"img", self.column} <= set(table.column_names):
+    def _tables(self) -> tuple[Table, Table]:
+        try:
+            return open_tables(self.path, Names(label=self.column), self.kinds)
+        except ValueError as error:
             raise ValueError(
-                f"{self.path!r} has the columns {', '.join(table.column_names)}, not img and {self.column} as "
-                f"CIFAR-{self.kinds} has; --data.path must name the files of the hub's {self.hub}"
-            )
-        table = table.cast_column("img", Image(decode=False))
-        images = np.stack([_decode(image["bytes"]) for image in table["img"]])
-        labels = torch.tensor(table[self.column], dtype=torch.int64)
-        return Images(torch.from_numpy(images), labels, self.kinds, self.mean, self.std, each=self.each_image)
+                f"{str(error).split('; ')[0]}; --data.path must name CIFAR-{self.kinds}, the hub's {self.hub}, "
+                "or a folder of its parquet files"
+            ) from None
+
+    def _images(self, table: Table, bad: Bad) -> Images:
+        decoder = Decoder(table, torch.arange(len(table)), 32, patience=self.bad_limit)
+        scale = {"mean": self.mean, "std": self.std, "each": self.each_image}
+        encoded = Images(Pictures(decoder, bad), table.labels, self.kinds, bad=bad, **scale)
+        return encoded.decoded()
 
 
 @dataclass(frozen=True)
 class Cifar100(Cifar):
     """CIFAR-100 with its 100 fine labels, decoded once when loaded."""
 
-    path: str = "data/cifar100"
-    """Folder with train-*.parquet and test-*.parquet, as in the hub's uoft-cs/cifar100."""
+    path: str = "uoft-cs/cifar100"
+    """A data set of the hub (OWNER/NAME), or a folder with its train-*.parquet and test-*.parquet."""
 
     hub, column, mean, std = "uoft-cs/cifar100", "fine_label", MEAN, STD
     kinds = 100
@@ -105,16 +99,8 @@ class Cifar100(Cifar):
 class Cifar10(Cifar):
     """CIFAR-10 with its ten labels, decoded once when loaded."""
 
-    path: str = "data/cifar10"
-    """Folder with train-*.parquet and test-*.parquet, as in the hub's uoft-cs/cifar10."""
+    path: str = "uoft-cs/cifar10"
+    """A data set of the hub (OWNER/NAME), or a folder with its train-*.parquet and test-*.parquet."""
 
     hub, column, mean, std = "uoft-cs/cifar10", "label", MEAN_10, STD_10
     kinds = 10
-
-
-def _decode(encoded: bytes) -> np.ndarray:
-    """Return an encoded picture as uint8 [3, height, width]."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded)) as picture:
-        return np.asarray(picture.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)

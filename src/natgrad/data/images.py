@@ -5,13 +5,16 @@ Kept as uint8, CIFAR takes 150 MB; a batch is an index, a cast and one multiply-
 for that stays in its files (pictures.py).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from natgrad.data.pictures import Pictures
+from natgrad.data.pictures import Bad, Pictures
+
+T = TypeVar("T")
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -45,6 +48,8 @@ class Images:
     cut: Cut = whole
     each: bool = False
     """Every image is normalised by its own mean and deviation (TensorFlow's per-image standardisation) instead."""
+    bad: Bad = field(default_factory=Bad)
+    """Those that could not be decoded, so far."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,15 +72,44 @@ class Images:
 
         With a generator, for learning: what is cut out of an image may be drawn anew.
         """
-        index = index.to(self.device)
-        raw = self.cut(self.images[index], generator).float()
+        raw, places = self.raw(index)
+        inputs, labels = self.cut(raw, generator).float(), self.labels[places]
         if self.each:
-            floor = raw[0].numel() ** -0.5  # images of one colour
-            std = raw.std(dim=(1, 2, 3), keepdim=True, correction=0).clamp_min(floor)
-            return (raw - raw.mean(dim=(1, 2, 3), keepdim=True)) / std, self.labels[index]
-        mean = torch.as_tensor(self.mean, dtype=raw.dtype, device=raw.device)
-        mean = mean.view(1, -1, 1, 1) if mean.dim() == 1 else mean
-        return (raw - mean) / raw.new_tensor(self.std).view(1, -1, 1, 1), self.labels[index]
+            return standardised(inputs), labels
+        if isinstance(self.mean, Tensor):
+            std = inputs.new_tensor(self.std).view(-1, 1, 1)
+            return (inputs - self.mean.to(inputs)) / std, labels
+        from kornia.enhance import normalize
+
+        return normalize(inputs, inputs.new_tensor(self.mean), inputs.new_tensor(self.std)), labels
+
+    def raw(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return raw images, and the places of those that they are: others stand in for what cannot be decoded."""
+        if isinstance(self.images, Pictures):
+            return self.images.read(index)
+        index = index.to(self.device)
+        return self.images[index], index
+
+    def decoded(self) -> "Images":
+        """Return the same with all images in memory."""
+        if not isinstance(self.images, Pictures):
+            return self
+        pixels, places = self.images.everything()
+        return replace(self, images=pixels, labels=self.labels[places])
+
+
+def standardised(inputs: Tensor) -> Tensor:
+    """Return each image [n, c, h, w] less its own mean, over its own deviation."""
+    floor = inputs[0].numel() ** -0.5  # images of one colour
+    std = inputs.std(dim=(1, 2, 3), keepdim=True, correction=0).clamp_min(floor)
+    return (inputs - inputs.mean(dim=(1, 2, 3), keepdim=True)) / std
+
+
+def read_ahead(data: T, indices: Iterable[Tensor]) -> T:
+    """Return the same data, of which these indices are read before they are asked for, where that takes time."""
+    if isinstance(data, Images) and isinstance(data.images, Pictures):
+        return replace(data, images=data.images.ahead(indices))
+    return data
 
 
 @dataclass(frozen=True)
@@ -88,6 +122,10 @@ class Splits:
 
     def to(self, device: torch.device) -> "Splits":
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def bad(self) -> list[str]:
+        """Return the images that could not be decoded so far, each with the reason."""
+        return sorted({*self.train.bad.names(), *self.test.bad.names()})
 
 
 @dataclass(frozen=True)

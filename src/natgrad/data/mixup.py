@@ -52,6 +52,14 @@ class RunningMixup:
         """Blend the next batch with these images instead of those that were returned last."""
         self._inputs = inputs if self._inputs is None else over(self._inputs, inputs)
 
+    def kept(self) -> tuple[Tensor, ...]:
+        """The inputs and targets that the next batch will be blended with; nothing before the first."""
+        return () if self._inputs is None or self._targets is None else (self._inputs, self._targets)
+
+    def take(self, inputs: Tensor, targets: Tensor) -> None:
+        """Blend the next batch with these, as `kept` told them."""
+        self._inputs, self._targets = inputs, targets
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` shares of the fresh image."""
         alpha = torch.full((2, count), self.alpha, dtype=torch.float64)

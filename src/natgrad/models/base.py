@@ -9,6 +9,9 @@ from torch import nn
 class Architecture:
     """What a recipe names as its model; each file of this folder defines one kind."""
 
+    def load(self) -> None:
+        """Import what `build` needs, so that an import that draws random numbers comes before these are seeded."""
+
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
         """Return a freshly initialised network for images of shape (channels, height, width)."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to build itself")

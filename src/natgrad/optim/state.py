@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,3 +140,35 @@ def rows_of(optimizer: SecondOrder, whole: dict[nn.Parameter, dict[str, Any]]) -
             whole[weight][name] = value if mine is None else value.copy_(mine)
             parcels.append(Parcel(whole[weight][name], cell.owner))
     return parcels
+
+
+def held(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """The state that this rank is to write down: of all ranks together every tensor once."""
+    rank, parts = optimizer.world.rank, {}
+    elsewhere = apart(optimizer)
+    for cell in optimizer.cells:
+        for parameter in cell.layer.parameters:
+            state = {k: v for k, v in optimizer.state[parameter].items() if k not in elsewhere.get(parameter, ())}
+            places = {key: cell.place_of(key) if optimizer.world.owners else 0 for key in state}
+            parts[parameter] = {key: value for key, value in state.items() if places[key] == rank}
+    return parts
+
+
+def apart(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """The state that is another one on every rank: rows, where each rank goes by its own."""
+    if not optimizer.engine.local:
+        return {}
+    rows = {cell.layer.parameters[0]: cell.row_names for cell in optimizer.cells}
+    return {p: {k: v for k, v in optimizer.state[p].items() if k in names} for p, names in rows.items()}
+
+
+def wanted(optimizer: SecondOrder, written: Mapping[nn.Parameter, Collection[str]]) -> dict[nn.Parameter, set[str]]:
+    """The keys that this rank needs of what was written by any number of ranks, to go on from there."""
+    keys: dict[nn.Parameter, set[str]] = {}
+    fixed = without_rows(optimizer)
+    for cell in optimizer.cells:
+        for parameter in cell.layer.parameters:
+            there = set(written.get(parameter, ()))
+            mine = fixed[parameter].keys() | (cell.row_names if cell.owner == optimizer.world.rank else set())
+            keys[parameter] = there if was_loosened(fixed[parameter], dict.fromkeys(there)) else there & mine
+    return keys

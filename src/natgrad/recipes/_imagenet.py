@@ -9,7 +9,7 @@ anew before an evaluation, and networks start with torch's BatchNorm (gamma 1, e
 
 from typing import NamedTuple
 
-from natgrad.data import ImageFolder, Regularisation
+from natgrad.data import ImageSet, Regularisation
 from natgrad.models.imagenet import ImageResNet
 from natgrad.schedules import Polynomial
 from natgrad.train.optimizers import Settings
@@ -18,7 +18,7 @@ from natgrad.train.recipe import Recipe
 IMAGES = 1_281_167
 """Training images of ImageNet (ILSVRC 2012)."""
 
-DATA = ImageFolder("data/imagenet", size=256, crop=224, subtract="image", in_memory=False)
+DATA = ImageSet("data/imagenet", size=256, crop=224, subtract="image", in_memory=False)
 """Resized to 256x256 whatever the shape, 224x224 at random, mirrored, less the mean image, over 255 (SP-NGD 6.1)."""
 
 

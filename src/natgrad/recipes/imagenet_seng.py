@@ -10,14 +10,14 @@ to the same c^2 numbers, U b exact, curvature for BatchNorm too, weight decay on
 images that are brought to 256x256, whatever their shape, before they are cut. Validation is the middle 224x224.
 """
 
-from natgrad.data import ImageFolder
+from natgrad.data import ImageSet
 from natgrad.models.imagenet import ImageResNet
 from natgrad.recipes._seng import released
 from natgrad.schedules import Exponential, Piecewise, Polynomial, Product, WarmUp
 from natgrad.train.recipe import Recipe
 
 EPOCHS, LR, FIRST = 41, 0.145, 0.01
-DATA = ImageFolder("data/imagenet", size=256, crop=224, zoom=(0.087, 1.0), in_memory=False)
+DATA = ImageSet("data/imagenet", size=256, crop=224, zoom=(0.087, 1.0), in_memory=False)
 
 
 def imagenet_seng() -> Recipe:

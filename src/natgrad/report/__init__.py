@@ -4,17 +4,24 @@ from pathlib import Path
 
 
 def write(folders: list[Path], out: Path | None = None) -> Path:
-    """Write the page of a comparison or of some runs; return where."""
-    from natgrad.report import compare_page, page  # here: tables are read without matplotlib, too
-    from natgrad.report.compare_read import is_comparison, read_comparison
-    from natgrad.report.read import read
-
-    if len(folders) == 1 and is_comparison(folders[0]):
-        text = compare_page.page(read_comparison(folders[0]))
-    else:
-        text = page.page(read(folders))
+    """Write the page of a comparison or of some runs, finished or not; return where."""
     out = out or folders[0] / "report.html"
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {str(folder)!r}; natgrad report takes folders that a run has written")
+    text = _page(folders)
     if not out.parent.is_dir():
         raise ValueError(f"--out {str(out)!r} lies in a folder that does not exist; name another file")
     out.write_text(text, encoding="utf-8")
     return out
+
+
+def _page(folders: list[Path]) -> str:
+    from natgrad.report import page, run_page  # here: tables are read without matplotlib, too
+    from natgrad.report.read import read
+    from natgrad.report.runs import read_runs
+
+    compared = [folder for folder in folders if (folder / "results.json").exists()]
+    if compared and len(folders) > 1:
+        raise ValueError(f"{str(compared[0])!r} is a comparison, which has a page to itself; name it alone")
+    return page.page(read(folders)) if compared else run_page.page(read_runs(folders))

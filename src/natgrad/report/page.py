@@ -16,12 +16,16 @@ def page(results: Results) -> str:
     """Return the page as text."""
     with look():
         body = "\n".join(section for section in _sections(results) if section)
+    return document(results.title, body)
+
+
+def document(title: str, body: str) -> str:
+    """Return a whole page around its body."""
     css = files("natgrad.report").joinpath("page.css").read_text(encoding="utf-8")
-    title = escape(results.title)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>natgrad - {title}</title>\n<style>\n{css}</style>\n</head>\n"
+        f"<title>natgrad - {escape(title)}</title>\n<style>\n{css}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -30,13 +34,13 @@ def _sections(results: Results) -> list[str]:
     return [
         _head(results),
         _table(results),
-        _figure(plots.accuracy(results), "Test accuracy by step and by time", _reading(results)),
-        _pair(
-            _figure(plots.loss(results), "Training loss by step"),
-            _figure(plots.stages(results), "Where a step's time goes"),
+        framed(plots.accuracy(results), "Test accuracy by step and by time", _reading(results)),
+        pair(
+            framed(plots.loss(results), "Training loss by step"),
+            framed(plots.stages(results), "Where a step's time goes"),
         ),
-        _figure(plots.intervals(results), "Steps between measurements, by layer", INTERVALS),
-        _figure(plots.tuning(results), "What tuning tried", TUNING),
+        framed(plots.intervals(results), "Steps between measurements, by layer", INTERVALS),
+        framed(plots.tuning(results), "What tuning tried", TUNING),
         _facts(results),
     ]
 
@@ -72,15 +76,17 @@ def _reading(results: Results) -> str:
     return " ".join(said + (["Dashed: trained with a shorter budget of steps."] if short else []))
 
 
-def _figure(figure: Figure | None, alternative: str, caption: str = "") -> str:
+def framed(figure: Figure | None, alternative: str, caption: str = "") -> str:
+    """Return a figure and its caption, nothing if there is none."""
     if figure is None:
         return ""
     note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure>{picture(figure, alternative)}{note}</figure>"
 
 
-def _pair(left: str, right: str) -> str:
-    return f'<div class="pair">{left}{right}</div>'
+def pair(left: str, right: str) -> str:
+    """Put two figures beside one another."""
+    return f'<div class="pair">{left}{right}</div>' if left and right else left or right
 
 
 def _facts(results: Results) -> str:

@@ -4,16 +4,15 @@ Lines are medians over seeds, bands their range; a dashed line is a shorter budg
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from natgrad.report.heat import heat
 from natgrad.report.read import Curve, Results
 from natgrad.report.style import COLOURS, INK
 from natgrad.report.table import goal
@@ -29,8 +28,6 @@ STAGES = {
     "other": "#444444",
 }
 """A colour for each stage: blue is the network, warm is curvature, grey is the rest."""
-
-SHADES = LinearSegmentedColormap.from_list("ages", ["#08306B", "#2171B5", "#6BAED6", "#C6DBEF", "#EFF4FA"])
 
 
 def colour(results: Results, curve: Curve) -> str:
@@ -110,33 +107,7 @@ def intervals(results: Results) -> Figure | None:
     run = next((curve.middle_run() for curve in results.curves if _ages(curve.middle_run())), None)
     if run is None:
         return None
-    ages = _ages(run)
-    names = list(ages[0])
-    grid = np.array([[step.get(name, 0) for step in ages] for name in names])
-    bounds = sorted({1, 2, 3, 5, 9, 17, 33, 65, grid.max() + 1} & set(range(1, grid.max() + 2)))
-    figure = Figure(figsize=(10.4, 1.3 + 0.19 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    shades = ListedColormap([SHADES(place / max(1, len(bounds) - 2)) for place in range(max(1, len(bounds) - 1))])
-    shown = axes.pcolormesh(
-        np.arange(len(ages) + 1) + 0.5,
-        np.arange(len(names) + 1) - 0.5,
-        grid,
-        cmap=shades,
-        norm=BoundaryNorm(bounds, shades.N),
-        edgecolors="white",
-        linewidth=0.6,
-    )
-    axes.set_yticks(range(len(names)), names, fontsize=7.5)
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("step")
-    axes.set_title(f"Steps from one measurement to the next: {run['contender']}, seed {run['seed']}")
-    bar = figure.colorbar(shown, ax=axes, aspect=30, pad=0.01, ticks=[_middle(*pair) for pair in pairwise(bounds)])
-    bar.ax.set_yticklabels([_range(*pair) for pair in pairwise(bounds)])
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    bar.ax.tick_params(length=0)
-    return figure
+    return heat(_ages(run), f"Steps from one measurement to the next: {run['contender']}, seed {run['seed']}")
 
 
 def tuning(results: Results) -> Figure | None:
@@ -221,11 +192,3 @@ def _stage_seconds(curve: Curve) -> dict[str, float]:
 
 def _ages(run: dict[str, Any]) -> list[dict[str, int]]:
     return [step["intervals"] for step in run["steps"] if step.get("intervals")]
-
-
-def _middle(low: int, high: int) -> float:
-    return (low + high) / 2
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if high == low + 1 else f"{low}-{high - 1}"

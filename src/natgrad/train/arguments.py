@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from natgrad.train.kinds import offered, swap
 from natgrad.train.recipe import Recipe
 from natgrad.train.run import Options
 
@@ -36,6 +37,7 @@ class Reporting:
 
 def parse(default: T, prog: str, description: str, arguments: list[str]) -> T:
     """Return `default` with the fields that the arguments name replaced; ValueError says what is wrong."""
+    default, arguments = swap(default, arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _wide(not {"-h", "--help"} & set(arguments)):
@@ -43,7 +45,7 @@ def parse(default: T, prog: str, description: str, arguments: list[str]) -> T:
                 type(default),
                 default=default,
                 prog=prog,
-                description=description,
+                description=f"{description}\n\n{offered(default)}".strip(),
                 args=arguments,
                 return_unknown_args=True,
             )

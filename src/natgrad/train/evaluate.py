@@ -2,7 +2,8 @@
 
 BatchNorm judges with running averages, which lag behind the weights by some hundred steps: in a short run
 they spoil every figure. So `estimate_norms` measures them anew, at the present weights, from training data,
-before a model is judged; the estimates stay in the model, as its running averages would.
+before a model is judged; the estimates stay in the model, as its running averages would. `average_norms` keeps
+the running averages, which every rank has of its own shares, and makes them one.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from natgrad.data import Images
+from natgrad.data import Images, read_ahead
 from natgrad.parallel import World
 
 CHUNK = 1024
@@ -32,8 +33,10 @@ class Score:
 def evaluate(model: nn.Module, images: Images, world: World, chunk: int = CHUNK) -> Score:
     """Return loss (cross-entropy) and accuracy over all images, the model in evaluation mode; of texts, over all places."""
     total = torch.zeros(3, dtype=torch.float64)
+    share = _share(len(images), world).split(chunk)
+    images = read_ahead(images, share)
     with _mode(model, training=False), torch.no_grad():
-        for index in _share(len(images), world).split(chunk):
+        for index in share:
             inputs, labels = images.batch(index)
             logits, labels = model(inputs).float().flatten(0, -2), labels.flatten()
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -56,10 +59,30 @@ def estimate_norms(model: nn.Module, images: Images, world: World, samples: int 
     if not norms:
         return
     places = torch.linspace(0, len(images) - 1, min(samples, len(images))).long()
+    share = places[_share(len(places), world)].split(chunk)
+    images = read_ahead(images, share)
     with _mode(model, training=True), _plain_average(norms), torch.no_grad():
-        for index in places[_share(len(places), world)].split(chunk):
+        for index in share:
             model(images.batch(index)[0])
     world.mean([value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None])
+
+
+def average_norms(model: nn.Module, world: World) -> None:
+    """Replace every BatchNorm's running averages by those of all ranks' data taken together.
+
+    By the law of total variance: mean = E[mean_r], var = E[var_r] + Var[mean_r], over ranks of equal weight. The
+    second term counts where ranks see unlike data. Shares of one permutation are alike: there it is noise of
+    the running means, below var / (19 n) for n independent samples in a rank's part and momentum 0.1.
+    """
+    norms = [norm for norm in model.modules() if isinstance(norm, BatchNorm) and norm.running_mean is not None]
+    means = [norm.running_mean for norm in norms if norm.running_mean is not None]
+    own = [mean.clone() for mean in means]
+    world.mean(means)
+    spread = [(before - mean).square() for before, mean in zip(own, means)]
+    variances = [norm.running_var for norm in norms if norm.running_var is not None]
+    for variance, extra in zip(variances, spread):
+        variance.add_(extra)
+    world.mean(variances)
 
 
 def _share(count: int, world: World) -> Tensor:

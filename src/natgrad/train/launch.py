@@ -5,6 +5,7 @@ that fails on a user's mistake leaves its one line in the launcher's error file;
 and passes the exit code on.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from natgrad.parallel import World, join, leave
+from natgrad.train.warn import told_once
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -29,22 +31,38 @@ def in_world() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def spread(arguments: list[str], ranks: int, check: Callable[[], None], work: Callable[[World], str]) -> int:
+def spread(
+    arguments: list[str], ranks: int, check: Callable[[], None], work: Callable[[World], str], restarts: int = 0
+) -> int:
     """Do `work` as the rank that this process is, on ranks started here, or alone; return the exit code.
 
-    Only a process that is not yet a rank checks first, so that a mistake costs no launch.
+    Only a process that is not yet a rank checks first, so that a mistake costs no launch. When a rank that was started
+    here dies, all are started again, up to `restarts` times.
     """
     if in_world():
+        end_with_launcher()
         check_ranks(ranks)
         world = join()
-        status = work(world)
+        with told_once(world.rank):
+            status = work(world)
         leave()
+    elif ranks > 1:
+        with told_once(rank=1):  # its ranks will warn again
+            check()
+        return launch(ranks, arguments, restarts)
     else:
-        check()
-        if ranks > 1:
-            return launch(ranks, arguments)
-        status = work(World())
+        with told_once(rank=0):
+            check()
+            status = work(World())
     return 130 if status == "interrupted" else 0
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when the launcher that we are is killed; without, it would train on, unseen."""
+    if OURS in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:  # it is gone already
+            os._exit(1)
 
 
 def check_ranks(asked: int) -> None:
@@ -53,7 +71,7 @@ def check_ranks(asked: int) -> None:
         raise ValueError(f"--ranks {asked} under a launcher of {os.environ['WORLD_SIZE']} ranks; leave --ranks out")
 
 
-def launch(ranks: int, arguments: list[str]) -> int:
+def launch(ranks: int, arguments: list[str], restarts: int = 0) -> int:
     """Run `natgrad ARGUMENTS` on so many ranks and return the exit code of the first that failed, or 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,7 +87,7 @@ def launch(ranks: int, arguments: list[str]) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
     )
     try:
@@ -78,6 +96,9 @@ def launch(ranks: int, arguments: list[str]) -> int:
         return 130
     except ChildFailedError as failed:
         return _tell(failed)
+    finally:
+        if sys.stdout.isatty():
+            print("\x1b[?25h", end="", flush=True)  # the cursor, which a rank that was killed has left hidden
     return 0
 
 

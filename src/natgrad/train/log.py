@@ -1,27 +1,35 @@
-"""A run's folder and what is shown while it runs; both on rank 0 only.
+"""A run's folder and what is told while it runs; both on rank 0 only.
 
-recipe.json     every field, versions, machine, commit, seed: written first
-metrics.jsonl   one line a step and one an evaluation, each complete as soon as it is written
-summary.json    how it ended: finished, interrupted or failed
+recipe.json     every field, versions, machine, commit, seed, and a list of sessions, one a start: written first
+metrics.jsonl   one line a step, an evaluation and an event, each complete as soon as it is written
+summary.json    how it ended: finished, interrupted or failed; there is none while a run goes on, or was killed
 """
 
 import json
-from dataclasses import asdict
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from natgrad.train.display import Display
 from natgrad.train.evaluate import Score
 from natgrad.train.loop import Step
+from natgrad.train.machine import peak_memory
+from natgrad.train.tensorboard import FOLDER, Board
+from natgrad.train.warn import listeners
+
+LOCK = ".lock"
+"""Held by the run that writes to a folder; left by one that was killed."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Refuse to write where another run is, unless told to."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {str(folder)!r} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()) and not overwrite:
         raise ValueError(f"--out {str(folder)!r} is not empty; add --overwrite to replace it, or name another folder")
 
 
@@ -41,76 +49,131 @@ def forget(folder: Path, *names: str) -> None:
 
 
 class RunFolder:
-    """Writes a run's three files."""
+    """Writes a run's three files, or goes on with those of a run that is taken up after step `resume_at`.
 
-    def __init__(self, folder: Path, recipe: dict[str, Any], overwrite: bool = False) -> None:
-        check_free(folder, overwrite)
-        self.folder = folder
+    Then lines of later steps, and a half line that a crash has left, are dropped; the recipe stays as it was first
+    written, and gets one more session. `elapsed` is the seconds of training that the kept lines tell of.
+    """
+
+    def __init__(
+        self, folder: Path, about: dict[str, Any], overwrite: bool = False, resume_at: int | None = None
+    ) -> None:
+        self.folder, self.resume_at, self.elapsed = folder, resume_at, 0.0
+        if resume_at is None:
+            check_free(folder, overwrite)
+        sessions = [_session(about, resume_at or 0)]
+        if resume_at is not None:
+            kept = _read_recipe(folder)
+            changed = {key: value for key, value in about.items() if key != "machine" and kept.get(key) != value}
+            sessions = [*kept.get("sessions", []), {**sessions[0], **({"changed": changed} if changed else {})}]
+            about = kept
+            self.elapsed = cut(folder / "metrics.jsonl", resume_at)
+        else:
+            forget(folder, f"{FOLDER}/*/events.out.tfevents.*")
         forget(folder, "summary.json", "report.html")
-        write_json(folder / "recipe.json", recipe)
-        self._metrics: TextIO = (folder / "metrics.jsonl").open("w")
+        write_json(folder / "recipe.json", {**about, "sessions": sessions})
+        mode = "wb" if resume_at is None else "ab"
+        self._metrics: BinaryIO = (folder / "metrics.jsonl").open(mode, buffering=0)  # pyright: ignore[reportAttributeAccessIssue]
+        self._lost = False
 
     def line(self, kind: str, **values: Any) -> None:
-        """Append one complete line."""
-        self._metrics.write(json.dumps({"kind": kind, **values}) + "\n")
-        self._metrics.flush()
+        """Append one complete line. A full disk costs lines, and a warning, but not the run."""
+        try:
+            self._metrics.write((plain({"kind": kind, **values}) + "\n").encode())
+        except OSError as error:
+            if not self._lost:
+                warnings.warn(f"metrics.jsonl cannot be written ({error.strerror}): lines are missing", stacklevel=2)
+            self._lost = True
 
     def close(self, status: str, **values: Any) -> None:
         """Say how the run ended."""
         self._metrics.close()
-        write_json(self.folder / "summary.json", {"status": status, **values})
+        write_json(self.folder / "summary.json", {"status": status, **finite(values)})
 
 
-class Display:
-    """A bar where someone is watching, a line at each evaluation where the output goes to a file."""
+def _session(about: dict[str, Any], step: int) -> dict[str, Any]:
+    """Return what is worth knowing of one start; host and pid tell a reader whether it still runs."""
+    return {"step": step, "host": socket.gethostname(), "pid": os.getpid(), "machine": about.get("machine", {})}
 
-    def __init__(self, title: str, steps: int, stream: TextIO | None = None) -> None:
-        self.console = Console(file=stream, highlight=False, soft_wrap=True)
-        self.steps = steps
-        self.bar: Progress | None = None
-        if self.console.is_terminal:
-            columns = (
-                TextColumn(title),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task(title, total=steps, note="")
 
-    def step(self, step: int, loss: float) -> None:
-        """Show that a step is done."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, note=f"loss {loss:.4f}")
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "recipe.json").read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{str(folder)!r} has no readable recipe.json, so no run can be resumed there") from None
 
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        self.console.print(text)
 
-    def close(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.bar.stop()
+def cut(path: Path, last: int) -> float:
+    """Drop the lines of steps after `last`, and what is no line; return the seconds of training that are kept."""
+    elapsed = 0.0
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as out:
+        for text, line in whole_lines(path):
+            if line.get("step", 0) <= last:
+                out.write(text)
+                elapsed = line.get("elapsed", elapsed)
+    part.replace(path)
+    return elapsed
+
+
+def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines of a metrics file that can be read, as they are and as values; none if there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and text.endswith(b"\n"):
+                yield text, line
+
+
+def plain(values: dict[str, Any]) -> str:
+    """Return values as one line of JSON that any reader takes: null for what JSON has no number for."""
+    try:
+        return json.dumps(values, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(values))
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinities within plain values by None."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Journal:
     """What becomes of a run's news: written to a folder, shown on a display, where there are such."""
 
-    def __init__(self, folder: RunFolder | None = None, display: Display | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder | None = None, display: Display | None = None, tensorboard: bool = False
+    ) -> None:
         self.folder, self.display = folder, display
+        self.board = Board(folder.folder, folder.resume_at) if folder is not None and tensorboard else None
         self.summary: dict[str, Any] = {}
+        if folder is not None:
+            listeners.append(self._warning)
+
+    def _warning(self, text: str) -> None:
+        if self.folder is not None:
+            self.folder.line("warning", step=self.summary.get("steps", 0), text=text)
 
     def step(self, step: Step) -> None:
-        """Record a step."""
-        self.summary.update(steps=step.step, seconds=step.elapsed, loss=step.loss, **_skipped(step))
+        """Record a step, and the most memory that this rank has held so far."""
+        memory = peak_memory()
+        self.summary.update(steps=step.step, seconds=step.elapsed, loss=step.loss, memory=memory, **_skipped(step))
         if self.folder is not None:
-            values = asdict(step)
-            values.pop("stop")
-            second_order = values.pop("second_order")
-            self.folder.line("step", **values, **second_order)
+            values = {name: value for name, value in vars(step).items() if name not in ("second_order", "stop")}
+            self.folder.line("step", **values, memory=memory, **step.second_order)
         if self.display is not None:
-            self.display.step(step.step, step.loss)
+            self.display.record(step, memory)
+        if self.board is not None:
+            self.board.step(step, memory)
 
     def evaluation(self, step: Step, score: Score) -> None:
         """Record how good the model is on the test images after a step."""
@@ -119,23 +182,31 @@ class Journal:
             values = {"step": step.step, "epoch": step.epoch, "elapsed": step.elapsed}
             self.folder.line("evaluation", **values, test_accuracy=score.accuracy, test_loss=score.loss)
         if self.display is not None:
-            self.display.say(
-                f"step {step.step}/{self.display.steps}  epoch {step.epoch:.1f}  loss {step.loss:.4f}  "
-                f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}  {step.elapsed:.1f} s"
-            )
+            self.display.judged(step, score)
+        if self.board is not None:
+            self.board.evaluation(step, score)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Record anything else that happened, after the last step unless `step` says otherwise; show it as a line."""
+        values = {"step": self.summary.get("steps", 0), **values}
+        if self.folder is not None:
+            self.folder.line(kind, **values)
+        if self.display is not None:
+            self.display.event(kind, **values)
 
     def judged(self, split: str, score: Score) -> None:
         """Keep a score for the summary."""
         self.summary[f"{split}_accuracy"], self.summary[f"{split}_loss"] = score.accuracy, score.loss
 
-    def close(self, status: str) -> None:
-        """Say how the run ended, in the folder and to whoever watches."""
+    def close(self, status: str, resume: str | None = None) -> None:
+        """Say how the run ended, in the folder and to whoever watches; `resume` is the command that takes it up."""
         if self.display is not None:
-            self.display.close()
-            where = f" in {self.folder.folder}" if self.folder is not None else ""
-            self.display.say(f"{status} after {self.summary.get('steps', 0)} steps: summary.json, metrics.jsonl{where}")
+            self.display.end(status, self.summary, self.folder.folder if self.folder is not None else None, resume)
+        if self.board is not None:
+            self.board.close()
         if self.folder is not None:
-            self.folder.close(status, **self.summary)
+            listeners.remove(self._warning)
+            self.folder.close(status, **self.summary, **({"resume": resume} if resume else {}))
 
 
 def _skipped(step: Step) -> dict[str, int]:

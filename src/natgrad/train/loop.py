@@ -6,24 +6,26 @@ What travels between ranks: gradients (and what a second-order optimizer needs) 
 two numbers a step, the loss and whether anyone wants to stop; so all ranks stop after the same step.
 """
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from natgrad.data import Regulariser, Sampler, Splits
-from natgrad.data.pictures import ahead
+from natgrad.data import Regulariser, Sampler, Splits, read_ahead
 from natgrad.data.sampler import Batch
 from natgrad.parallel import World
 from natgrad.train.average import Average
-from natgrad.train.evaluate import CHUNK, Score, estimate_norms, evaluate
+from natgrad.train.evaluate import CHUNK, Score, average_norms, estimate_norms, evaluate
 from natgrad.train.pace import Pace
+from natgrad.train.precision import Precision, arrange
+from natgrad.train.randomness import seed_build, seed_step
 from natgrad.train.recipe import Recipe
+from natgrad.train.stages import Clock, own_seconds, second_order, split
 
 
 @dataclass
@@ -39,16 +41,42 @@ class Job:
     regulariser: Regulariser
     steps: int
     average: Average
+    pace: Pace
+    precision: Precision
+    done: int = 0
+    """Steps that have been taken."""
+    elapsed: float = 0.0
+    """Seconds of training so far."""
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """What scales the loss in float16; a checkpoint holds its state_dict()."""
+        return self.precision.scaler
 
     @property
     def device(self) -> torch.device:
         return self.splits.train.device
 
+    def progress(self, step: int) -> float:
+        """Return which share of the run lies behind after so many steps: in epochs where their lengths differ."""
+        if len(self.sampler.batches) == 1:
+            return step / self.steps
+        return self.sampler.epochs_at(step) / self.sampler.epochs_at(self.steps)
+
+    def due(self, step: int) -> bool:
+        """Return whether the model is judged after so many steps: at ends of epochs if the recipe says nothing else."""
+        every = self.recipe.evaluate_every
+        ends = step % every == 0 if every else self.sampler.locate(step)[1] == 0
+        return ends or step == self.steps
+
     def score(self, split: str = "test") -> Score:
         """Judge the model (its means, if there are some) on one split, BatchNorm's statistics estimated anew."""
         chunk = min(CHUNK, self.recipe.micro_batch or CHUNK)
-        with self.average.in_place():
-            estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples, chunk)
+        with self.average.in_place(), self.precision.autocast():
+            if self.recipe.norms == "estimate":
+                estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples, chunk)
+            else:
+                average_norms(self.model, self.world)
             return evaluate(self.model, getattr(self.splits, split), self.world, chunk)
 
 
@@ -77,52 +105,57 @@ def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
     """Build model, optimizer and sampler; raise ValueError for values that do not fit each other."""
     recipe.check_values()
     train = splits.train
-    sampler = Sampler(len(train), recipe.batch, recipe.seed, world.rank, world.size, recipe.drop_last)
-    steps = recipe.steps if recipe.steps is not None else round(recipe.epochs * len(sampler))
+    sampler = Sampler(len(train), recipe.batches(), recipe.seed, world.rank, world.size, recipe.drop_last)
+    steps = recipe.steps if recipe.steps is not None else sampler.total_steps(recipe.epochs)
     if steps < 1:
-        raise ValueError(f"epochs={recipe.epochs:g} of {len(sampler)} steps make no step; raise epochs or set steps")
-    model = build_model(recipe).to(train.device)
-    optimizer = recipe.optimizer.build(model, world)
+        each = sampler.length(0)
+        raise ValueError(f"epochs={recipe.epochs:g} of {each} steps make no step; raise epochs or set steps")
+    model = arrange(build_model(recipe).to(train.device), recipe.channels_last, recipe.compile, train.device)
+    precision = Precision(recipe.precision, train.device, world)
+    optimizer = precision(recipe.optimizer.build(model, world))
     regulariser, average = Regulariser(recipe.regularisation, train.classes), Average(model, recipe.average)
-    return Job(recipe, world, splits, model, optimizer, sampler, regulariser, steps, average)
+    pace = Pace(optimizer, lr=recipe.schedule, damping=recipe.damping_schedule)
+    return Job(recipe, world, splits, model, optimizer, sampler, regulariser, steps, average, pace, precision)
 
 
 def build_model(recipe: Recipe) -> nn.Module:
     """Initialise the recipe's network from its seed: the same on every rank."""
-    torch.manual_seed(recipe.seed)
+    recipe.model.load()
+    seed_build(recipe.seed)
     return recipe.model.build(recipe.data.shape(), recipe.data.classes())
 
 
 def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
     """Train, yielding a record after each step; the job's model may be judged in between."""
-    pace = Pace(job.optimizer, lr=job.recipe.schedule, damping=job.recipe.damping_schedule)
-    elapsed = 0.0
-    for step, batch in zip(range(1, job.steps + 1), job.sampler.stream()):
-        pace.set((step - 1) / job.steps)
-        before, clock = _second_order_seconds(job.optimizer), Clock(job.device)
+    sampler, size = job.sampler, job.recipe.micro_batch  # what reads ahead must not hold the job, which holds it
+    coming = (index for batch in sampler.stream(job.done) for index in cut(batch, size))
+    job.splits = replace(job.splits, train=read_ahead(job.splits.train, coming))
+    for step, batch in zip(range(job.done + 1, job.steps + 1), job.sampler.stream(job.done)):
+        job.pace.set(job.progress(step - 1))
+        before, clock = own_seconds(job.optimizer), Clock(job.device)
         loss = descend(job, batch, step, clock)
         news = torch.stack((loss, loss.new_tensor(float(stop()))))
         job.world.mean([news])
         value, stopping = news.tolist()
         clock.lap("other")
-        elapsed += clock.total
+        job.done, job.elapsed = step, job.elapsed + clock.total
         yield Step(
             step=step,
-            epoch=step / len(job.sampler),
+            epoch=job.sampler.epochs_at(step),
             loss=value,
             lr=job.optimizer.param_groups[0]["lr"],
             seconds=clock.total,
-            elapsed=elapsed,
+            elapsed=job.elapsed,
             images_per_second=batch.total / clock.total,
-            stages=_split(clock.laps, before, _second_order_seconds(job.optimizer)),
-            second_order=_second_order(job.optimizer),
+            stages=split(clock.laps, before, own_seconds(job.optimizer)),
+            second_order=second_order(job.optimizer),
             stop=stopping > 0,
         )
         if stopping > 0:
             return
 
 
-def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
+def descend(job: Job, batch: Batch, step: int, clock: Clock) -> Tensor:
     """Take one step on this rank's share of a batch; return the share's part of the loss, such that ranks'
     mean it.
 
@@ -131,23 +164,37 @@ def descend(job: Job, batch: Batch, step: int, clock: "Clock") -> Tensor:
     """
     seed = (job.recipe.seed * 1_000_003 + step) * job.world.size + job.world.rank
     generator = torch.Generator().manual_seed(seed)
+    seed_step(job.recipe.seed, step, job.world.rank)
     total = torch.zeros((), device=job.device)
-    kept: list[Tensor] = []
+    keeps, kept = job.recipe.optimizer.looks_again and not remade(job), []
     for inputs, targets in parts(job, batch, generator):
         clock.lap("data")
-        output = job.model(inputs)
+        output = job.precision.forward(job.model, inputs)
         loss = loss_of(output, targets, job.recipe.label_smoothing) * (job.world.size / batch.total)
         job.recipe.optimizer.before_backward(job.optimizer, output)
-        loss.backward()
+        job.precision.backward(loss)
         total += loss.detach()
-        if job.recipe.optimizer.looks_again:
+        if keeps:
             kept.append(inputs)
         clock.lap("network")
-    job.recipe.optimizer.take(job.optimizer, total, lambda: torch.cat([job.model(inputs) for inputs in kept]))
+
+    def again() -> Tensor:
+        made = kept if keeps else (x for x, _ in parts(job, batch, torch.Generator().manual_seed(seed)))
+        return torch.cat([job.model(inputs) for inputs in made])
+
+    job.recipe.optimizer.take(job.precision.stepper(job.optimizer), total, again)
     job.optimizer.zero_grad()
     job.average.add(step)
     clock.lap("update")
     return total
+
+
+def remade(job: Job) -> bool:
+    """Whether a share's inputs can be made once more, so that they need not be kept: 131,072 of 224x224 are 79 GB.
+
+    Not so where they are blended with their past, which mixup holds anyway, or read from files.
+    """
+    return job.recipe.regularisation.mixup == 0 and isinstance(job.splits.train.images, Tensor)
 
 
 def loss_of(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -163,63 +210,12 @@ def loss_of(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 
 def parts(job: Job, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's share, varied, blended and erased: inputs [n, c, h, w], and labels [n] or [n, classes].
-
-    At most `micro_batch` images at a time; where they come from files, the next are read while these are in use.
-    """
-    train = job.splits.train
-
-    def made() -> Iterator[tuple[Tensor, Tensor]]:
-        for part, index in enumerate(batch.index.split(job.recipe.micro_batch or len(batch.index))):
-            inputs, labels = train.batch(index, generator)
-            yield job.regulariser(part, job.splits.augment(inputs, generator), labels, generator)
-
-    return made() if isinstance(train.images, Tensor) else ahead(made())
+    """Yield this rank's share, varied, blended and erased: inputs [n, c, h, w], and labels [n] or [n, classes]."""
+    for part, index in enumerate(cut(batch, job.recipe.micro_batch)):
+        inputs, labels = job.splits.train.batch(index, generator)
+        yield job.regulariser(part, job.splits.augment(inputs, generator), labels, generator)
 
 
-class Clock:
-    """Seconds by stage; waits for the device, so that a stage's work counts where it was asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap to a stage."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.laps[stage] = self.laps.get(stage, 0.0) + now - self.last
-        self.last = now
-
-    @property
-    def total(self) -> float:
-        return sum(self.laps.values())
-
-
-def _second_order_seconds(optimizer: Optimizer) -> dict[str, float]:
-    return dict(getattr(optimizer, "seconds", {}))
-
-
-def _split(laps: dict[str, float], before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """Split the optimizer's lap into the stages that it has counted itself."""
-    inner = {stage: seconds - before.get(stage, 0.0) for stage, seconds in after.items()}
-    measured = inner.get("measure", 0.0)  # by hooks, while the network runs
-    told = sum(inner.values()) - inner.get("update", 0.0) - measured
-    rest = {"network": max(0.0, laps["network"] - measured), "update": max(0.0, laps["update"] - told)}
-    return {**laps, **inner, **rest}
-
-
-def _second_order(optimizer: Optimizer) -> dict[str, Any]:
-    """Return what a second-order optimizer tells of its last step; nothing for others."""
-    if not hasattr(optimizer, "intervals"):
-        return {}
-    told: Any = optimizer
-    return {
-        "damping": told.param_groups[0]["damping"],
-        "refreshed": told.refreshed,
-        "skipped": told.skipped,
-        "intervals": told.intervals(),
-        "traffic": told.traffic(),
-    }
+def cut(batch: Batch, size: int | None) -> tuple[Tensor, ...]:
+    """Cut a rank's share of a batch into parts of at most `size` samples; None: one part."""
+    return batch.index.split(size or len(batch.index))

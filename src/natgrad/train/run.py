@@ -1,15 +1,22 @@
 """`natgrad train`: a recipe from its first step to a folder that tells what happened."""
 
+import math
+import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from natgrad.parallel import World
-from natgrad.train import machine
+from natgrad.train import checkpoint, machine, tensorboard
+from natgrad.train.lock import Lock, on_first
 from natgrad.train.log import Display, Journal, RunFolder, check_free
-from natgrad.train.loop import Job, build_model, prepare, steps
+from natgrad.train.loop import Job, Step, build_model, prepare, steps
 from natgrad.train.recipe import Recipe, described
+from natgrad.train.resume import FOLDER, check_agreement, check_not_given_up, choose, restarted
+from natgrad.train.saver import Saver
+from natgrad.train.state import restore
 from natgrad.train.stop import Stop
 
 
@@ -27,6 +34,24 @@ class Options:
     """cpu, cuda, or auto: cuda where there is one."""
     train_loss: bool = False
     """At the end, also judge the model on the whole training set."""
+    save_every: int | None = None
+    """Steps between two checkpoints; None: one at the end of every epoch; 0: none at all."""
+    keep: int = 2
+    """Checkpoints that stay, the newest ones."""
+    resume: bool = False
+    """Go on from the last checkpoint of that folder; any number of ranks will do."""
+    auto_resume: bool = False
+    """Go on from the last good checkpoint of that folder if there is one, else begin: for jobs that are requeued."""
+    checkpoint: int | None = None
+    """With --resume: go on from the checkpoint after so many steps instead of the last."""
+    accept_changes: bool = False
+    """With --resume: go on although the recipe is not the checkpoint's."""
+    max_restarts: int = 0
+    """With --ranks: how often to start again from the last checkpoint when a rank has died."""
+    bad_steps: int = 5
+    """Steps in a row whose loss is not finite, after which the run stops."""
+    tensorboard: bool = False
+    """Write the run's numbers for TensorBoard, too: into the folder tensorboard of the results."""
 
     def folder(self, name: str) -> Path:
         return Path(self.out or f"runs/{name}")
@@ -36,10 +61,36 @@ def check(name: str, recipe: Recipe, options: Options) -> None:
     """Raise ValueError for all that can be known to be wrong before data are read or ranks started."""
     if options.ranks < 1:
         raise ValueError(f"ranks={options.ranks} must be at least 1; set --ranks")
-    pick_device(options.device, World())
-    check_free(options.folder(name), options.overwrite)
+    check_options(options)
+    if options.tensorboard:
+        tensorboard.check_installed()
+    folder = options.folder(name)
+    if not options.resume:
+        check_free(folder, options.overwrite or options.auto_resume)
+    elif not checkpoint.found(folder / FOLDER):
+        raise ValueError(f"there is no checkpoint in {str(folder / FOLDER)!r} to resume from; leave --resume out")
     recipe.check()
     recipe.optimizer.build(build_model(recipe), World())
+
+
+def check_options(options: Options) -> None:
+    """Raise ValueError for options that cannot be, or that say nothing beside the others."""
+    pick_device(options.device, World())
+    for name, least in (("keep", 1), ("bad_steps", 1), ("max_restarts", 0), ("save_every", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}; set --{name.replace('_', '-')}")
+    for name in ("checkpoint", "accept_changes"):
+        if getattr(options, name) and not options.resume:
+            raise ValueError(f"--{name.replace('_', '-')} says nothing without --resume")
+    if options.resume + options.auto_resume + options.overwrite > 1:
+        raise ValueError("--resume, --auto-resume and --overwrite exclude each other; leave all but one of them out")
+    if options.max_restarts and options.ranks == 1:
+        raise ValueError("--max-restarts is for ranks that are started here: add --ranks, or tell torchrun")
+    if options.max_restarts and options.save_every == 0:
+        raise ValueError("--max-restarts starts again from a checkpoint, but --save-every 0 writes none")
+    if options.save_every != 0:
+        checkpoint.check()
 
 
 def pick_device(name: str, world: World) -> torch.device:
@@ -55,34 +106,120 @@ def pick_device(name: str, world: World) -> torch.device:
 
 def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
     """Train, judge and record, on every rank; return "finished" or "interrupted"."""
-    device = pick_device(options.device, world)
+    lock = on_first(world, lambda: Lock(options.folder(name)))
+    try:
+        return run_alone(name, recipe, options, world)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
+    """`run` in a folder that is ours."""
+    device, folder = pick_device(options.device, world), options.folder(name)
+    check_agreement(recipe, world)
+    told: list[str] = []
+    start = find_start(folder, options, world, told)
     job = prepare(recipe, world, recipe.data.load().to(device))
-    journal = Journal()
-    if world.rank == 0:
-        about = {"name": name, "recipe": described(recipe), "steps": job.steps}
-        about["machine"] = machine.describe(world, device)
-        folder = RunFolder(options.folder(name), about, options.overwrite)
-        journal = Journal(folder, Display(name, job.steps))
+    if start is not None:
+        restore(job, start, options.accept_changes)
+    journal = on_first(world, lambda: open_journal(name, options, job)) or Journal()
+    for wrong in told:
+        journal.event("damaged", reason=wrong)
+    if start is not None:
+        journal.event("resumed", step=job.done, path=str(start), ranks=world.size)
+    saver = Saver(folder / FOLDER, world, options.keep, journal.event) if options.save_every != 0 else None
     status = "failed"
     try:
         with Stop() as stop:
-            status = follow(job, journal, stop)
-            if status == "finished" and options.train_loss:
-                journal.judged("train", job.score("train"))
+            status = follow(job, journal, saver, options, stop)
+            if status == "finished":
+                finish(job, journal, options, folder)
     except KeyboardInterrupt:
         status = "interrupted"
+    except ValueError as error:
+        journal.summary["reason"] = str(error)
+        raise
     finally:
-        journal.close(status)
+        last = saver.last() if saver is not None and status != "finished" and world.rank == 0 else None
+        journal.close(status, resume_command() if last is not None else None)
     return status
 
 
-def follow(job: Job, journal: Journal, stop: Stop) -> str:
-    """Take all steps, judging the model on the way, unless stopped."""
-    every = job.recipe.evaluate_every or len(job.sampler)
+def find_start(folder: Path, options: Options, world: World, told: list[str]) -> Path | None:
+    """Return the checkpoint to go on from, if there is one; damaged ones that were passed over are put into `told`."""
+    if restarted():
+        check_not_given_up(folder)
+    if restarted() or options.auto_resume:
+        return choose(folder / FOLDER, None, world, told.append)
+    return choose(folder / FOLDER, options.checkpoint, world, None) if options.resume else None
+
+
+def open_journal(name: str, options: Options, job: Job) -> Journal:
+    """Begin a run's folder, or go on with one, and show what happens."""
+    about = {"name": name, "recipe": described(job.recipe), "steps": job.steps}
+    about["machine"] = machine.describe(job.world, job.device)
+    folder, anew = options.folder(name), options.overwrite or options.auto_resume or restarted()
+    if job.done == 0 and anew:
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    files = RunFolder(folder, about, anew, job.done or None)
+    return Journal(files, Display(name, job.steps), options.tensorboard)
+
+
+def follow(job: Job, journal: Journal, saver: Saver | None, options: Options, stop: Stop) -> str:
+    """Take all steps, judging the model and saving on the way, unless stopped."""
+    lost, status = 0, "finished"
     for step in steps(job, stop):
         journal.step(step)
-        if step.stop:
-            return "interrupted"
-        if step.step % every == 0 or step.step == job.steps:
+        lost = 0 if math.isfinite(step.loss) else lost + 1
+        if lost >= options.bad_steps:
+            raise ValueError(not_finite(step, lost, saver))
+        if job.due(step.step):
             journal.evaluation(step, job.score())
-    return "finished"
+        elif step.stop:
+            status = "interrupted"
+        if saver is None:
+            continue
+        saver.poll()
+        if lost == 0 and (step.stop or step.step == job.steps or saves(job, step.step, options.save_every)):
+            saver.save(job)
+    if saver is not None:
+        saver.finish()
+    return status
+
+
+def saves(job: Job, step: int, every: int | None) -> bool:
+    """Say whether a checkpoint is written after so many steps."""
+    return step % every == 0 if every else job.sampler.locate(step)[1] == 0
+
+
+def not_finite(step: Step, lost: int, saver: Saver | None) -> str:
+    """Say that the loss is lost, and where to go on from."""
+    last = None
+    if saver is not None:
+        saver.finish()
+        last = saver.last()
+    good = "there is no checkpoint" if last is None else f"the last good checkpoint is {str(last)!r}"
+    return (
+        f"the loss has not been finite for {lost} steps, up to step {step.step}: {good}; lower --optimizer.lr or raise "
+        "the damping (--resume --accept-changes goes on with other values)"
+    )
+
+
+def finish(job: Job, journal: Journal, options: Options, folder: Path) -> None:
+    """Judge once more where asked for, and leave the weights as the model was judged by, in one plain file."""
+    if options.train_loss:
+        journal.judged("train", job.score("train"))
+    if job.world.rank == 0:
+        with job.average.in_place():
+            weights = {name: value.cpu() for name, value in job.model.state_dict().items()}
+        torch.save(weights, folder / "model.pt.part")
+        (folder / "model.pt.part").replace(folder / "model.pt")
+
+
+def resume_command() -> str:
+    """Return the command that takes this run up again."""
+    words = [
+        word for word in shlex.split(machine.command()) if word not in ("--overwrite", "--resume", "--auto-resume")
+    ]
+    return shlex.join([*words, "--resume"])

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from natgrad.data import Cifar100, Digits, ImageFolder
+from natgrad.data import Cifar100, Digits, ImageSet
 from natgrad.data.text import Charlm
-from natgrad.models import CifarResNet
-from natgrad.models.imagenet import ImageResNet
-from natgrad.models.transformer import Transformer
+from natgrad.models import CifarResNet, ImageResNet, Transformer
 from natgrad.train.compare.contenders import CONTENDERS, Contender, chosen
 from natgrad.train.compare.space import LogUniform, Space
 from natgrad.train.optimizers import Sgd
@@ -172,7 +170,7 @@ IMAGENET = Task(
     name="imagenet",
     about="ImageNet in train/CLASS and val/CLASS folders, on ResNet-50; for clusters (--ranks or torchrun)",
     recipe=Recipe(
-        ImageFolder("data/imagenet", size=256, crop=224, in_memory=False),
+        ImageSet("data/imagenet", size=256, crop=224, in_memory=False),
         ImageResNet(50),
         Sgd(),
         micro_batch=32,

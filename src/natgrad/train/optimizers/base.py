@@ -37,20 +37,38 @@ class Settings:
 
 
 def alone(optimizer: Optimizer, model: nn.Module, world: World) -> Optimizer:
-    """Make an optimizer that knows of one rank begin as rank 0 does and step by the mean gradient."""
+    """Make an optimizer that knows of one rank begin as rank 0 does and step by the mean gradient.
+
+    Gradients are averaged in `step()`, or before it by `optimizer.reduce()`, for whoever must see their mean.
+    """
     world.gather([Parcel(tensor.detach(), 0) for tensor in (*model.parameters(), *model.buffers())])
-    seconds = {"messages": 0.0}
-
-    def average(*_: object) -> None:
-        began = time.perf_counter()
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        world.mean([parameter.grad for parameter in parameters if parameter.grad is not None], "gradients")
-        seconds["messages"] += time.perf_counter() - began
-
     if world.size > 1:
-        optimizer.register_step_pre_hook(average)
-        vars(optimizer)["seconds"] = seconds
+        mean = Mean(optimizer, world)
+        optimizer.register_step_pre_hook(mean.before_step)
+        vars(optimizer).update(seconds=mean.seconds, reduce=mean.reduce)
     return optimizer
+
+
+class Mean:
+    """Averages an optimizer's gradients over ranks, once a step."""
+
+    def __init__(self, optimizer: Optimizer, world: World) -> None:
+        self.optimizer, self.world = optimizer, world
+        self.seconds = {"messages": 0.0}
+        self.done = False
+
+    def reduce(self) -> None:
+        """Average now; `step()` then sends nothing."""
+        began = time.perf_counter()
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        self.world.mean([parameter.grad for parameter in parameters if parameter.grad is not None], "gradients")
+        self.seconds["messages"] += time.perf_counter() - began
+        self.done = True
+
+    def before_step(self, *_: object) -> None:
+        if not self.done:
+            self.reduce()
+        self.done = False
 
 
 def positive(name: str, value: float) -> None:

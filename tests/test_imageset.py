@@ -1,7 +1,6 @@
-"""Images in class folders: read at once or when asked for, cut as SP-NGD cuts them, less their mean image."""
+"""Images of any set: read at once or when asked for, cut as SP-NGD cuts them, less their mean image."""
 
 import os
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,29 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from natgrad.data import ImageFolder
+from natgrad.data import ImageSet
 from natgrad.data.augment import Crop, Zoom
-from natgrad.data.pictures import Pictures, ahead
+from natgrad.data.pictures import Pictures
 from natgrad.parallel import World
 from natgrad.train.evaluate import evaluate
+from pictures import write_images
 
 DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
 
-def write_images(folder: Path, classes=("cat", "dog"), count=2):
-    from PIL import Image
-
-    for split in ("train", "val"):
-        for label, name in enumerate(classes):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.full((10, 14, 3), 100 * label + number, dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
-
-
 def test_a_folder_of_images_is_read_at_one_size(tmp_path):
     write_images(tmp_path)
-    source = ImageFolder(str(tmp_path), size=6)
+    source = ImageSet(str(tmp_path), size=6)
     splits = source.load()
     assert splits.train.images.shape == (4, 3, 6, 6)
     assert splits.train.images.dtype == torch.uint8
@@ -62,7 +51,7 @@ def test_a_zoom_cuts_a_part_of_an_image_and_brings_it_to_one_size():
 
 def test_a_folder_is_zoomed_into_while_learning_only(tmp_path):
     write_images(tmp_path)
-    splits = ImageFolder(str(tmp_path), size=16, crop=8, zoom=(0.2, 0.5)).load()
+    splits = ImageSet(str(tmp_path), size=16, crop=8, zoom=(0.2, 0.5)).load()
     assert splits.train.cut == Zoom(8, (0.2, 0.5))
     assert splits.test.cut == Crop(8, random=False)
     inputs, _ = splits.train.batch(torch.arange(4), torch.Generator().manual_seed(0))
@@ -72,14 +61,7 @@ def test_a_folder_is_zoomed_into_while_learning_only(tmp_path):
 @pytest.mark.parametrize("wrong", [{"zoom": (0.5, 0.2)}, {"zoom": (0.0, 1.0)}, {"crop": None}, {"augment": False}])
 def test_a_zoom_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match=r"zoom=.*--data\.crop"):
-        ImageFolder(**{"size": 16, "crop": 8, "zoom": (0.1, 1.0), **wrong})
-
-
-def test_an_unreadable_picture_is_named(tmp_path):
-    write_images(tmp_path)
-    (tmp_path / "train" / "cat" / "broken.jpg").write_text("no picture")
-    with pytest.raises(ValueError, match=r"broken\.jpg"):
-        ImageFolder(str(tmp_path)).load()
+        ImageSet(**{"size": 16, "crop": 8, "zoom": (0.1, 1.0), **wrong})
 
 
 def test_a_folder_without_validation_images_is_refused(tmp_path):
@@ -87,12 +69,12 @@ def test_a_folder_without_validation_images_is_refused(tmp_path):
     for picture in (tmp_path / "val").rglob("*.png"):
         picture.unlink()
     with pytest.raises(ValueError, match="val/CLASS"):
-        ImageFolder(str(tmp_path)).check()
+        ImageSet(str(tmp_path)).check()
 
 
 @pytest.mark.skipif(not (DATA / "tinyimagenet10").is_dir(), reason="no tinyimagenet10 in NATGRAD_DATA")
 def test_real_pictures_in_class_folders_are_read():
-    splits = ImageFolder(str(DATA / "tinyimagenet10"), size=16).load()
+    splits = ImageSet(str(DATA / "tinyimagenet10"), size=16).load()
     assert (len(splits.train), len(splits.test), splits.train.classes) == (5000, 500, 10)
     assert splits.train.images.float().std() > 30
 
@@ -117,8 +99,8 @@ def test_a_crop_is_anywhere_while_learning_and_in_the_middle_otherwise():
 def test_the_papers_preprocessing(tmp_path):
     """Resized, cut, less the upper left of the mean image, over 255; the middle for judging."""
     write_images(tmp_path, count=3)
-    source = ImageFolder(str(tmp_path), size=10, crop=8, subtract="image")
-    plain = ImageFolder(str(tmp_path), size=10).load()
+    source = ImageSet(str(tmp_path), size=10, crop=8, subtract="image")
+    plain = ImageSet(str(tmp_path), size=10).load()
     splits = source.load()
     assert source.shape() == (3, 8, 8)
     mean = plain.train.images.double().mean(0)[:, :8, :8].float()
@@ -137,7 +119,7 @@ def test_training_images_are_cut_anew_and_mirrored_unless_told_otherwise(tmp_pat
     Image.fromarray(noise).save(tmp_path / "train" / "cat" / "0.png")
     places = torch.zeros(100, dtype=torch.int64)
     for augment, least in ((True, 10), (False, 1)):
-        splits = ImageFolder(str(tmp_path), size=12, crop=9, augment=augment).load()
+        splits = ImageSet(str(tmp_path), size=12, crop=9, augment=augment).load()
         generator = torch.Generator().manual_seed(0)
         varied = splits.augment(splits.train.batch(places, generator)[0], generator)
         kinds = len(varied.flatten(1).unique(dim=0))
@@ -149,7 +131,7 @@ def test_training_images_are_cut_anew_and_mirrored_unless_told_otherwise(tmp_pat
 @pytest.mark.parametrize("crop", [None, 8])
 def test_images_left_in_their_files_are_those_in_memory(tmp_path, crop):
     write_images(tmp_path, count=4)
-    source = ImageFolder(str(tmp_path), size=10, crop=crop, subtract="image")
+    source = ImageSet(str(tmp_path), size=10, crop=crop, subtract="image")
     kept, read = source.load(), replace(source, in_memory=False).load()
     assert isinstance(read.train.images, Pictures)
     assert len(read.train) == 8
@@ -164,33 +146,4 @@ def test_images_left_in_their_files_are_those_in_memory(tmp_path, crop):
 
 def test_a_crop_larger_than_the_images_is_refused():
     with pytest.raises(ValueError, match=r"crop=65 .*size=64; set --data\.crop"):
-        ImageFolder(crop=65)
-
-
-def test_the_next_item_is_made_while_the_last_one_is_in_use():
-    made, used = [], []
-    second = threading.Event()
-
-    def items():
-        for number in range(3):
-            made.append(number)
-            if number == 1:
-                second.set()
-            yield number
-
-    for number in ahead(items()):
-        if number == 0:
-            assert second.wait(30)  # would never be set if items were made on demand
-        used.append(number)
-    assert used == made == [0, 1, 2]
-
-
-def test_what_goes_wrong_ahead_is_raised_where_it_is_needed(tmp_path):
-    write_images(tmp_path)
-    broken = tmp_path / "train" / "dog" / "1.png"
-    splits = ImageFolder(str(tmp_path), size=8, in_memory=False).load()
-    broken.write_text("no picture")
-    batches = ahead(splits.train.batch(torch.tensor([place])) for place in (0, 3))
-    assert next(batches)[1].tolist() == [0]
-    with pytest.raises(ValueError, match=r"1\.png"):
-        next(batches)
+        ImageSet(crop=65)

@@ -1,0 +1,23 @@
+#!/bin/bash
+# One run on two hosts (or more), started by hand: the same line on every host.
+#
+#   HOSTS=2 FIRST=hostname-of-one ./two_hosts.sh imagenet_spngd_32k --data.path /data/imagenet --out /shared/runs/first
+#
+# FIRST is the host on which the ranks meet. /shared is a folder that all hosts see: results and checkpoints go there; the
+# data may lie elsewhere on each host. torchrun starts one rank a GPU (or RANKS a host), and starts all of them again,
+# from the last checkpoint, when one dies. A host that is lost must be started again by the same line, or by a scheduler.
+set -euo pipefail
+: "${HOSTS:=2}" "${FIRST:?name the host where ranks meet}" "${PORT:=29500}" "${RESTARTS:=3}" "${RUN:=natgrad}"
+: "${RANKS:=$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}"
+
+# Each attempt gets a store of its own, also when hosts come and go (torchrun keeps one for all attempts otherwise).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+exec torchrun \
+    --nnodes "$HOSTS" \
+    --nproc-per-node "$RANKS" \
+    --max-restarts "$RESTARTS" \
+    --rdzv-backend c10d \
+    --rdzv-endpoint "$FIRST:$PORT" \
+    --rdzv-id "$RUN" \
+    -m natgrad train "$@" --auto-resume

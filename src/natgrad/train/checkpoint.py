@@ -1,0 +1,244 @@
+"""A checkpoint on disk: what each rank wrote, found again by torch.distributed.checkpoint, whole or not at all.
+
+    step-00000120/            renamed from step-00000120.part when every rank is done: where it is there, it is whole
+        .metadata             which tensor lies in which file: torch.distributed.checkpoint reads the folder as one
+        state.json            what is no tensor, and the digests of .metadata and of every sums.json
+        rank-0/__0_0.distcp   tensors, as rank 0 wrote them
+        rank-0/sums.json      digests of the rank's files
+
+Ranks write without talking to each other, each a checkpoint of its own in the background; rank 0 joins their tables of
+contents afterwards. Nothing that is read runs code: tensors are loaded by weights_only, the table of contents by an
+unpickler that knows a dozen names, everything else is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+FORMAT = 1
+ALONE: dict[str, Any] = {"no_dist": True}  # every rank for itself
+
+KNOWN = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be what was written."""
+
+
+def check() -> None:
+    """Raise a ValueError where this torch cannot save without talking to other ranks."""
+    if "no_dist" not in inspect.signature(dcp.save).parameters:
+        raise ValueError(f"torch {torch.__version__} is too old for checkpoints; use 2.8 or newer, or --save-every 0")
+
+
+def name_of(step: int) -> str:
+    """The folder of the checkpoint after so many steps."""
+    return f"step-{step:08d}"
+
+
+def found(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, rising."""
+    names = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in folder.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def write_part(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write a rank's tensors and their digests to `folder`/rank-RANK, down to the disk."""
+    own = folder / f"rank-{rank}"
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it saves alone, which is what is meant
+        dcp.save(dict(tensors), storage_writer=Writer(own), planner=planner, **ALONE)
+    sums = {entry.name: digest(entry) for entry in sorted(own.iterdir())}
+    write_safely(own / "sums.json", json.dumps(sums, indent=1))
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes a table of contents that names no path, so that a folder can be moved."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+def commit(part: Path, ranks: int, values: Mapping[str, Any]) -> Path:
+    """Make one checkpoint of what all ranks have written to `part`, and return where it is."""
+    tables = {rank: read_table(part / f"rank-{rank}") for rank in range(ranks)}
+    with (part / ".metadata").open("wb") as stream:
+        pickle.dump(joined(tables), stream)
+        flush(stream)
+    sealed = [".metadata", *(f"rank-{rank}/sums.json" for rank in range(ranks))]
+    content = {"format": FORMAT, **values, "sums": {name: digest(part / name) for name in sealed}}
+    write_safely(part / "state.json", json.dumps({"content": content, "digest": digest_of(content)}, indent=1))
+    whole = part.with_suffix("")
+    if whole.exists():
+        set_aside(whole)
+    part.rename(whole)
+    sync_folder(whole.parent)
+    return whole
+
+
+def joined(tables: Mapping[int, Metadata]) -> Metadata:
+    """One table of contents of all ranks' tensors, each under its folder."""
+    contents: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    for rank, table in tables.items():
+        contents |= table.state_dict_metadata
+        for index, place in table.storage_data.items():
+            places[index] = replace(place, relative_path=f"rank-{rank}/{place.relative_path}")
+    return Metadata(contents, storage_data=places, storage_meta=StorageMeta(), version=tables[0].version)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Keep a checkpoint under a name that is not found any more: its run has gone another way since."""
+    other = checkpoint.with_name(checkpoint.name + ".set-aside")
+    shutil.rmtree(other, ignore_errors=True)
+    checkpoint.rename(other)
+
+
+def read_values(checkpoint: Path) -> dict[str, Any]:
+    """What is no tensor; DamagedError where the file is not as it was written."""
+    try:
+        told = json.loads((checkpoint / "state.json").read_text())
+        content, known = told["content"], told["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DamagedError(f"{str(checkpoint)!r} is no checkpoint of natgrad: its state.json cannot be read") from None
+    if digest_of(content) != known:
+        raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: state.json is not as it was written")
+    if content.get("format") != FORMAT:
+        raise DamagedError(
+            f"checkpoint {str(checkpoint)!r} has format {content.get('format')!r}, this natgrad reads {FORMAT}"
+        )
+    return content
+
+
+def verify(checkpoint: Path, rank: int, size: int) -> None:
+    """Compare every `size`-th part with its digests, beginning at the rank's own; DamagedError names what differs."""
+    sums = read_values(checkpoint)["sums"]
+    for name in [".metadata", *sorted(sums)[rank::size]]:
+        _compare(checkpoint, name, sums[name])
+        if name.endswith("sums.json"):
+            own = Path(name).parent
+            for file, known in json.loads((checkpoint / name).read_text()).items():
+                _compare(checkpoint, str(own / file), known)
+
+
+def _compare(checkpoint: Path, name: str, known: str) -> None:
+    try:
+        same = digest(checkpoint / name) == known
+    except OSError as error:
+        raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: {name}: {error.strerror}") from None
+    if not same:
+        raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: {name} is not as it was written")
+
+
+def contents(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    """Shape (`size`) and type (`properties.dtype`) of every tensor by name."""
+    table = read_table(checkpoint).state_dict_metadata
+    return {name: entry for name, entry in table.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def load(checkpoint: Path, names: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    """The tensors of these names, in memory."""
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in names.items()}
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    if tensors:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(cast("dict[str, Any]", tensors), storage_reader=Reader(checkpoint), planner=planner, **ALONE)
+    return tensors
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads a table of contents without running what it may name."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_table(Path(self.path))
+
+
+def read_table(folder: Path) -> Metadata:
+    """A folder's table of contents."""
+    with (folder / ".metadata").open("rb") as stream:
+        try:
+            table = Plain(stream).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata cannot be read ({error})") from None
+    if not isinstance(table, Metadata):
+        raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata is no table of contents")
+    return table
+
+
+class Plain(pickle.Unpickler):
+    """Makes tables of contents and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no table of contents has")
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_safely(file: Path, text: str) -> None:
+    """Write a file down to the disk."""
+    with file.open("w") as stream:
+        stream.write(text)
+        flush(stream)
+
+
+def flush(stream: Any) -> None:
+    """Wait until a file is on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
