@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from helpers import clone, points
 from torch import nn
 from torch.nn import functional as F
 
+from helpers import clone, points
 from natgrad.__main__ import main
 from natgrad.models import CifarResNet, Transformer
 from natgrad.parallel import World, run_threads
@@ -93,7 +93,9 @@ def test_muon_steps_have_singular_values_near_one_on_convolutions_as_matrices():
     assert values.max() < 1.3
 
 
-@pytest.mark.parametrize("make", [lambda: CifarResNet(8).build((3, 8, 8), 10), lambda: Transformer().build((1, 1, 8), 9)])
+@pytest.mark.parametrize(
+    "make", [lambda: CifarResNet(8).build((3, 8, 8), 10), lambda: Transformer().build((1, 1, 8), 9)]
+)
 def test_muons_split_takes_every_weight_once(make):
     model = make()
     hidden, rest = hidden_matrices(model)

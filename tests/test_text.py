@@ -52,7 +52,7 @@ def test_impossible_windows_are_refused():
         Charlm(places=1)
     with pytest.raises(ValueError, match="alphabet=1000"):
         Charlm(alphabet=1000)
-    with pytest.raises(ValueError, match="width=10 .*heads=4"):
+    with pytest.raises(ValueError, match=r"width=10 .*heads=4"):
         Transformer(width=10)
 
 

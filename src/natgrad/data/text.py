@@ -4,7 +4,7 @@ A window of `places` characters gives `places` samples of the loss, each to be p
 do not overlap, so what is held out shares no character with what is learned from.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from natgrad.data.images import Source, Splits
+from natgrad.data.pictures import Bad
 
 TEST = 10
 """Every tenth topic is for the test."""
@@ -24,6 +25,8 @@ class Texts:
     images: Tensor
     """[n, places + 1], uint8: characters as numbers."""
     classes: int
+    bad: Bad = field(default_factory=Bad)
+    """What could not be read: nothing of a text."""
 
     def __len__(self) -> int:
         return len(self.images)

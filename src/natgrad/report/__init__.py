@@ -20,11 +20,11 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
 
 
 def _page(folders: list[Path]) -> str:
-    from natgrad.report import page, run_page  # here: tables are read without matplotlib, too
-    from natgrad.report.read import read
+    from natgrad.report import compare_page, run_page  # here: tables are read without matplotlib, too
+    from natgrad.report.compare_read import is_comparison, read_comparison
     from natgrad.report.runs import read_runs
 
-    compared = [folder for folder in folders if (folder / "results.json").exists()]
+    compared = [folder for folder in folders if is_comparison(folder)]
     if compared and len(folders) > 1:
         raise ValueError(f"{str(compared[0])!r} is a comparison, which has a page to itself; name it alone")
-    return page.page(read(folders)) if compared else run_page.page(read_runs(folders))
+    return compare_page.page(read_comparison(folders[0])) if compared else run_page.page(read_runs(folders))

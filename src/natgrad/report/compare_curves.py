@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from natgrad.report.compare_plots import COLOURS, looks, zoom
 from natgrad.report.compare_read import Comparison, Final, Line
-from natgrad.report.style import INK
+from natgrad.report.style import INK, STAGES
 
 
 def curves(results: Comparison, batch: str) -> Figure:
@@ -122,19 +122,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
     listed = list(values)
     known = [value for value in listed if value is not None]
     return sum(known) / len(known) if known and len(known) == len(listed) else None
-
-
-STAGES = {
-    "data": "#D9D9D9",
-    "network": "#0072B2",
-    "measure": "#E69F00",
-    "messages": "#CC79A7",
-    "factor": "#D55E00",
-    "precondition": "#009E73",
-    "update": "#999999",
-    "other": "#444444",
-}
-"""A colour for each stage: blue is the network, warm is curvature, grey is the rest."""
 
 
 def stages(results: Comparison, batch: str) -> Figure:

@@ -1,16 +1,14 @@
 """A comparison as one HTML page with everything in it: no script, no font, no file beside it."""
 
 from html import escape
-from importlib.resources import files
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from natgrad.report import compare_curves as curves
 from natgrad.report import compare_plots as plots
 from natgrad.report.compare_read import KINDS, Comparison
 from natgrad.report.compare_table import KIND_WORDS, at_edges, findings, headings, rows, verdicts
-from natgrad.report.style import look, picture
+from natgrad.report.page import document, framed, pair
+from natgrad.report.style import look
 
 MEASURES = {"end": "{metric} after all steps", "steps": "steps to the goal", "seconds": "seconds to the goal"}
 
@@ -19,15 +17,7 @@ def page(results: Comparison) -> str:
     """Return the page as text."""
     with look():
         body = "\n".join(section for section in _sections(results) if section)
-    css = "".join(
-        files("natgrad.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "compare.css")
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>natgrad - comparison: {escape(results.name)}</title>\n<style>\n{css}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return document(f"comparison: {results.name}", body)
 
 
 def _sections(results: Comparison) -> list[str]:
@@ -37,8 +27,8 @@ def _sections(results: Comparison) -> list[str]:
         f"<header><h1>Comparison: {escape(results.name)}</h1><p>{escape(results.about)}</p></header>",
         f'<ul class="findings">{said}</ul>' if said else "",
         _verdicts(results),
-        _figure(plots.scaling(results), "Steps to a target against the size of a batch", SCALING),
-        _figure(plots.ends(results), "Where everyone ends", ENDS),
+        framed(plots.scaling(results), "Steps to a target against the size of a batch", SCALING),
+        framed(plots.ends(results), "Where everyone ends", ENDS),
         *(_size(results, batch, first=batch == sizes[0]) for batch in sizes),
         _choices(results),
         _facts(results),
@@ -46,14 +36,14 @@ def _sections(results: Comparison) -> list[str]:
 
 
 SCALING = (
-    "Of the two budgets that everyone is tuned for, the one that gets there sooner; medians over seeds. Along the dotted "
-    "line twice the batch takes half the steps; where an optimizer leaves that slope, larger batches stop helping it. "
-    "A cross: not reached."
+    "Of the two budgets that everyone is tuned for, the one that gets there sooner; medians over seeds. Along the "
+    "dotted line twice the batch takes half the steps; where an optimizer leaves that slope, larger batches stop "
+    "helping it. A cross: not reached."
 )
 ENDS = "Medians over seeds; values far from the best lie outside."
 CURVES = (
-    "With all steps; lines are medians over seeds, thick for the best of each kind, with their range. Dotted: the goal, "
-    "the best first-order optimizer's end."
+    "With all steps; lines are medians over seeds, thick for the best of each kind, with their range. Dotted: "
+    "the goal, the best first-order optimizer's end."
 )
 
 
@@ -61,10 +51,12 @@ def _size(results: Comparison, batch: str, first: bool) -> str:
     """All about one size of batch; only the largest is open at first."""
     body = (
         _table(results, batch)
-        + _figure(curves.curves(results, batch), f"Test {results.metric} at batch {batch}", CURVES)
-        + f'<div class="pair">{_figure(curves.losses(results, batch), "Training loss")}'
-        + f"{_figure(curves.stages(results, batch), 'Stages of a step')}</div>"
-        + _figure(curves.tuning(results, batch), "What tuning tried")
+        + framed(curves.curves(results, batch), f"Test {results.metric} at batch {batch}", CURVES)
+        + pair(
+            framed(curves.losses(results, batch), "Training loss"),
+            framed(curves.stages(results, batch), "Where a step's time goes"),
+        )
+        + framed(curves.tuning(results, batch), "What tuning tried")
     )
     title = f"Batch {batch}: {results.samples(batch)} samples, {results.full(batch)} steps"
     return f"<details{' open' if first else ''}><summary>{escape(title)}</summary>{body}</details>"
@@ -78,9 +70,9 @@ def _table(results: Comparison, batch: str) -> str:
     ]
     unit = "%" if results.metric == "accuracy" else "nats"
     note = (
-        f"Medians over seeds (range), in {unit}. Goal: {results.text(results.goal(batch))}. Both budgets are tuned for; "
-        "steps and seconds to the goal are of the one that gets there sooner. Share of steps: over the steps that the "
-        "goal's setter had. Seconds count training, not judging."
+        f"Medians over seeds (range), in {unit}. Goal: {results.text(results.goal(batch))}. Both budgets are tuned "
+        "for; steps and seconds to the goal are of the one that gets there sooner. Share of steps: over the steps that "
+        "the goal's setter had. Seconds count training, not judging."
     )
     table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return f'<div class="wide">{table}</div><p class="note">{escape(note)}</p>'
@@ -116,14 +108,13 @@ def _choices(results: Comparison) -> str:
         lines.append(f"<tr><td>{escape(line.name)}</td><td>{line.batch}</td><td>{line.steps}</td><td>{text}</td></tr>")
     head = "<tr><th>optimizer</th><th>batch</th><th>steps</th><th>chosen</th></tr>"
     edges = len(at_edges(results))
-    note = f"Bold: on the edge of the declared space ({edges} of optimizers' numbers somewhere); a wider one might hold better."
+    note = f"Bold: on the edge of the declared space (somewhere {edges} numbers); a wider one might hold better."
     table = f'<table class="numbers left"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
-    spaces = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape('; '.join(f'{one}: {words}' for one, words in space.items()))}</td></tr>"
-        for name, space in results.plan["spaces"].items()
-    )
+    told = {name: "; ".join(map(": ".join, space.items())) for name, space in results.plan["spaces"].items()}
+    spaces = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in told.items())
     return (
-        f'<details><summary>What tuning chose</summary><div class="wide">{table}</div><p class="note">{note}</p></details>'
+        f'<details><summary>What tuning chose</summary><div class="wide">{table}</div>'
+        f'<p class="note">{note}</p></details>'
         f'<details><summary>The declared spaces</summary><table class="facts"><tbody>{spaces}</tbody></table></details>'
     )
 
@@ -132,8 +123,9 @@ def _facts(results: Comparison) -> str:
     machine, plan = results.machine, results.plan
     profile, task = plan["profile"], plan["task"]
     halving = ", by successive halving (all at a quarter of the steps, half at half, a quarter at all)"
+    best = f"the best {profile['finalists']}"
     facts = {
-        "tuning": f"{profile['trials']} points each{halving if profile['halving'] else ''}, the best {profile['finalists']} "
+        "tuning": f"{profile['trials']} points each{halving if profile['halving'] else ''}, {best} "
         f"again with another seed, chosen by loss on {task['held_out']:.0%} of the training samples, held out",
         "seeds": f"1 to {profile['seeds']}",
         "processes": f"{plan['ranks']} ranks a run, {plan['workers']} runs at a time",
@@ -152,10 +144,3 @@ def _facts(results: Comparison) -> str:
 def _words(settings: dict[str, Any]) -> str:
     inner = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "kind")
     return f"{settings['kind']} ({inner})"
-
-
-def _figure(figure: Figure | None, alternative: str, caption: str = "") -> str:
-    if figure is None:
-        return ""
-    note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{picture(figure, alternative)}{note}</figure>"

@@ -69,6 +69,7 @@ NARROW = (
 
 
 def headings(results: Comparison) -> list[str]:
+    """Return what stands above a row's cells."""
     return [heading.format(metric=f"test {results.metric}") for heading in HEADINGS]
 
 
@@ -160,7 +161,7 @@ def _verdict(
 
 
 def findings(results: Comparison) -> list[str]:
-    """Say what the comparison shows: at each size of batch the goal and who reaches it how soon, and where ours lose."""
+    """Say what the comparison shows: at each size of batch the goal and who reaches it, and where ours lose."""
     said = []
     for batch in reversed(results.batches):
         line, goal = results.goal_line(batch), results.goal(batch)

@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from natgrad.report.heat import heat
-from natgrad.report.plots import STAGES
 from natgrad.report.runs import Log
-from natgrad.report.style import COLOURS
+from natgrad.report.style import COLOURS, STAGES
 
 POINTS = 300
 """Points of a line at most."""

@@ -12,6 +12,18 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#8C6D00")
 INK, FAINT = "#222222", "#D9D9D9"
 
+STAGES = {
+    "data": "#D9D9D9",
+    "network": "#0072B2",
+    "measure": "#E69F00",
+    "messages": "#CC79A7",
+    "factor": "#D55E00",
+    "precondition": "#009E73",
+    "update": "#999999",
+    "other": "#444444",
+}
+"""A colour for each stage: blue is the network, warm is curvature, grey is the rest."""
+
 LOOK: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],

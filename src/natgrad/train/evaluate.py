@@ -31,7 +31,7 @@ class Score:
 
 
 def evaluate(model: nn.Module, images: Images, world: World, chunk: int = CHUNK) -> Score:
-    """Return loss (cross-entropy) and accuracy over all images, the model in evaluation mode; of texts, over all places."""
+    """Return loss (cross-entropy) and accuracy over all images (of texts: all places), the model in evaluation mode."""
     total = torch.zeros(3, dtype=torch.float64)
     share = _share(len(images), world).split(chunk)
     images = read_ahead(images, share)

@@ -47,9 +47,9 @@ def cell(contender: Contender, batch: Batch, steps: int, plan: Plan, rank: Rank,
         return [Trial(contender, point, batch, count, seed, final, ranks) for point in points for seed in seeds]
 
     found = yield from rounds(contender, plan, steps, trials, rank)
-    tuned = []
+    tuned: list[Tuned] = []
     for count in sorted({steps, short(steps)}, reverse=True):
-        tuned.append((yield from choose(found[count], count, plan.profile.finalists, trials, rank)))
+        tuned += yield from choose(found[count], count, plan.profile.finalists, trials, rank)
     seeds, finals = tuple(range(1, 1 + plan.profile.seeds)), []
     for one in tuned:
         finals += yield trials([one.values], one.steps, seeds, final=True)
@@ -74,12 +74,12 @@ def choose(found: list[Any], steps: int, finalists: int, trials: Any, rank: Rank
     """Try the best points again with other seeds and return the best of them."""
     best, others = found[:finalists], TUNING_SEEDS[1:]
     if len(best) == 1:
-        return Tuned(steps, best[0][0], found)
+        return [Tuned(steps, best[0][0], found)]
     results = yield trials([point for point, _ in best], steps, others)
     share = len(others)
     again = [(point, runs + results[share * n : share * (n + 1)]) for n, (point, runs) in enumerate(best)]
     order = rank([runs for _, runs in again])
-    return Tuned(steps, again[order[0]][0], again + found[finalists:])
+    return [Tuned(steps, again[order[0]][0], again + found[finalists:])]
 
 
 def count_steps(plan: Plan, steps: int) -> int:

@@ -126,9 +126,10 @@ def check(task: Task, protocol: Protocol) -> None:
     if protocol.ranks > 1 and protocol.workers > 1:
         raise ValueError(f"workers={protocol.workers} beside ranks={protocol.ranks}; several runs or several ranks")
     pick_device(protocol.device, World())
-    for contender in task.chosen(plan.profile.optimizers):
-        build(task, contender)
+    contenders = task.chosen(plan.profile.optimizers)
     task.recipe.data.check()
+    for contender in contenders:
+        build(task, contender)
     check_folder(task, protocol, plan.folder)
 
 

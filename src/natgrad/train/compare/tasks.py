@@ -163,7 +163,7 @@ CHARLM = Task(
         "full": Profile(EVERYONE, (64, 256, 1024), trials=12),
     },
     spaces=dict.fromkeys(("SPNGD", "KFAC"), TOKENS),
-    firsts=dict.fromkeys(("SPNGD", "KFAC"), {"lr": 3e-3, "damping": 1e-3}),
+    firsts={name: {"lr": 3e-3, "damping": 1e-3} for name in ("SPNGD", "KFAC")},
 )
 
 IMAGENET = Task(

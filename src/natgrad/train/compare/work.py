@@ -135,7 +135,7 @@ def drive(cells: list[Cell], make: Callable[[Trial], "Future[Any]"], stop: Calla
         return False
     except BrokenProcessPool:
         raise ValueError(
-            "a worker was killed, perhaps for want of memory; the same command goes on from here, --workers sets how many"
+            "a worker was killed, perhaps for want of memory; the same command, with fewer --workers, goes on"
         ) from None
     return not driver.asked
 

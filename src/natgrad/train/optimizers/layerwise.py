@@ -57,10 +57,10 @@ class Lamb(Settings):
     """Strength of the decoupled weight decay."""
 
     def build(self, model: nn.Module, world: World) -> Optimizer:
-        from pytorch_optimizer import Lamb as LAMB
+        import pytorch_optimizer
 
         positive("lr", self.lr)
         given = {"betas": self.betas, "weight_decay": self.weight_decay}
         # adam_debias: without it the library divides the learning rate by 1 - beta1^t, tenfold in the first step
-        optimizer = LAMB(model.parameters(), self.lr, adam_debias=True, **given)
+        optimizer = pytorch_optimizer.Lamb(model.parameters(), self.lr, adam_debias=True, **given)
         return alone(optimizer, model, world)

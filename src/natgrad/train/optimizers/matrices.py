@@ -59,7 +59,7 @@ def _view(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(what Muon is for, the rest): weights of two and more dimensions, but for embeddings and the last linear layer."""
+    """(what Muon is for, the rest): weights of two and more dimensions, save embeddings and the last linear layer."""
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     apart = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(m.weight) for m in last}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -141,7 +141,7 @@ class Shampoo(Settings):
 
 @dataclass(frozen=True)
 class Soap(Settings):
-    """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo. Its first step only measures, as the authors' does."""
+    """SOAP (Vyas et al. 2024): Adam in Shampoo's eigenbasis. Its first step only measures, as the authors' does."""
 
     lr: float = 0.02
     """Learning rate at the start; the schedule multiplies it."""

@@ -1,0 +1,55 @@
+"""What a comparison refuses, and what its tasks promise."""
+
+import pytest
+
+from natgrad.data import Digits
+from natgrad.models import Mlp
+from natgrad.train.compare import protocol as rules
+from natgrad.train.compare.protocol import Protocol, check
+from natgrad.train.compare.tasks import Profile, Task, find_task, tasks
+from natgrad.train.optimizers import Sgd
+from natgrad.train.recipe import Recipe
+
+PROFILES = {"small": Profile(("Nesterov", "KFAC"), (100, "full"), trials=4, seeds=2, finalists=1)}
+TASK = Task("tiny", "a test", Recipe(Digits(), Mlp((16,)), Sgd()), ((100, 8),), 4, (0.5,), PROFILES)
+
+
+REFUSED = {
+    "trials": ({"trials": 0}, "trials=0"),
+    "seeds": ({"seeds": -1}, "seeds=-1"),
+    "steps": ({"steps": 0}, "steps=0"),
+    "batch": ({"batch": (0,)}, "batch=0.*full"),
+    "workers": ({"workers": 0}, "workers=0"),
+    "both": ({"workers": 2, "ranks": 2}, "workers=2 beside ranks=2"),
+    "an optimizer": ({"optimizers": ("nobody",)}, "'nobody'"),
+    "a profile": ({"profile": "huge"}, "'huge'.*small"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_impossible_protocols_are_refused_by_value(name, tmp_path):
+    changes, says = REFUSED[name]
+    with pytest.raises(ValueError, match=says):
+        check(TASK, Protocol(out=str(tmp_path / "out"), **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_elsewhere_are_named_and_refused_where_there_are_none():
+    task = find_task("cifar100-small").located("no/such")
+    with pytest.raises(ValueError, match="'no/such'"):
+        check(task, Protocol())
+    with pytest.raises(ValueError, match=r"--data.path 'x' says nothing to tiny"):
+        TASK.located("x")
+    assert rules.task_values(task) == rules.task_values(find_task("cifar100-small"))
+
+
+@pytest.mark.parametrize("name", sorted(tasks()))
+def test_every_profile_of_a_task_names_who_and_what_it_knows(name):
+    task = find_task(name)
+    for profile in task.profiles.values():
+        assert len(task.chosen(profile.optimizers)) == len(profile.optimizers)
+        assert all(task.steps_of(batch) >= 8 for batch in profile.batch)
+        first_order = [one for one in task.chosen(profile.optimizers) if one.kind == "first-order"]
+        assert first_order, "somebody has to set the goal"
+    with pytest.raises(ValueError, match=r"did you mean|choose among"):
+        find_task(name + "x")
