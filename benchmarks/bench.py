@@ -1,0 +1,149 @@
+"""Everything that the docs' tables are made of, one command; stopped, it goes on where it was.
+
+    make bench                             (the CPU profile, under two hours on two cores)
+    make bench DATA=path/to/cifar100       (with the parts that need images)
+    python benchmarks/bench.py --plan      (what it would do, and for how long)
+    python benchmarks/bench.py --only scaling charlm
+
+Each part is a command of its own that remembers what it has done for this commit; what it writes are the JSON files in
+benchmarks/results and, at the end, the tables in the docs. A part that fails does not keep the others from running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from record import git
+
+from natgrad.report.compare_read import KINDS, Comparison, read_comparison
+from natgrad.report.compare_table import findings, headings, rows, verdicts
+from natgrad.train.log import write_json
+
+HERE = Path(__file__).resolve().parent
+COMPARISONS = {"digits": "full", "cifar100-small": "cpu", "charlm": "cpu"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command: its name, its words after python, estimated minutes on two cores, whether it needs images."""
+
+    name: str
+    words: tuple[str, ...]
+    minutes: int
+    images: bool = False
+
+
+def folder_of(task: str) -> Path:
+    """Where a comparison's trials are remembered: a folder for each commit."""
+    return Path("runs") / f"bench-{git('rev-parse', '--short', 'HEAD') or 'nogit'}" / task
+
+
+def comparison(task: str, minutes: int, data: str | None) -> Part:
+    """A comparison's part: the task's profile for CPUs, one run a core."""
+    words = ("-m", "natgrad", "compare", task, "--profile", COMPARISONS[task], "--workers", str(os.cpu_count() or 1))
+    images = task.startswith("cifar")
+    where = ("--data.path", data) if images and data else ()
+    return Part(task, (*words, *where, "--out", str(folder_of(task))), minutes, images)
+
+
+def parts(data: str | None) -> list[Part]:
+    """All parts, quick ones first."""
+    images = ("--images", data) if data else ()
+    return [
+        Part("micro", (str(HERE / "micro.py"),), 1),
+        Part("scaling", (str(HERE / "scaling.py"),), 5),
+        Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 20),
+        comparison("digits", 30, data),
+        comparison("charlm", 25, data),
+        comparison("cifar100-small", 35, data),
+    ]
+
+
+def run(part: Part) -> bool:
+    """Run a part, and write what a comparison has found; whether it worked."""
+    began = time.monotonic()
+    code = subprocess.run([sys.executable, *part.words], check=False).returncode
+    if code == 130:
+        sys.exit("interrupted; the same command goes on from here")
+    if code:
+        print(f"{part.name} failed with exit code {code}", file=sys.stderr)
+        return False
+    if part.name in COMPARISONS:
+        write_json(
+            HERE / "results" / f"compare-{part.name}.json", digest(read_comparison(folder_of(part.name)), part.name)
+        )
+    print(f"{part.name}: {(time.monotonic() - began) / 60:.0f} minutes", flush=True)
+    return True
+
+
+def digest(found: Comparison, task: str) -> dict[str, object]:
+    """A comparison as the docs show it: tables, who wins, what was chosen, how every seed ended."""
+    machine = {**found.machine, "command": f"natgrad compare {task} --profile {COMPARISONS[task]} --workers 2"}
+    sizes = []
+    for batch in reversed(found.batches):
+        budgets = " and ".join(str(steps) for steps in dict.fromkeys(line.steps for line in found.at(batch)))
+        goal = found.text(found.goal(batch))
+        title = f"Batch {batch} ({found.samples(batch)} samples), {budgets} steps; goal {goal}:"
+        sizes.append({"batch": batch, "title": title, "rows": [row.cells() for row in rows(found, batch)]})
+    wins = []
+    for verdict in verdicts(found):
+        best = [" ".join(verdict.best.get(kind, "-")).strip() for kind in KINDS]
+        wins.append([verdict.batch, verdict.measure, *best, verdict.winner or "nobody"])
+    lines = [
+        {
+            "optimizer": line.name,
+            "batch": line.batch,
+            "steps": line.steps,
+            "values": line.values,
+            "at_edge": line.at_edge,
+            "seeds": {run.seed: run.points[-1][found.column] if run.points else None for run in line.finals},
+            "reached": {str(target): finite(found.reach(line, target)[0]) for target in found.targets},
+        }
+        for line in found.lines
+    ]
+    return {
+        "about": found.about,
+        "machine": machine,
+        "profile": found.plan["profile"],
+        "head": headings(found),
+        "batches": sizes,
+        "wins": wins,
+        "findings": findings(found),
+        "lines": lines,
+    }
+
+
+def finite(value: float) -> float | None:
+    return value if value < float("inf") else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=None, help="folder of CIFAR-100's parquet files (hub: uoft-cs/cifar100)")
+    parser.add_argument("--only", nargs="+", default=[], help="names of parts")
+    parser.add_argument("--plan", action="store_true", help="print the parts and run nothing")
+    told = parser.parse_args()
+    listed = parts(told.data or None)
+    if unknown := set(told.only) - {part.name for part in listed}:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; choose {', '.join(part.name for part in listed)}")
+    chosen = [part for part in listed if not told.only or part.name in told.only]
+    able = [part for part in chosen if told.data or not part.images]
+    for part in chosen:
+        why = "" if part in able else ", left out: it needs --data, a folder of CIFAR-100's parquet files"
+        print(f"{part.name:16}about {part.minutes:3} minutes{why}")
+    print(f"{'all':16}about {sum(part.minutes for part in able):3} minutes on two cores", flush=True)
+    if told.plan:
+        return
+    worked = [run(part) for part in able]
+    subprocess.run([sys.executable, str(HERE / "tables.py")], check=False)
+    sys.exit(0 if all(worked) else 1)
+
+
+if __name__ == "__main__":
+    main()

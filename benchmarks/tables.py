@@ -1,0 +1,128 @@
+"""Writes the tables of benchmarks/results into the docs, between their marks.
+
+    python benchmarks/tables.py           (rewrite)
+    python benchmarks/tables.py --check   (say which pages are not as the results are; exit code 1)
+
+A mark is a comment `<!-- table NAME -->`, and the table ends at `<!-- end -->`. NAME is a file of results without
+.json; `compare-TASK` may be followed by a size of batch, or by `wins`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- table ([\w.-]+)(?: ([\w.-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+Rows = list[list[str]]
+
+
+def table(head: list[str], rows: Rows) -> str:
+    """A table in Markdown, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compared(results: dict[str, Any], which: str | None) -> str:
+    """The tables of a comparison: those of all sizes of batch, of one, or who wins."""
+    if which == "wins":
+        head = ["batch", "by", *("first-order", "Muon, Shampoo, SOAP", "natgrad"), "ahead"]
+        return table(head, results["wins"])
+    sizes = [one for one in results["batches"] if which in (None, one["batch"])]
+    if not sizes:
+        raise ValueError(f"no batch {which} in the results; there are {[one['batch'] for one in results['batches']]}")
+    return "\n\n".join(f"{one['title']}\n\n{table(results['head'], one['rows'])}" for one in sizes)
+
+
+def scaling(results: dict[str, Any], which: str | None) -> str:
+    """Time, memory and traffic by ranks."""
+    head = [
+        "optimizer",
+        "ranks",
+        "ms a step, median",
+        "mean",
+        "state, MiB a rank",
+        "KB sent a step: gradients",
+        "statistics",
+        "weights",
+    ]
+    rows = []
+    for case in results["cases"]:
+        row = case["rows"][0]
+        state = "-".join(f"{mib:g}" for mib in dict.fromkeys(row["state_mib"]))
+        sent = [f"{row['sent_kb'].get(kind, 0):g}" for kind in ("gradients", "statistics", "weights")]
+        rows.append(
+            [case["optimizer"], str(case["ranks"]), f"{row['median_ms']:g}", f"{row['mean_ms']:g}", state, *sent]
+        )
+    return table(head, rows)
+
+
+def micro(results: dict[str, Any], which: str | None) -> str:
+    """Medians of the parts of a refresh."""
+    rows = [[one["name"], f"{one['median_ms']:g}", f"{one['iqr_ms']:g}"] for one in results["cases"][0]["rows"]]
+    return table(["part", "median, ms", "between the quartiles, ms"], rows)
+
+
+def overhead(results: dict[str, Any], which: str | None) -> str:
+    """What a step costs beside SGD's, by case."""
+    parts = []
+    for case in results["cases"]:
+        shape = f"channels {'last' if case['channels_last'] else 'first'}, {case['images']}"
+        title = f"ResNet-{case['depth']}, batch {case['batch']}, {case['device']}, {case['threads']} thread(s), {shape}"
+        rows = []
+        for row in case["rows"]:
+            numbers = [f"{row[name]:.1f}" for name in ("wall", "within")]
+            numbers += [f"{row[name]:.3f}" for name in ("inside", "whole", "whole_cpu")]
+            measured = "" if row.get("measured") is None else f"{row['measured']:.1%}"
+            state = "" if row.get("state") is None else f"{row['state'] / 2**20:.1f}"
+            rows.append([row["name"], *numbers, measured, state])
+        head = ["", "ms", "inside, ms", "1 + inside / SGD", "whole", "whole, CPU", "measured a step", "state, MiB"]
+        parts.append(f"{title}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
+    "compare": compared,
+    "scaling": scaling,
+    "micro": micro,
+    "overhead": overhead,
+}
+
+
+def made(name: str, which: str | None, results: Path = RESULTS) -> str:
+    """The table of a mark; a line that says what to run where there are no results yet."""
+    path = results / f"{name}.json"
+    if not path.exists():
+        return f"*Not measured yet: `make bench` writes `benchmarks/results/{name}.json`.*"
+    told = json.loads(path.read_text())
+    return KINDS[name.split("-")[0]](told, which)
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """A page with all its tables."""
+    return MARK.sub(lambda mark: f"{mark[1]}\n{made(mark[2], mark[3], results)}\n\n{mark[4]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a page is out of date")
+    check, stale = parser.parse_args().check, []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        before = page.read_text()
+        after = filled(before)
+        if before != after:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(after)
+    print("out of date: " + ", ".join(stale) if check and stale else f"written: {', '.join(stale) or 'nothing new'}")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()
