@@ -10,7 +10,6 @@ import torch
 
 from natgrad.parallel import World
 from natgrad.train import checkpoint, machine, tensorboard
-from natgrad.train.lock import Lock, on_first
 from natgrad.train.log import Display, Journal, RunFolder, check_free
 from natgrad.train.loop import Job, Step, build_model, prepare, steps
 from natgrad.train.recipe import Recipe, described
@@ -18,6 +17,7 @@ from natgrad.train.resume import FOLDER, check_agreement, check_not_given_up, ch
 from natgrad.train.saver import Saver
 from natgrad.train.state import restore
 from natgrad.train.stop import Stop
+from natgrad.train.together import Lock, everybody, on_first
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ def follow(job: Job, journal: Journal, saver: Saver | None, options: Options, st
             raise ValueError(not_finite(step, lost, saver))
         if job.due(step.step):
             journal.evaluation(step, job.score())
+            tell_bad(job, journal)
         elif step.stop:
             status = "interrupted"
         if saver is None:
@@ -186,6 +187,14 @@ def follow(job: Job, journal: Journal, saver: Saver | None, options: Options, st
     if saver is not None:
         saver.finish()
     return status
+
+
+def tell_bad(job: Job, journal: Journal) -> None:
+    """Name the images that any rank could not read and replaced, where there are more than before."""
+    names = everybody(job.world, job.splits.bad())
+    if len(names) > journal.summary.get("bad_images", 0):
+        journal.summary["bad_images"] = len(names)
+        journal.event("bad_images", count=len(names), names=names[:20])
 
 
 def saves(job: Job, step: int, every: int | None) -> bool:

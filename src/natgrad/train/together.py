@@ -1,4 +1,4 @@
-"""One run writes to a folder at a time; who holds it is told, and a run that was killed holds nothing."""
+"""What ranks settle among each other beside the training: one run a folder, one error for all, everybody's words."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from natgrad.parallel import World
+from natgrad.parallel import Parcel, World
 from natgrad.train.log import LOCK
 
 T = TypeVar("T")
-MOST = 1000
-"""Bytes of a message that ranks pass on."""
+MOST = 2000
+"""Bytes of what a rank says."""
 
 
 class Lock:
-    """Holds a folder until this process ends, or `release`."""
+    """Holds a folder until this process ends, or `release`: one run may write there. A killed run holds nothing."""
 
     def __init__(self, folder: Path) -> None:
         self.made = [one for one in (folder, *folder.parents) if not one.exists()]
@@ -52,16 +53,38 @@ class Lock:
 
 def on_first(world: World, work: Callable[[], T]) -> T | None:
     """Do `work` on rank 0; if it raises a ValueError, every rank does."""
-    result, text = None, b""
+    result, text = None, ""
     if world.rank == 0:
         try:
             result = work()
         except ValueError as error:
-            text = str(error).encode()[:MOST]
-    message = torch.zeros(MOST, dtype=torch.uint8)
-    message[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+            text = str(error)
+    message = encoded(text)
     world.start([message])
-    told = bytes(message.tolist()).rstrip(b"\0").decode(errors="ignore")
-    if told:
+    if told := decoded(message):
         raise ValueError(told)
     return result
+
+
+def everybody(world: World, texts: Sequence[str]) -> list[str]:
+    """Return what any rank says, each text once, in order; nothing much is sent where nobody has anything to say."""
+    any_text = torch.tensor([float(len(texts) > 0)])
+    world.max([any_text])
+    if not any_text.item():
+        return []
+    pages = [encoded("\n".join(texts) if rank == world.rank else "") for rank in range(world.size)]
+    world.gather([Parcel(page, rank) for rank, page in enumerate(pages)])
+    return sorted({line for page in pages for line in decoded(page).split("\n") if line})
+
+
+def encoded(text: str) -> Tensor:
+    """Return a text as bytes of a fixed length."""
+    content = text.encode()[:MOST]
+    message = torch.zeros(MOST, dtype=torch.uint8)
+    message[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    return message
+
+
+def decoded(message: Tensor) -> str:
+    """Return what was encoded."""
+    return bytes(message.tolist()).rstrip(b"\0").decode(errors="ignore")
