@@ -5,7 +5,6 @@ import math
 import os
 import re
 import sys
-import warnings
 
 import pytest
 
@@ -16,7 +15,6 @@ from natgrad.train.evaluate import Score
 from natgrad.train.figures import Figures
 from natgrad.train.log import Journal, RunFolder
 from natgrad.train.loop import Step
-from natgrad.train.warn import clean, listeners, told_once
 
 STAGES = {"data": 0.01, "network": 0.35, "messages": 0.04, "factor": 0.06, "update": 0.03, "other": 0.001, "own": 0.01}
 
@@ -139,9 +137,9 @@ def test_a_file_gets_a_line_an_evaluation_and_one_now_and_then(monkeypatch):
         "interrupted", {"steps": 100, "seconds": 100.0, "test_accuracy": 0.5}, None, "natgrad train mine --resume"
     )
     assert stream.getvalue().splitlines() == [
-        "step 30/400  epoch 3.8  loss 0.2500  lr 0.02  1 s a step  ETA 6:10",
+        "step  30/400  epoch   3.8  loss  0.2500  1 s a step  lr 0.02  ETA 6:10",
         "step  50/400  epoch   6.2  loss  0.2500  test 50.00 %, loss  1.5000  0:50",
-        "step 80/400  epoch 10.0  loss 0.2500  lr 0.02  1 s a step  ETA 5:20",
+        "step  80/400  epoch  10.0  loss  0.2500  1 s a step  lr 0.02  ETA 5:20",
         "interrupted after 100 of 400 steps in 1:40, test accuracy 50.00 %",
         "to go on: natgrad train mine --resume",
     ]
@@ -210,42 +208,10 @@ def test_events_are_lines_on_the_screen_and_in_the_file(tmp_path):
     journal.step(step(4))
     journal.event("bad_images", count=3, first="x[1].jpg")
     journal.close("failed", resume="natgrad train mine --resume")
-    assert "step 4/10  bad images: count 3, first x[1].jpg\n" in stream.getvalue()
+    assert "step  4/10  bad images: count 3, first x[1].jpg\n" in stream.getvalue()
     assert f"results: {tmp_path / 'run'}" in stream.getvalue().replace("\n", "")
     line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1]
     assert line == '{"kind": "bad_images", "step": 4, "count": 3, "first": "x[1].jpg"}'
-
-
-def test_a_warning_is_told_once_in_a_line_by_rank_0(capsys, tmp_path):
-    journal = Journal(RunFolder(tmp_path / "run", {}))
-    for rank in (0, 1):
-        with told_once(rank), warnings.catch_warnings():
-            warnings.simplefilter("always")
-            for _ in range(3):
-                warnings.warn("the layer\n  is  new (Triggered internally at /torch/a.cpp:12.)", stacklevel=1)
-    journal.close("finished")
-    assert capsys.readouterr().err == "warning: the layer is new\n"
-    told = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert told == '{"kind": "warning", "step": 0, "text": "the layer is new"}\n'
-    assert listeners == []
-
-
-def test_a_warning_is_shown_above_the_panel():
-    stream = Terminal()
-    before = sys.stderr
-    shows = Display("mine", 10, stream)
-    with told_once(0):
-        warnings.warn("mind the step", stacklevel=1)
-    shows.close()
-    assert "warning: mind the step" in stream.getvalue()
-    assert sys.stderr is before
-
-
-def test_debugging_shows_warnings_as_python_does(monkeypatch):
-    monkeypatch.setenv("NATGRAD_DEBUG", "1")
-    shows = warnings.showwarning
-    with told_once(1):
-        assert warnings.showwarning is shows
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -257,7 +223,3 @@ def test_children_write_past_the_panel():
         os._exit(0 if sys.stderr is sys.__stderr__ and sys.stdout is sys.__stdout__ else 1)
     shows.close()
     assert os.waitpid(child, 0)[1] == 0
-
-
-def test_clean_keeps_the_message():
-    assert clean("a (b)\n c") == "a (b) c"

@@ -6,7 +6,9 @@ import os
 import socket
 
 import pytest
+import torch
 
+from natgrad.train import machine
 from natgrad.train.evaluate import Score
 from natgrad.train.log import Journal, RunFolder
 from natgrad.train.loop import Step
@@ -121,3 +123,10 @@ def test_a_full_disk_costs_lines_and_one_warning(tmp_path):
     with pytest.warns(UserWarning, match="lines are missing") as told:
         [folder.line("step", step=number) for number in (1, 2)]
     assert len(told) == 1
+
+
+def test_memory_is_the_gpus_where_one_is_used(monkeypatch):
+    assert machine.peak_memory() > 1e7
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12345)
+    assert machine.peak_memory() == 12345

@@ -175,6 +175,16 @@ def test_long_runs_become_few_points_and_small_pages(tmp_path):
     assert len(write([log.folder]).read_text()) < 1_500_000
 
 
+def test_the_share_of_refreshed_statistics_is_a_running_mean(tmp_path):
+    folder = write_run(tmp_path / "run", count=40)
+    shares = [{"kind": "step", "step": n, "refreshed": float(n % 5 == 1)} for n in range(1, 41)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shares))
+    drawn = numbers(read_runs([folder])).axes[0].lines[0].get_ydata()
+    assert drawn[0] == pytest.approx(100)
+    assert drawn[1] == pytest.approx(50)
+    assert list(drawn[9:]) == pytest.approx([20] * 31)
+
+
 def test_what_a_plain_optimizer_does_not_tell_is_not_drawn(tmp_path):
     log = read_runs([write_run(tmp_path / "run", second_order=False)])[0]
     assert traffic([log]) is None
@@ -233,5 +243,7 @@ def test_folders_that_are_none_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=says) as refused:
             write([tmp_path / name for name in folders])
         assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"cannot be written .*--out"):
+        write([run], tmp_path / "empty")
     with pytest.raises(ValueError, match="does not exist"):
         write([run], tmp_path / "no" / "page.html")

@@ -12,7 +12,10 @@ def write(folders: list[Path], out: Path | None = None) -> Path:
     text = _page(folders)
     if not out.parent.is_dir():
         raise ValueError(f"--out {str(out)!r} lies in a folder that does not exist; name another file")
-    out.write_text(text, encoding="utf-8")
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{str(out)!r} cannot be written ({error.strerror}); name another file by --out") from None
     return out
 
 

@@ -96,7 +96,7 @@ def numbers(logs: list[Log]) -> Figure | None:
     shown: list[tuple[str, Place]] = [
         ("Learning rate", _value("lr")),
         ("Damping", _value("damping")),
-        ("Statistics refreshed, %", _value("refreshed", 100)),
+        ("Statistics refreshed, % (mean of 10 steps)", _value("refreshed", 100)),
         ("Memory of rank 0, GB", _value("memory", 1e-9)),
         ("Images a second", _value("images_per_second")),
     ]
@@ -113,7 +113,9 @@ def numbers(logs: list[Log]) -> Figure | None:
     figure.set_layout_engine("constrained", h_pad=0.1)
     for axes, (title, value) in zip(grid, shown):
         for log in logs:
-            _draw(axes, log.steps, lambda line: line["step"], value, log.label, shade(logs, log), dashes(logs, log))
+            style = log.label, shade(logs, log), dashes(logs, log)
+            smooth = 10 if "10 steps" in title else 1
+            _draw(axes, log.steps, lambda line: line["step"], value, *style, smooth=smooth)
         axes.set_title(title)
         _by(axes, "step")
         axes.set_ylim(bottom=0)
@@ -184,16 +186,23 @@ def intervals(log: Log) -> Figure | None:
     return heat([ages for _, ages in told], title, [step for step, _ in told])
 
 
-def _draw(axes: Axes, lines: list[Line], where: Place, value: Place, label: str, colour: str, dash: Any) -> None:
-    """Draw a line over steps, its range where several steps make a point."""
+def _draw(
+    axes: Axes, lines: list[Line], where: Place, value: Place, label: str, colour: str, dash: Any, smooth: int = 1
+) -> None:
+    """Draw a line over steps, its range where several steps make a point; each the mean of the last `smooth`."""
     x, *_ = _bins([where(line) for line in lines])
-    mean, low, high = _bins([value(line) for line in lines])
+    told = np.array([value(line) for line in lines])
+    if smooth > 1 and len(told) and np.isfinite(told).all():
+        sums = np.cumsum(np.insert(told, 0, 0.0))
+        first = np.maximum(np.arange(1, len(sums)) - smooth, 0)
+        told = (sums[1:] - sums[first]) / (np.arange(1, len(sums)) - first)
+    mean, low, high = _bins(told)
     axes.plot(x, mean, color=colour, linestyle=dash, linewidth=1.5, label=label)
     if len(lines) > POINTS:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _bins(values: list[float], most: int = POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _bins(values: Any, most: int = POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return means, least and largest of at most so many equal groups of neighbours; NaN where a group has none."""
     groups = [
         group[np.isfinite(group)] for group in np.array_split(np.array(values, float), min(most, max(len(values), 1)))

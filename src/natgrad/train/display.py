@@ -18,7 +18,7 @@ from rich.text import Text
 
 from natgrad.report.spell import duration, number
 from natgrad.train.evaluate import Score
-from natgrad.train.figures import Figures, Row
+from natgrad.train.figures import Figures, Row, head
 from natgrad.train.loop import Step
 
 OFTEN = 1 / 8
@@ -57,16 +57,15 @@ class Display:
     def judged(self, step: Step, score: Score) -> None:
         """Show how good the model is, by a line that stays."""
         self.figures.judged = step.step, score
-        place = f"step {step.step:>{len(str(self.steps))}}/{self.steps}"
         self.say(
-            f"{place}  epoch {step.epoch:>5.1f}  loss {number(step.loss):>7}  "
+            f"{head(step.step, self.steps, step.epoch, step.loss)}  "
             f"test {100 * score.accuracy:5.2f} %, loss {number(score.loss):>7}  {duration(step.elapsed)}"
         )
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Show what else happened, by a line that stays."""
         told = ", ".join(f"{name} {value}" for name, value in values.items())
-        self.say(f"step {step}/{self.steps}  {kind.replace('_', ' ')}{': ' if told else ''}{told}")
+        self.say(f"{head(step, self.steps, None, None)}  {kind.replace('_', ' ')}{': ' if told else ''}{told}")
 
     def say(self, text: str) -> None:
         """Print a line that stays."""

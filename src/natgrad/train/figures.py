@@ -101,10 +101,18 @@ class Figures:
 
     def essentials(self) -> str:
         """Return one line for a file."""
-        epoch, rate = ("", "") if self.last is None else (f"  epoch {self.last.epoch:.1f}", f"  lr {self.last.lr:.3g}")
+        epoch, rate = (self.last.epoch, f"  lr {self.last.lr:.3g}") if self.last is not None else (None, "")
         left = self.left()
         return (
-            f"step {self.done}/{self.steps}{epoch}  loss {number(self.loss or 0.0)}{rate}"
+            head(self.done, self.steps, epoch, self.loss)
             + (f"  {brief(self.seconds)} a step" if self.seconds else "")
+            + rate
             + (f"  ETA {duration(left)}" if left is not None else "")
         )
+
+
+def head(done: int, steps: int, epoch: float | None, loss: float | None) -> str:
+    """Return how a line begins that stands below others of its kind."""
+    place = f"step {done:>{len(str(steps))}}/{steps}"
+    passed = f"  epoch {epoch:>5.1f}" if epoch is not None else ""
+    return place + passed + (f"  loss {number(loss):>7}" if loss is not None else "")

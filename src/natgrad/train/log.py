@@ -157,9 +157,10 @@ class Journal:
         self.board = Board(folder.folder, folder.resume_at) if folder is not None and tensorboard else None
         self.summary: dict[str, Any] = {}
         if folder is not None:
-            listeners.append(self._warning)
+            listeners.add(self)
 
-    def _warning(self, text: str) -> None:
+    def warned(self, text: str) -> None:
+        """Record a warning."""
         if self.folder is not None:
             self.folder.line("warning", step=self.summary.get("steps", 0), text=text)
 
@@ -205,7 +206,7 @@ class Journal:
         if self.board is not None:
             self.board.close()
         if self.folder is not None:
-            listeners.remove(self._warning)
+            listeners.discard(self)
             self.folder.close(status, **self.summary, **({"resume": resume} if resume else {}))
 
 

@@ -8,12 +8,20 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
-listeners: list[Callable[[str], None]] = []
-"""Called with the text of each warning on rank 0; a run's journal writes it down."""
+
+class Listener(Protocol):
+    """Is told the text of each warning on rank 0."""
+
+    def warned(self, text: str) -> None: ...
+
+
+listeners: WeakSet[Listener] = WeakSet()
+"""A run's journal, which writes warnings down; who is gone listens no more."""
 
 
 @contextmanager
@@ -29,8 +37,8 @@ def told_once(rank: int) -> Iterator[None]:
         if rank == 0 and text not in told:
             told.add(text)
             print(f"warning: {text}", file=sys.stderr, flush=True)
-            for listener in listeners:
-                listener(text)
+            for listener in list(listeners):
+                listener.warned(text)
 
     with warnings.catch_warnings():
         warnings.showwarning = tell
