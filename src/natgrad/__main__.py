@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -150,13 +151,22 @@ def no_name(arguments: list[str]) -> bool:
 
 
 def show_recipes(arguments: list[str]) -> int:
-    """List all recipes with the first line of their descriptions."""
+    """List all recipes with the first line of their descriptions, those of one file together."""
     from natgrad.recipes import every
 
     known = every()
     wide = max(len(name) for name in known)
-    lines = [f"  {name:<{wide}} {(inspect.getdoc(maker) or '').splitlines()[0]}" for name, maker in known.items()]
-    return show("natgrad train RECIPE [--field value ...]; the recipes:\n", lines, arguments)
+    lines, modules = [], dict.fromkeys(maker.__module__ for maker in known.values())
+    for module in modules:
+        lines += ["", (inspect.getdoc(sys.modules[module]) or module).splitlines()[0]]
+        own = sorted((name for name, maker in known.items() if maker.__module__ == module), key=by_size)
+        lines += [f"  {name:<{wide}}  {(inspect.getdoc(known[name]) or '').splitlines()[0]}" for name in own]
+    return show("natgrad train RECIPE [--field value ...]; RECIPE may also be ./file.py:recipe", lines, arguments)
+
+
+def by_size(name: str) -> str:
+    """Return what a name is sorted by, so that batches of 512, 1k and 16k follow each other."""
+    return re.sub(r"(\d+)(k?)", lambda found: f"{int(found[1]) * (1024 if found[2] else 1):09d}", name)
 
 
 def show(title: str, lines: list[str], arguments: list[str]) -> int:

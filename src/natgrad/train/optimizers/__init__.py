@@ -7,7 +7,7 @@ learns its fields by itself.
 from natgrad.train.optimizers.base import Settings, alone, positive
 from natgrad.train.optimizers.curved import KFac, SpNgd
 from natgrad.train.optimizers.nlcg import Nlcg
-from natgrad.train.optimizers.plain import AdamW, Sgd
+from natgrad.train.optimizers.plain import AdamW, RmsProp, Sgd
 from natgrad.train.optimizers.seng import Seng
 
-__all__ = ["AdamW", "KFac", "Nlcg", "Seng", "Settings", "Sgd", "SpNgd", "alone", "positive"]
+__all__ = ["AdamW", "KFac", "Nlcg", "RmsProp", "Seng", "Settings", "Sgd", "SpNgd", "alone", "positive"]
