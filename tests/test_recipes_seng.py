@@ -15,6 +15,7 @@ from natgrad.recipes import find
 from natgrad.schedules import Constant
 from natgrad.train.loop import prepare, steps
 from natgrad.train.optimizers import Seng
+from pictures import write_images
 from test_cifar import write_cifar
 
 # batch, lr, lambda, weight decay, momentum, refresh, c, threshold, epochs

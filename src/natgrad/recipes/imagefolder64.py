@@ -4,7 +4,7 @@ PATH/train/CLASS/ and PATH/val/CLASS/ hold the images, of any shape; they are br
 out at random and mirrored.
 """
 
-from natgrad.data import ImageFolder
+from natgrad.data import ImageSet
 from natgrad.models import ImageResNet
 from natgrad.recipes._contenders import contenders
 from natgrad.recipes._family import Row, family
@@ -15,7 +15,7 @@ from natgrad.train.recipe import Recipe
 
 def _recipe(optimizer: Settings) -> Recipe:
     return Recipe(
-        ImageFolder("data/images", size=72, crop=64),
+        ImageSet("data/images", size=72, crop=64),
         ImageResNet(18, width=32),
         optimizer,
         WarmUp(Cosine(), length=0.1),

@@ -5,14 +5,14 @@ decay; blocks that begin as their shortcuts. Ours: weight decay includes norms, 
 whatever their shape, before they are cut.
 """
 
-from natgrad.data import ImageFolder
+from natgrad.data import ImageSet
 from natgrad.models import ImageResNet
 from natgrad.schedules import Piecewise, WarmUp
 from natgrad.train.optimizers import Sgd
 from natgrad.train.recipe import Recipe
 
 BATCH, EPOCHS, STEPS, RATE = 8192, 90, 14_076, 3.2
-DATA = ImageFolder("data/imagenet", size=256, crop=224, zoom=(0.08, 1.0), in_memory=False)
+DATA = ImageSet("data/imagenet", size=256, crop=224, zoom=(0.08, 1.0), in_memory=False)
 
 
 def imagenet_sgd_8k() -> Recipe:
