@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_folder import write_images
 
 from natgrad.data import Cifar10, ImageSet
 from natgrad.models import CifarResNet, Vgg16
