@@ -7,13 +7,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_folder import write_images
 
 from natgrad.__main__ import main
 from natgrad.parallel import World
 from natgrad.recipes import every, find, in_module
 from natgrad.train.loop import build_model
 from natgrad.train.recipe import Recipe, described
+from pictures import write_images
 
 NAMES = sorted(every())
 # test_recipes_imagenet.py and test_recipes_seng.py have the others
