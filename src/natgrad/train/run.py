@@ -208,10 +208,15 @@ def not_finite(step: Step, lost: int, saver: Saver | None) -> str:
     if saver is not None:
         saver.finish()
         last = saver.last()
-    good = "there is no checkpoint" if last is None else f"the last good checkpoint is {str(last)!r}"
+    good, how = "there is no checkpoint", ""
+    if last is not None:
+        good, how = (
+            f"the last good checkpoint is {str(last)!r}",
+            " (--resume --accept-changes goes on with other values)",
+        )
     return (
         f"the loss has not been finite for {lost} steps, up to step {step.step}: {good}; lower --optimizer.lr or raise "
-        "the damping (--resume --accept-changes goes on with other values)"
+        f"the damping{how}"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Saver:
         if self.world.rank == 0:
             shutil.rmtree(self.part(step), ignore_errors=True)
             last = self.last()
-            self.tell("not_saved", step=step, reason=reason, last=None if last is None else str(last))
+            self.tell("not_saved", step=step, reason=reason, **({} if last is None else {"last": str(last)}))
 
     def last(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -108,15 +108,17 @@ class Saver:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a file could not be written, in a few words."""
-    found: BaseException | None = error
-    seen = []
-    while found is not None:
-        seen.append(found)
-        found = found.__cause__ or found.__context__
-    for inner in reversed(seen):
-        for failure in (inner, *getattr(inner, "failures", {}).values()):
-            cause = failure[0] if isinstance(failure, tuple) else failure
-            if isinstance(cause, OSError) and cause.errno is not None:
-                return os.strerror(cause.errno)
+    """Why a file could not be written, in a few words: the system's, wherever among the causes it is."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
     return " ".join(str(error).split())[:200]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what it came of, and what torch has packed into it."""
+    while error is not None:
+        yield error
+        for packed in getattr(error, "failures", {}).values():
+            yield from causes(packed[0])
+        error = error.__cause__ or error.__context__
