@@ -4,6 +4,7 @@ import math
 import shlex
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from natgrad.train import checkpoint, machine, tensorboard
 from natgrad.train.log import Display, Journal, RunFolder, check_free
 from natgrad.train.loop import Job, Step, build_model, prepare, steps
 from natgrad.train.recipe import Recipe, described
-from natgrad.train.resume import FOLDER, check_agreement, check_not_given_up, choose, restarted
+from natgrad.train.resume import FOLDER, check_agreement, check_not_given_up, choose, restarted, set_later_aside
 from natgrad.train.saver import Saver
 from natgrad.train.state import restore
 from natgrad.train.stop import Stop
@@ -119,11 +120,12 @@ def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
     device, folder = pick_device(options.device, world), options.folder(name)
     check_agreement(recipe, world)
     told: list[str] = []
-    start = find_start(folder, options, world, told)
+    again = restarted(world)
+    start = find_start(folder, options, world, again, told)
     job = prepare(recipe, world, recipe.data.load().to(device))
     if start is not None:
         restore(job, start, options.accept_changes)
-    journal = on_first(world, lambda: open_journal(name, options, job)) or Journal()
+    journal = on_first(world, lambda: open_journal(name, options, job, again)) or Journal()
     for wrong in told:
         journal.event("damaged", reason=wrong)
     if start is not None:
@@ -146,23 +148,27 @@ def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
     return status
 
 
-def find_start(folder: Path, options: Options, world: World, told: list[str]) -> Path | None:
-    """Return the checkpoint to go on from, if there is one; damaged ones that were passed over are put into `told`."""
-    if restarted():
+def find_start(folder: Path, options: Options, world: World, again: bool, told: list[str]) -> Path | None:
+    """Return the checkpoint to go on from, if there is one; damaged ones that were passed over are put into `told`.
+
+    again: this is not a launcher's first attempt.
+    """
+    if again:
         check_not_given_up(folder)
-    if restarted() or options.auto_resume:
+    if again or options.auto_resume:
         return choose(folder / FOLDER, None, world, told.append)
     return choose(folder / FOLDER, options.checkpoint, world, None) if options.resume else None
 
 
-def open_journal(name: str, options: Options, job: Job) -> Journal:
+def open_journal(name: str, options: Options, job: Job, again: bool) -> Journal:
     """Begin a run's folder, or go on with one, and show what happens."""
     about = {"name": name, "recipe": described(job.recipe), "steps": job.steps}
     about["machine"] = machine.describe(job.world, job.device)
-    folder, anew = options.folder(name), options.overwrite or options.auto_resume or restarted()
+    folder, anew = options.folder(name), options.overwrite or options.auto_resume or again
     if job.done == 0 and anew:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
     files = RunFolder(folder, about, anew, job.done or None)
+    set_later_aside(folder / FOLDER, job.done)
     return Journal(files, Display(name, job.steps), options.tensorboard)
 
 
@@ -177,7 +183,7 @@ def follow(job: Job, journal: Journal, saver: Saver | None, options: Options, st
         if job.due(step.step):
             journal.evaluation(step, job.score())
             tell_bad(job, journal)
-        elif step.stop:
+        if step.stop and step.step < job.steps:
             status = "interrupted"
         if saver is None:
             continue
@@ -233,7 +239,7 @@ def finish(job: Job, journal: Journal, options: Options, folder: Path) -> None:
 
 def resume_command() -> str:
     """Return the command that takes this run up again."""
-    words = [
-        word for word in shlex.split(machine.command()) if word not in ("--overwrite", "--resume", "--auto-resume")
-    ]
-    return shlex.join([*words, "--resume"])
+    once = {"--overwrite", "--resume", "--auto-resume", "--checkpoint"}
+    words = ["", *shlex.split(machine.command())]
+    kept = [w for last, w in pairwise(words) if w.split("=")[0] not in once and last != "--checkpoint"]
+    return shlex.join([*kept, "--resume"])
