@@ -1,8 +1,9 @@
-"""Runs that are taken up again where something has changed: other ways from an old checkpoint, other values, late ends."""
+"""Runs taken up again where something has changed: from an older checkpoint, with other values, at their end."""
 
-import json
 import pickle
 import sys
+import threading
+import types
 from dataclasses import replace
 
 import pytest
@@ -11,14 +12,14 @@ from torch import nn
 
 from checkpoints import CONV, go_on, recipe_with, saved
 from natgrad.data import Digits, Regularisation
-from natgrad.models import Mlp
-from natgrad.parallel import World
+from natgrad.parallel import World, run_threads
 from natgrad.train import checkpoint
 from natgrad.train.loop import prepare
 from natgrad.train.optimizers import KFac, Sgd, SpNgd
-from natgrad.train.run import resume_command, run
+from natgrad.train.resume import choose, compare, restarted
+from natgrad.train.run import Options, resume_command, run
 from natgrad.train.state import restore
-from test_resume import MLP, TOTAL, damage, interrupt_at, lines, model, options, summary
+from test_resume import MLP, TOTAL, damage, interrupt_at, options, summary
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,81 @@ def test_a_table_of_contents_names_no_file_outside_its_folder(tmp_path, splits, 
     (path / ".metadata").write_bytes(pickle.dumps(table))
     with pytest.raises(checkpoint.DamagedError, match="outside"):
         checkpoint.contents(path)
+
+
+def test_a_full_disk_at_the_end_is_told_in_one_line(tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(state, stream, *more, **options):
+        if not str(getattr(stream, "name", "")).endswith("model.pt.part"):
+            return save(state, stream, *more, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match=r"model\.pt' cannot be written: No space left on device; make room, and add"):
+        run("mine", MLP, options(tmp_path, save_every=12), World())
+    assert summary(tmp_path)["status"] == "failed"
+    assert not list((tmp_path / "run").glob("*.part"))
+    monkeypatch.setattr(torch, "save", save)
+    assert run("mine", MLP, options(tmp_path, resume=True), World()) == "finished"
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written or read: Not a directory; name another --out"):
+        run("mine", MLP, Options(out=str(tmp_path / "file/run")), World())
+
+
+def test_parts_on_hosts_that_share_no_folder_are_told_as_such(tmp_path, splits):
+    def work(world):
+        told = []
+        job = prepare(recipe_with(Sgd(lr=0.1)), world, splits)
+        go_on(job, 1)
+        saved(job, tmp_path / f"host-{world.rank}", lambda kind, **values: told.append((kind, values["reason"])))
+        return told
+
+    (told,), _ = run_threads(2, work)
+    assert told == ("not_saved", "parts of ranks 1 are not there: --out must be a folder that all hosts share")
+
+
+@pytest.mark.parametrize("asked", [None, 5])
+def test_all_ranks_refuse_in_the_words_of_the_first(tmp_path, asked):
+    run("mine", MLP, options(tmp_path), World())
+    damage(tmp_path, 24)
+    text = r"24.* is damaged.*step 16: add --checkpoint 16" if asked is None else r"step 5 .*there are 16, 24"
+
+    def work(world):
+        folder = tmp_path / ("run/checkpoints" if world.rank == 0 or asked is None else "not-seen-here")
+        with pytest.raises(ValueError, match=text):
+            choose(folder, asked, world, None)
+        return True
+
+    assert run_threads(2, work) == [True, True]
+
+
+def test_hosts_that_count_restarts_differently_agree(monkeypatch):
+    """A launcher does not count a restart that another host's has begun."""
+    told = threading.local()
+
+    class Environment(dict):
+        def get(self, name, default=None):
+            return told.count
+
+    monkeypatch.setattr("natgrad.train.resume.os", types.SimpleNamespace(environ=Environment()))
+
+    def work(world, counts):
+        told.count = counts[world.rank]
+        return restarted(world)
+
+    assert run_threads(2, lambda world: work(world, "01")) == [True, True]
+    assert run_threads(2, lambda world: work(world, "00")) == [False, False]
+
+
+def test_values_that_differ_are_named():
+    def work(world):
+        told = {"version": 1} if world.rank else {"version": 2}
+        with pytest.raises(ValueError, match="ranks disagree on version"):
+            compare(told, world)
+        return True
+
+    assert run_threads(2, work) == [True, True]

@@ -91,7 +91,10 @@ class RunFolder:
     def close(self, status: str, **values: Any) -> None:
         """Say how the run ended."""
         self._metrics.close()
-        write_json(self.folder / "summary.json", {"status": status, **finite(values)})
+        try:
+            write_json(self.folder / "summary.json", {"status": status, **finite(values)})
+        except OSError as error:  # it must not hide what has ended the run
+            warnings.warn(f"summary.json cannot be written ({error.strerror})", stacklevel=2)
 
 
 def _session(about: dict[str, Any], step: int) -> dict[str, Any]:

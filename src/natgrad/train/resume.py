@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,13 @@ def restarted(world: World) -> bool:
 def check_agreement(recipe: Recipe, world: World) -> None:
     """Refuse a world whose ranks have been given different recipes, or run different versions."""
     told = without_free(described(recipe))
-    told |= {f"the version of {name}": machine.installed(name) for name in ("natgrad", "torch")}
+    versions = {f"the version of {name}": machine.installed(name) for name in ("natgrad", "torch")}
+    compare({**versions, "the fields of a recipe": sorted(told)}, world)  # else the next message has unlike lengths
+    compare(told, world)
+
+
+def compare(told: Mapping[str, Any], world: World) -> None:
+    """Refuse values that are not the same on all ranks, by their names, which are."""
     marks = [int(hashlib.sha256(json.dumps(told[name]).encode()).hexdigest()[:12], 16) for name in told]
     highest = torch.tensor([*marks, *(-mark for mark in marks)], dtype=torch.float64)
     world.max([highest])

@@ -1,6 +1,7 @@
 """`natgrad train`: a recipe from its first step to a folder that tells what happened."""
 
 import math
+import os
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from natgrad.train.log import Display, Journal, RunFolder, check_free
 from natgrad.train.loop import Job, Step, build_model, prepare, steps
 from natgrad.train.recipe import Recipe, described
 from natgrad.train.resume import FOLDER, check_agreement, check_not_given_up, choose, restarted, set_later_aside
-from natgrad.train.saver import Saver
+from natgrad.train.saver import Saver, write_weights
 from natgrad.train.state import restore
 from natgrad.train.stop import Stop
 from natgrad.train.together import Lock, everybody, on_first
@@ -102,7 +103,8 @@ def pick_device(name: str, world: World) -> torch.device:
         raise ValueError("device='cuda' but torch sees no GPU; use --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", world.rank % torch.cuda.device_count())
+    place = int(os.environ.get("LOCAL_RANK", world.rank))  # hosts may have more GPUs than ranks
+    return torch.device("cuda", place % torch.cuda.device_count())
 
 
 def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
@@ -134,9 +136,10 @@ def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
     status = "failed"
     try:
         with Stop() as stop:
-            status = follow(job, journal, saver, options, stop)
-            if status == "finished":
+            ended = follow(job, journal, saver, options, stop)
+            if ended == "finished":
                 finish(job, journal, options, folder)
+            status = ended
     except KeyboardInterrupt:
         status = "interrupted"
     except ValueError as error:
@@ -231,10 +234,7 @@ def finish(job: Job, journal: Journal, options: Options, folder: Path) -> None:
     if options.train_loss:
         journal.judged("train", job.score("train"))
     if job.world.rank == 0:
-        with job.average.in_place():
-            weights = {name: value.cpu() for name, value in job.model.state_dict().items()}
-        torch.save(weights, folder / "model.pt.part")
-        (folder / "model.pt.part").replace(folder / "model.pt")
+        write_weights(job, folder / "model.pt")
 
 
 def resume_command() -> str:

@@ -90,7 +90,9 @@ def check_same(path: Path, values: Mapping[str, Any], job: Job, changes: bool) -
         )
     old, new = (recipe["optimizer"]["kind"] for recipe in (values["recipe"], described(job.recipe)))
     if old != new:
-        raise ValueError(f"checkpoint {str(path)!r} holds the state of {old}, not of {new}: begin anew without --resume")
+        raise ValueError(
+            f"checkpoint {str(path)!r} holds the state of {old}, not of {new}: begin anew without --resume"
+        )
     if values["steps"] != job.steps and not differing:
         raise ValueError(
             f"{job.world.size} ranks make {job.steps} steps of this run, {values['ranks']} made {values['steps']}: the "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -15,6 +14,11 @@ from torch import Tensor
 
 from natgrad.parallel import Parcel, World
 from natgrad.train.log import LOCK
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing holds a folder there
+    fcntl = None
 
 T = TypeVar("T")
 MOST = 2000
@@ -29,7 +33,8 @@ class Lock:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / LOCK).open("a+")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.seek(0)
             who = self.file.read().strip()
@@ -52,13 +57,15 @@ class Lock:
 
 
 def on_first(world: World, work: Callable[[], T]) -> T | None:
-    """Do `work` on rank 0; if it raises a ValueError, every rank does."""
+    """Do `work` on rank 0; if it raises a ValueError, or cannot write, every rank raises a ValueError."""
     result, text = None, ""
     if world.rank == 0:
         try:
             result = work()
         except ValueError as error:
             text = str(error)
+        except OSError as error:
+            text = f"{error.filename!r} cannot be written or read: {error.strerror}; name another --out, or make room"
     message = encoded(text)
     world.start([message])
     if told := decoded(message):
