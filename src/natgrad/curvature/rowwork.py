@@ -1,0 +1,84 @@
+"""What per-sample curvature takes: gradients of samples, their inner products, directions; and how much is held.
+
+n samples of D = b*o*i weights and s places. Columns are [n, D]; factors [n, s, b, o] and [n, s, b, i].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from natgrad.curvature.base import Seen, part_of
+from natgrad.curvature.rows import SampleGradients
+from natgrad.layers.base import Layer
+from natgrad.layers.norm import Norm
+from natgrad.layers.work import NUMBER, Work, moved, product
+
+
+class Form(NamedTuple):
+    """The rows of a layer, of all ranks: how many samples, and the numbers of each as they are sent and kept."""
+
+    samples: int
+    numbers: int
+    columns: bool
+    token_bytes: int = 0
+
+
+def form_of(statistic: SampleGradients, layer: Layer, seen: Seen) -> Form:
+    """Columns for few weights and many places, factors otherwise; of at most the samples that the budget allows."""
+    shape, places = layer.shape, seen.places
+    most = statistic.most(layer, places)
+    n = seen.samples if most is None else min(most, seen.samples)
+    if isinstance(layer, Norm):
+        return Form(n, shape.numel, True)
+    if layer.diagonal_inputs and places * shape.out < shape.numel:
+        return Form(n, places * shape.out, False, 8 * places)
+    pair = places * shape.blocks * (shape.out + shape.inner)
+    return Form(n, pair, False) if shape.numel > pair else Form(n, shape.numel, True)
+
+
+def measure_work(statistic: SampleGradients, layer: Layer, seen: Seen, ranks: int) -> tuple[Work, ...]:
+    """The gradients of a rank's share of samples in one call that sees `seen`; norms take those of all."""
+    b, o, i = layer.shape
+    most = statistic.most(layer, seen.places)
+    n = seen.samples if most is None else min(part_of(most, ranks), seen.samples)
+    if isinstance(layer, Norm):
+        return (moved(seen.samples * seen.places * b, 5, calls=14),)
+    rows = moved(n * seen.places * b * (o + i), 2, "gather", 12)
+    columns = form_of(statistic, layer, seen).columns
+    return (rows, product(o, seen.places, i, n * b, 4)) if columns else (rows,)
+
+
+def gram_work(layer: Layer, form: Form, sketched: int | None) -> tuple[Work, ...]:
+    """K [n, n] from rows, by a sketch to `sketched` numbers or exactly."""
+    n, d = form.samples, layer.shape.numel
+    written = () if form.columns else (product(layer.shape.out, form.numbers, layer.shape.inner, n / 8, 8),)
+    scaled = moved(n * form.numbers, 4, calls=12)
+    if sketched is None:
+        return scaled, *written, product(n, d, n, 1, 4)
+    return scaled, *written, moved(n * d, 1, "scatter", 8), product(n, sketched, n, 1, 4)
+
+
+def factor_work(samples: int) -> tuple[Work, ...]:
+    """The Cholesky factor of K."""
+    return (Work("cholesky", samples**3 / 3, 4.0 * 3 * samples**2, samples, 6),)
+
+
+def direction_work(layer: Layer, form: Form, sketched: int | None) -> tuple[Work, ...]:
+    """U^T g, the solve, and U b."""
+    n, d = form.samples, layer.shape.numel
+    kept = moved(n * form.numbers, 1 if form.columns else 3, calls=6)
+    against = kept if sketched is None else moved(n * sketched, 1, calls=2)
+    more = () if sketched is None else (moved(d, 1, "scatter", 10),)
+    return against, *more, moved(n * n, 2, calls=3), kept, moved(d, 3, calls=4)
+
+
+def bytes_held(form: Form, drawn: int, sketched: int | None) -> int:
+    """Rows, what each has of the gradient, K with its factor, and the sketch with its map of `drawn` bytes."""
+    n = form.samples
+    gram = NUMBER * 2 * n * n
+    return sent(form, n) + gram + (0 if sketched is None else drawn + NUMBER * n * sketched)
+
+
+def sent(form: Form, samples: int) -> int:
+    """Bytes of so many rows as a rank sends them in single precision: gradients and what the mean has of each."""
+    return samples * (NUMBER * (form.numbers + 1) + form.token_bytes)
