@@ -48,10 +48,11 @@ def measure_work(statistic: SampleGradients, layer: Layer, seen: Seen, ranks: in
     return (rows, product(o, seen.places, i, n * b, 4)) if columns else (rows,)
 
 
-def gram_work(layer: Layer, form: Form, sketched: int | None) -> tuple[Work, ...]:
-    """K [n, n] from rows, by a sketch to `sketched` numbers or exactly."""
+def gram_work(layer: Layer, form: Form, places: int, sketched: int | None) -> tuple[Work, ...]:
+    """K [n, n] from rows, by a sketch to `sketched` numbers or exactly; factors are written out for it."""
     n, d = form.samples, layer.shape.numel
-    written = () if form.columns else (product(layer.shape.out, form.numbers, layer.shape.inner, n / 8, 8),)
+    b, o, i = layer.shape
+    written = () if form.columns else (product(o, places, i, n * b, 8), moved(n * d, 1))
     scaled = moved(n * form.numbers, 4, calls=12)
     if sketched is None:
         return scaled, *written, product(n, d, n, 1, 4)

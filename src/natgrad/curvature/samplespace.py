@@ -149,7 +149,7 @@ class SampleSpace(ByRows):
     def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
         """The products of all rows, and the factor of them."""
         form = self.form(layer, seen)
-        gram = rowwork.gram_work(layer, form, self.sketched_to(layer, form, seen.places))
+        gram = rowwork.gram_work(layer, form, seen.places, self.sketched_to(layer, form, seen.places))
         return (*gram, *rowwork.factor_work(form.samples))
 
     def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:

@@ -36,12 +36,15 @@ class Message(NamedTuple):
 
 @dataclass
 class Ghost:
-    """One rank of `size`; the others say nothing. `log` keeps every message that was asked for."""
+    """The last rank of `size`; the others say nothing. `log` keeps every message that was asked for."""
 
     size: int
-    rank: int = 0
     log: list[Message] = field(default_factory=list)
     kind: str = "other"
+
+    @property
+    def rank(self) -> int:
+        return self.size - 1
 
     def _note(self, how: str, chunks: Sequence[int]) -> None:
         if sum(chunks):

@@ -1,7 +1,7 @@
 """What one step sends, message by message, in the order of a step (docs/design.md, "One step").
 
-Everything goes through the ghost's `World`, which packs triangles, splits by type and counts bytes as it does in
-training; only what a World never sees in one piece (rows that go from every rank to every owner) is told beside it.
+The ghost's `World` groups tensors by type and owner and counts their bytes, triangles and all, as it does in training;
+nothing is packed, because there are no numbers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from natgrad.cell import Cell
 from natgrad.curvature import SampleSpace
@@ -48,6 +48,20 @@ class Step:
         self.ghost.kind = kind
         return kind
 
+    def _spread(self, how: str, parcels: Sequence[Parcel], kind: str) -> None:
+        """A reduction to owners or a gathering from them: one message a data type (World.begin, World._gather)."""
+        if not self.world.owners:
+            if how == "reduce_scatter":
+                self.world.count(kind, parcels)
+                self.ghost.tell("all_reduce", kind, [sum(self._bytes(p) for p in parcels)])
+            return
+        self.world.count(kind, parcels)
+        for chunks in self.world._by_owner(parcels):
+            self.ghost.tell(how, kind, [sum(self._bytes(parcels[k]) for k in chunk) for chunk in chunks])
+
+    def _bytes(self, parcel: Parcel) -> int:
+        return self.world._numel(parcel) * parcel.tensor.element_size()
+
     def _numbers(self, count: int, dtype: torch.dtype = torch.float64) -> None:
         """One small sum or maximum."""
         if count:
@@ -76,11 +90,11 @@ class Step:
     def _gradients(self, optimizer: SecondOrder, parameters: Sequence[nn.Parameter]) -> None:
         owners = {p: c.owner for c in optimizer.cells for p in c.layer.parameters}
         parcels = [Parcel(torch.empty_like(p), owners[p]) for p in parameters]
-        self.world.reduce(parcels, self._name("gradients"))
+        self._spread("reduce_scatter", parcels, "gradients")
 
     def _moments(self, cells: Sequence[Cell]) -> None:
         parcels = [
-            Parcel(c.zeros(m.shape(c.layer)), c.holders[m.key], m.symmetric)
+            Parcel(nothing(c, m.shape(c.layer)), c.holders[m.key], m.symmetric)
             for c in cells
             if not c.by_rows
             for m in c.curvature.statistics
@@ -88,9 +102,9 @@ class Step:
         if parcels and self.world.wire is not None:
             if self.world.wire == torch.float16:
                 self._numbers(len(parcels))
-            parcels = [p._replace(tensor=p.tensor.to(self.world.wire)) for p in parcels]
+            parcels = [p._replace(tensor=torch.empty_like(p.tensor, dtype=self.world.wire)) for p in parcels]
         if parcels:
-            self.world.reduce(parcels, self._name("statistics"))
+            self._spread("reduce_scatter", parcels, "statistics")
 
     def _rows(self, cells: Sequence[Cell]) -> None:
         """Rows of every rank to every owner, or to all where there are no owners."""
@@ -116,12 +130,12 @@ class Step:
         moments = [(c, m, m.shape(c.layer)) for c in cells for m in c.curvature.statistics]
         self._numbers(sum(shape[0] for _, _, shape in moments), torch.float32)
         away = [(c, m, shape) for c, m, shape in moments if c.holders[m.key] != c.owner]
-        made = [c.zeros(c.curvature.inverse_shape(shape), device="meta") for c, _, shape in away]
+        made = [nothing(c, c.curvature.inverse_shape(shape)) for c, _, shape in away]
         parcels = [Parcel(t, c.owner, m.symmetric) for t, (c, m, _) in zip(made, away)]
-        self.world.send(parcels, [c.holders[m.key] for c, m, _ in away], "inverses")
+        self.world.count("inverses", parcels)
         received = [0] * self.world.size
         for parcel in parcels:
-            received[parcel.owner] += self.world._numel(parcel) * parcel.tensor.element_size()
+            received[parcel.owner] += self._bytes(parcel)
         self.ghost.tell("exchange", "inverses", received)
 
     def _directions(self, optimizer: SecondOrder, fresh: bool) -> None:
@@ -144,11 +158,15 @@ class Step:
 
     def _weights(self, optimizer: SecondOrder, parameters: Sequence[nn.Parameter]) -> None:
         owners = {p: c.owner for c in optimizer.cells for p in c.layer.parameters}
-        kind = self._name(optimizer.gather)
         tensors = [torch.empty_like(p, dtype=self.world.weights or p.dtype) for p in parameters]
-        self.world.gather([Parcel(t, owners[p]) for t, p in zip(tensors, parameters)], kind)
+        self._spread("all_gather", [Parcel(t, owners[p]) for t, p in zip(tensors, parameters)], optimizer.gather)
         if isinstance(getattr(optimizer, "search", None), CurvatureStep):
             self._numbers(3)
+
+
+def nothing(cell: Cell, shape: Sequence[int]) -> Tensor:
+    """A tensor of this shape in the statistics' precision."""
+    return torch.empty(tuple(shape), dtype=cell.zeros((), device="meta").dtype, device="meta")
 
 
 def quota(samples: int, rank: int, size: int) -> int:
