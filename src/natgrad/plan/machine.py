@@ -51,6 +51,8 @@ class Machine:
     """How much longer work takes where all devices of a host are busy, as they share memory."""
     layer: float = 0.0
     """Seconds of the host for a layer's part in one step, beside its operations."""
+    refresh: float = 0.0
+    """The same for a layer's part in measuring and factoring, where it is measured."""
     call: float = 0.0
     """Seconds of the host for beginning one message."""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -68,11 +70,11 @@ class Machine:
         memory = interpolated(self.rates["elementwise"], max(1.0, work.bytes / max(work.calls, 1.0)))
         return max(work.flops / self.rate(work), work.bytes / memory)
 
-    def seconds(self, works: Iterable[Work], ranks: int, layers: int = 0) -> float:
-        """One rank's time for these operations while `ranks` ranks work. layers: how many have a part in it."""
+    def seconds(self, works: Iterable[Work], ranks: int, host: float = 0.0) -> float:
+        """One rank's time for these operations while `ranks` ranks work. host: seconds of Python beside them."""
         works = list(works)
         busy = sum(self.device_seconds(work) for work in works)
-        host = self.launch * sum(work.calls for work in works) + self.layer * layers
+        host += self.launch * sum(work.calls for work in works)
         return self.share(ranks) * (max(busy, host) if self.device == "gpu" else busy + host)
 
     def share(self, ranks: int) -> float:

@@ -128,6 +128,7 @@ def gpu(name: str, sheet: Sheet) -> Machine:
         inside=Link(4e-6, 0.8 * sheet.inside),
         between=Link(6e-6, 0.8 * sheet.between),
         layer=6e-5,
+        refresh=2e-4,
         call=4e-5,
         sources=sources(sheet),
     )
@@ -157,5 +158,5 @@ def sources(sheet: Sheet) -> dict[str, str]:
         "inside": f"{sheet.inside_why}, 80 % and 4 us assumed",
         "between": f"{sheet.between_why}, 80 % and 6 us assumed",
         "launch": "8 us of the host an operation in eager torch (assumed)",
-        "layer, call": "60 us of Python a layer and step, 40 us a message (assumed)",
+        "layer, refresh, call": "60 us of Python a layer and step, 200 us where it is measured, 40 us a message (assumed)",
     }

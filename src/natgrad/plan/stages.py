@@ -70,13 +70,13 @@ class Account:
         self._look_again(found)
         return found, sent, name
 
-    def _seconds(self, work: Sequence[Any], layers: int = 0) -> float:
-        return self.machine.seconds(work, self.ranks, layers)
+    def _seconds(self, work: Sequence[Any], host: float = 0.0) -> float:
+        return self.machine.seconds(work, self.ranks, host)
 
     def _measuring(self) -> float:
         """Hooks at work; with sampled labels after one more backward pass."""
         by_layer = self.parts.measure(self.built.cells)
-        total = self._seconds([w for works in by_layer.values() for w in works], len(by_layer))
+        total = self._seconds([w for works in by_layer.values() for w in works], len(by_layer) * self.machine.refresh / 2)
         if by_layer and self.built.second is not None and self.built.second.engine.sampled:
             total += self._seconds(self.parts.backward(weights=False))
         return total
@@ -118,9 +118,10 @@ class Account:
         return by_rank[busiest], self._dearest(busiest) if fresh else ""
 
     def _owner(self, one: Owned, fresh: bool) -> dict[str, float]:
+        half = self.machine.refresh / 2 / max(1, len(self.built.cells[0].keys))  # the other half is the hooks'
         return {
-            "factorisation": self._seconds(one.factor) if fresh else 0.0,
-            "preconditioning": self._seconds(one.precondition, one.layers),
+            "factorisation": self._seconds(one.factor, one.measured * half) if fresh else 0.0,
+            "preconditioning": self._seconds(one.precondition, one.layers * self.machine.layer),
             "update": self._seconds(one.update),
         }
 
