@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 from natgrad.cell import Cell
 from natgrad.layers.work import Work, moment_of, moved
-from natgrad.models.imagenet import ImageResNet
 from natgrad.plan.links import seconds
 from natgrad.plan.machine import Machine
 from natgrad.plan.machines import SIZES, named
@@ -76,7 +75,9 @@ def machine(constants: Constants, assumed: Assumed) -> Machine:
     rates = {
         kind: tuple((size, rate * factors.get(kind, 1.0)) for size, rate in table) for kind, table in base.rates.items()
     }
-    rates["gram"] = tuple((size, rate / rates["gram"][-1][1] * TENSOR_CORES * assumed.achieved) for size, rate in rates["gram"])
+    rates["gram"] = tuple(
+        (size, rate / rates["gram"][-1][1] * TENSOR_CORES * assumed.achieved) for size, rate in rates["gram"]
+    )
     return replace(base, rates=rates, layer=0.0)
 
 

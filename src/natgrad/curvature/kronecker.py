@@ -28,7 +28,7 @@ from natgrad.curvature.base import (
     wanted_rows,
 )
 from natgrad.layers.base import Layer, Shape, gram_cost, moment
-from natgrad.layers.work import Work, moment_of, moved, product
+from natgrad.layers.work import Work, launched, moment_of, moved, product
 from natgrad.linalg import damped_inverse
 
 
@@ -72,7 +72,7 @@ class InputMoment(Moment):
         rows = part_of(wanted_rows(self.samples, i), ranks)
         if rows >= samples * places or layer.second_moment_cost(x) <= b * gram_cost(rows, i):
             return layer.second_moment_work(x)
-        return moved(rows * b * i, 2, "gather", 12), moment_of(rows, i, b)
+        return *layer.rows_work(x, rows), launched(6), moment_of(rows, i, b)
 
     def behind(self, layer: Layer, samples: int) -> int:
         if self.samples is None or self.diagonal:
@@ -115,7 +115,7 @@ class OutputMoment(Moment):
         if sampled:
             rows = part_of(self._wanted(layer), ranks)
         product_of_rows = moved(rows * b * o, 2, calls=3) if self.diagonal else moment_of(rows, o, b)
-        return (moved(rows * b * o, 2, "gather", 6), product_of_rows) if sampled else (product_of_rows,)
+        return (moved(rows * b * o, 2, "gather"), launched(8), product_of_rows) if sampled else (product_of_rows,)
 
     def _wanted(self, layer: Layer) -> int:
         return max(LEAST_ROWS, 32 * layer.shape.out)

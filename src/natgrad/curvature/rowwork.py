@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from natgrad.curvature.base import Seen, part_of
 from natgrad.curvature.rows import SampleGradients
+from natgrad.curvature.unitwise import gradients_work
 from natgrad.layers.base import Layer
 from natgrad.layers.norm import Norm
-from natgrad.layers.work import NUMBER, Work, moved, product
+from natgrad.layers.work import NUMBER, Work, launched, moved, product
 
 
 class Form(NamedTuple):
@@ -36,16 +39,15 @@ def form_of(statistic: SampleGradients, layer: Layer, seen: Seen) -> Form:
     return Form(n, pair, False) if shape.numel > pair else Form(n, shape.numel, True)
 
 
-def measure_work(statistic: SampleGradients, layer: Layer, seen: Seen, ranks: int) -> tuple[Work, ...]:
-    """The gradients of a rank's share of samples in one call that sees `seen`; norms take those of all."""
-    b, o, i = layer.shape
-    most = statistic.most(layer, seen.places)
-    n = seen.samples if most is None else min(part_of(most, ranks), seen.samples)
-    if isinstance(layer, Norm):
-        return (moved(seen.samples * seen.places * b, 5, calls=14),)
-    rows = moved(n * seen.places * b * (o + i), 2, "gather", 12)
-    columns = form_of(statistic, layer, seen).columns
-    return (rows, product(o, seen.places, i, n * b, 4)) if columns else (rows,)
+def measure_work(statistic: SampleGradients, layer: Layer, x: Tensor, ranks: int) -> tuple[Work, ...]:
+    """The gradients of a rank's share of samples in one call on x; norms take those of all."""
+    samples, places = layer.count(x)
+    most = statistic.most(layer, places)
+    n = samples if most is None or isinstance(layer, Norm) else min(part_of(most, ranks), samples)
+    if isinstance(layer, Norm) or form_of(statistic, layer, Seen(samples, places)).columns:
+        return (*gradients_work(layer, x, n, places), launched(8))
+    outputs = moved(n * places * layer.shape.blocks * layer.shape.out, 2, "gather")
+    return *layer.rows_work(x, n * places), outputs, launched(8)
 
 
 def gram_work(layer: Layer, form: Form, places: int, sketched: int | None) -> tuple[Work, ...]:
@@ -53,10 +55,10 @@ def gram_work(layer: Layer, form: Form, places: int, sketched: int | None) -> tu
     n, d = form.samples, layer.shape.numel
     b, o, i = layer.shape
     written = () if form.columns else (product(o, places, i, n * b, 8), moved(n * d, 1))
-    scaled = moved(n * form.numbers, 4, calls=12)
+    scaled = moved(n * form.numbers, 4, calls=2), launched(16)
     if sketched is None:
-        return scaled, *written, product(n, d, n, 1, 4)
-    return scaled, *written, moved(n * d, 1, "scatter", 8), product(n, sketched, n, 1, 4)
+        return *scaled, *written, product(n, d, n, 1, 4)
+    return *scaled, *written, moved(n * d, 1, "scatter"), launched(8), product(n, sketched, n, 1, 4)
 
 
 def factor_work(samples: int) -> tuple[Work, ...]:
@@ -67,10 +69,9 @@ def factor_work(samples: int) -> tuple[Work, ...]:
 def direction_work(layer: Layer, form: Form, sketched: int | None) -> tuple[Work, ...]:
     """U^T g, the solve, and U b."""
     n, d = form.samples, layer.shape.numel
-    kept = moved(n * form.numbers, 1 if form.columns else 3, calls=6)
-    against = kept if sketched is None else moved(n * sketched, 1, calls=2)
-    more = () if sketched is None else (moved(d, 1, "scatter", 10),)
-    return against, *more, moved(n * n, 2, calls=3), kept, moved(d, 3, calls=4)
+    kept = moved(n * form.numbers, 1 if form.columns else 3)
+    against = (kept,) if sketched is None else (moved(n * sketched, 1), moved(d, 1, "scatter"), launched(10))
+    return *against, moved(n * n, 2), kept, moved(d, 3), launched(14)
 
 
 def bytes_held(form: Form, drawn: int, sketched: int | None) -> int:

@@ -144,7 +144,7 @@ class SampleSpace(ByRows):
         return None if size is None or size >= layer.shape.numel or short else size
 
     def measure_work(self, layer: Layer, key: str, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
-        return rowwork.measure_work(self.statistics[0], layer, Seen(*layer.count(x)), ranks)
+        return rowwork.measure_work(self.statistics[0], layer, x, ranks)
 
     def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
         """The products of all rows, and the factor of them."""

@@ -26,7 +26,7 @@ from natgrad.curvature.base import (
 )
 from natgrad.layers.base import Layer, Shape
 from natgrad.layers.norm import Norm
-from natgrad.layers.work import Work, moved, product
+from natgrad.layers.work import Work, launched, moved, product
 from natgrad.linalg import damped_inverse
 
 
@@ -80,14 +80,14 @@ class SampleMoment(Moment):
     def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
         samples, places = layer.count(x)
         n = self.taken(layer, samples, ranks)
-        return (*gradients_work(layer, n, places), *self.close_work(layer, n))
+        return (*gradients_work(layer, x, n, places), *self.close_work(layer, n))
 
     def close_work(self, layer: Layer, samples: int) -> tuple[Work, ...]:
         """What `close` takes for so many samples."""
         b, o, i = layer.shape
         if self.diagonal:
             return (moved(samples * layer.shape.numel, 2, calls=2),)
-        return (moved(samples * b * o * i, 3, calls=4), product(i, samples, i, b * o))
+        return moved(samples * b * o * i, 3), launched(4), product(i, samples, i, b * o)
 
     def _wanted(self, layer: Layer, samples: int) -> int:
         return max(LEAST_SAMPLES, samples * layer.shape.inner)
@@ -110,13 +110,13 @@ class SampleMoment(Moment):
         return torch.einsum("nui,nuj->uij", units, units)
 
 
-def gradients_work(layer: Layer, samples: int, places: int) -> tuple[Work, ...]:
-    """What the gradients of so many samples take, written out."""
+def gradients_work(layer: Layer, x: Tensor, samples: int, places: int) -> tuple[Work, ...]:
+    """What the gradients of so many samples of an input like x take, written out."""
     b, o, i = layer.shape
-    if isinstance(layer, Norm):  # dy * x, its sum and that of dy, in portions that stay in cache
-        return (moved(samples * places * b, 5, calls=12),)
-    rows = moved(samples * places * b * (o + i), 2, "gather", 10)
-    return rows, product(o, places, i, samples * b, 2)
+    if isinstance(layer, Norm):  # dy * x, its sum and that of dy: sums over places, as the norm's own
+        return moved(samples * places * b, 5, "norm", 2), launched(12)
+    outputs = moved(samples * places * b * o, 2, "gather")
+    return *layer.rows_work(x, samples * places), outputs, launched(6), product(o, places, i, samples * b, 2)
 
 
 def _places_of(chosen: slice, samples: int, places: int, device: torch.device) -> Tensor:

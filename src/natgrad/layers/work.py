@@ -19,8 +19,8 @@ NUMBER = 4  # bytes: everything here is in single precision
 class Work(NamedTuple):
     """Some operations of one kind.
 
-    flops: multiplications and additions. bytes: read and written. size: the short side of the matrices (channels of a
-    convolution), by which rates differ. calls: operations launched, each of which costs the host time of its own.
+    flops: multiplications and additions. bytes: read and written. size: the short side of the matrices, by
+    which rates differ (of a convolution: its outputs, or its inputs times the side of its kernel). calls: operations launched, each of which costs the host time of its own.
     """
 
     kind: Kind
@@ -59,3 +59,8 @@ def moment_of(rows: float, dimension: float, blocks: float = 1.0) -> Work:
 def moved(numbers: float, passes: float, kind: Kind = "elementwise", calls: float = 1.0) -> Work:
     """So many passes over so many numbers."""
     return Work(kind, 0.0, NUMBER * numbers * passes, 1.0, calls)
+
+
+def launched(calls: float) -> Work:
+    """Small operations whose memory does not count."""
+    return Work("elementwise", calls=calls)

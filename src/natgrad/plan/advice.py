@@ -90,7 +90,9 @@ def advise(planner: Planner, settings: Settings, ranks: int, batch: int, overhea
     )
     if not curved:
         name = type(settings).__name__
-        raise ValueError(f"overhead={overhead:.0%}: {name} measures no curvature; name a recipe of SP-NGD, K-FAC or SENG")
+        raise ValueError(
+            f"overhead={overhead:.0%}: {name} measures no curvature; name a recipe of SP-NGD, K-FAC or SENG"
+        )
     base = sum(planner.account(Sgd(), ranks, batch).stages(False)[0].values())
     best: tuple[int, Settings] | None = None
     for candidate in tried(settings, ranks == 1):

@@ -90,7 +90,7 @@ def convolutions(bench: Bench) -> dict[str, Table]:
     for channels, out, side, n in (*shapes, (256, 256, 14, 8), (512, 512, 7, 8)):
         x, w = bench.normal(n * bench.times, channels, side, side), bench.normal(out, channels, 3, 3)
         y = torch.conv2d(x, w, padding=1)
-        flops, size = 2.0 * y.numel() * w[0].numel(), min(channels, out)
+        flops, size = 2.0 * y.numel() * w[0].numel(), min(3 * channels, out)
         geometry: Any = (None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
         both = (True, True, False)
         forward.append(bench.rate(Work("conv", flops, 0, size), lambda x=x, w=w: torch.conv2d(x, w, padding=1)))
@@ -132,16 +132,18 @@ def memory(bench: Bench) -> dict[str, Table]:
         g = torch.ones_like(x)
         work = Work("norm", 0, 4.0 * 8 * x.numel(), 1, 2)
         norms.append(bench.rate(work, lambda m=module, x=x, g=g: torch.autograd.grad(m(x), x, g)))
-    for channels, side, m in ((16, 32, 1152), (64, 8, 4608)):
+    for channels, side, n in ((16, 32, 8), (64, 8, 32), (64, 8, 64)):  # whole, at most as much as is read at a time
         layer: Any = layer_of(nn.Conv2d(channels, 16, 3, padding=1, bias=False).to(bench.device))
-        x = bench.normal(64, channels, side, side)
-        index = torch.randint(64 * side * side, (m,), device=bench.device).sort().values
-        work = moved(m * layer.shape.inner, 2, "gather", 12)
+        x, places = bench.normal(n, channels, side, side), n * side * side
+        work = moved(places * layer.shape.inner, 2, "gather")
+        gathers.append(bench.rate(work, lambda x=x, layer=layer: layer.rows(x)))
+        index = torch.randint(places, (m := places // 8,), device=bench.device).sort().values
+        work = moved(m * layer.shape.inner, 2, "gather")
         gathers.append(bench.rate(work, lambda x=x, index=index, layer=layer: layer.rows(x, index)))
     for length, n in ((2304, 256), (36864, 128)):
         sketch, x = CountSketch(), bench.normal(n, length)
         drawn = sketch.draw(length, 4096, torch.Generator(bench.device).manual_seed(0))
-        work = moved(n * length, 1, "scatter", 8)
+        work = moved(n * length, 1, "scatter")
         scatters.append(bench.rate(work, lambda s=sketch, d=drawn, x=x: s.apply(d, x, 4096)))
     tables = {"elementwise": plain, "norm": norms, "gather": gathers, "scatter": scatters}
     return {kind: tuple(sorted(rates)) for kind, rates in tables.items()}
@@ -216,6 +218,4 @@ def counted_of(model: nn.Module, machine: Machine) -> dict[bool, float]:
     make = Network("tiny layers", lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in model)), (4,))  # type: ignore[arg-type]
     account: Account = Planner(make, machine).account(SpNgd(refresh=2), 1, 8)
     passes = ("forward", "backward")
-    return {
-        fresh: sum(v for k, v in account.stages(fresh)[0].items() if k not in passes) for fresh in (False, True)
-    }
+    return {fresh: sum(v for k, v in account.stages(fresh)[0].items() if k not in passes) for fresh in (False, True)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +12,12 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import nn
 
-from natgrad.data import Source
-from natgrad.models import Architecture
 from natgrad.parallel import World
 from natgrad.plan.advice import advise, parsed
+from natgrad.plan.given import asked, numbers, taken
 from natgrad.plan.machines import named
 from natgrad.plan.scaling import Network, Planner, scaled
-from natgrad.recipes import find
 from natgrad.train.arguments import parse
 from natgrad.train.optimizers import KFac, Nlcg, Seng, Settings, Sgd, SpNgd
 from natgrad.train.recipe import Recipe, described
@@ -68,82 +65,6 @@ class Planning:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
-
-
-@dataclass(frozen=True)
-class Given(Source):
-    """Inputs of which only the shape is known."""
-
-    size: tuple[int, ...] = (3, 224, 224)
-
-    def shape(self) -> Any:
-        return self.size
-
-    def classes(self) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class Imported(Architecture):
-    """A model of the user's: a function without arguments, as module:function."""
-
-    target: str = ""
-
-    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        return imported(self.target)()
-
-
-def imported(target: str) -> Callable[[], nn.Module]:
-    """The function that `target` names."""
-    module, _, name = target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"model {target!r} is not there: {error}; name it as package.module:function") from error
-    if not callable(found):
-        raise ValueError(f"model {target!r} is {type(found).__name__}, not a function that returns a model")
-    return found
-
-
-def taken(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of a flag, and the arguments without it."""
-    for place, word in enumerate(arguments):
-        if word == flag:
-            if place + 1 == len(arguments):
-                raise ValueError(f"{flag} lacks a value; see natgrad plan --help")
-            return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
-        if word.startswith(flag + "="):
-            return word.split("=", 1)[1], arguments[:place] + arguments[place + 1 :]
-    return None, arguments
-
-
-def asked(arguments: list[str]) -> tuple[str, Planning, int]:
-    """The name of what is planned, the recipe with its options, and how many tokens inputs have (0: none)."""
-    if not arguments[0].startswith("-"):
-        name, *rest = arguments
-        recipe, tokens = find(name)(), None
-    else:
-        target, rest = taken(arguments, "--model")
-        shape, rest = taken(rest, "--input")
-        tokens, rest = taken(rest, "--tokens")
-        if target is None:
-            raise ValueError("natgrad plan RECIPE, or natgrad plan --model package.module:function --input 3,224,224")
-        name = target
-        imported(target)
-        recipe = Recipe(Given(numbers("--input", shape or "3,224,224")), Imported(target), SpNgd(), batch=1024)
-    values = parse(Planning(recipe), f"natgrad plan {name}", "Time, messages and memory by ranks.", rest)
-    return name, values, 0 if tokens is None else numbers("--tokens", tokens)[0]
-
-
-def numbers(name: str, words: str) -> tuple[int, ...]:
-    """Whole numbers above 0, separated by commas."""
-    try:
-        found = tuple(int(word) for word in words.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise ValueError(f"{name} {words!r}: give whole numbers above 0, separated by commas")
-    return found
 
 
 def beside(recipe: Recipe, words: str) -> dict[str, Settings]:
@@ -211,7 +132,8 @@ def run(arguments: list[str]) -> None:
     """Plan, show, and write what was asked for."""
     from natgrad.plan.show import show
 
-    name, values, tokens = asked(arguments)
+    name, recipe, tokens, rest = asked(arguments)
+    values = parse(Planning(recipe), f"natgrad plan {name}", "Time, messages and memory by ranks.", rest)
     options = values.options
     for flag, path in (("--json", options.json), ("--out", options.out)):
         if path is not None and not Path(path).resolve().parent.is_dir():
@@ -261,6 +183,4 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def cores() -> int:
     """Cores that this process may use."""
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

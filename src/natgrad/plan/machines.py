@@ -106,9 +106,7 @@ def named(name: str) -> Machine:
 
 def gpu(name: str, sheet: Sheet) -> Machine:
     """A machine from a data sheet and the shares that are assumed above."""
-    memory: dict[str, Table] = {
-        kind: ((1.0, sheet.bandwidth * share),) for kind, share in MEMORY.items()
-    }
+    memory: dict[str, Table] = {kind: ((1.0, sheet.bandwidth * share),) for kind, share in MEMORY.items()}
     compute = {
         "conv": table("conv", sheet.conv * CONV),
         "conv_backward": table("conv", sheet.conv * CONV),

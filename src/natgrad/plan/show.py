@@ -10,7 +10,7 @@ from rich.table import Table
 
 from natgrad.plan.stages import STAGES
 
-SHORT = {"factorisation": "factor", "preconditioning": "precond.", "statistics": "stats", "messages": "messages"}
+SHORT = {"factorisation": "factor", "preconditioning": "precond.", "statistics": "measure"}
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -25,6 +25,7 @@ def show(plan: dict[str, Any]) -> None:
         if optimizer is first or optimizer["name"] != "SGD":
             console.print(stages(optimizer))
     console.print(beside(plan))
+    console.print(carried(plan))
     for ranks, layers in plan["layers"].items():
         console.print(dearest(first["name"], int(ranks), layers))
     if plan["advice"] is not None:
@@ -46,32 +47,39 @@ def table(title: str, left: tuple[str, ...], right: tuple[str, ...], last: tuple
 
 
 def stages(optimizer: dict[str, Any]) -> Table:
-    """An average step by stage, and what it sends and holds, by ranks."""
+    """An average step by stage, by ranks; whole steps with nothing and with everything measured."""
     share = optimizer["rows"][0]["share"]
     said = f", {share:.1%} of the statistics measured a step" if share else ""
     heads = tuple(SHORT.get(stage, stage) for stage in STAGES)
-    made = table(
-        f"{optimizer['name']}: milliseconds of an average step{said}",
-        (),
-        ("ranks", "batch", *heads, "step", "stale", "all fresh", "MB sent", "fresh", "state MB", "GB", "run"),
-        ("longest, all fresh",),
-    )
+    title = f"{optimizer['name']}: milliseconds of an average step{said}"
+    made = table(title, (), ("ranks", *heads, "step", "stale", "all fresh"), ("longest, all fresh",))
     for row in optimizer["rows"]:
-        average, step, sent, memory = row["stages"]["average"], row["step"], row["bytes"], row["memory"]
-        made.add_row(
-            f"{row['ranks']:,}",
-            f"{row['batch']:,}",
-            *(ms(average[stage]) for stage in STAGES),
-            ms(step["average"]),
-            ms(step["stale"]),
-            ms(step["fresh"]),
-            f"{sum(sent['stale'].values()) / 1e6:,.1f}",
-            f"{sum(sent['fresh'].values()) / 1e6:,.1f}",
-            f"{max(memory['state']) / 1e6:,.1f}",
-            f"{memory['total'] / 1e9:.1f}",
-            "-" if row["run"] is None else duration(row["run"]["seconds"]),
-            row["holds"],
-        )
+        step = [row["step"][kind] for kind in ("average", "stale", "fresh")]
+        parts = [row["stages"]["average"][stage] for stage in STAGES]
+        made.add_row(f"{row['ranks']:,}", *map(ms, (*parts, *step)), row["holds"])
+    return made
+
+
+def carried(plan: dict[str, Any]) -> Table:
+    """What every optimizer sends and holds, and how long its run is."""
+    heads = ("ranks", "batch", "MB sent, stale", "average", "all fresh", "state MB, mean", "most", "GB in all", "run")
+    made = table(
+        "What travels in a step, what a rank holds (in all: an estimate), the whole run", ("optimizer",), heads
+    )
+    for optimizer in plan["optimizers"]:
+        for row in optimizer["rows"]:
+            state = row["memory"]["state"]
+            sent = [sum(row["bytes"][kind].values()) / 1e6 for kind in ("stale", "average", "fresh")]
+            made.add_row(
+                optimizer["name"] if row is optimizer["rows"][0] else "",
+                f"{row['ranks']:,}",
+                f"{row['batch']:,}",
+                *(f"{mb:,.1f}" for mb in sent),
+                f"{sum(state) / len(state) / 1e6:,.1f}",
+                f"{max(state) / 1e6:,.1f}",
+                f"{row['memory']['total'] / 1e9:.1f}",
+                "-" if row["run"] is None else duration(row["run"]["seconds"]),
+            )
     return made
 
 
@@ -92,8 +100,10 @@ def beside(plan: dict[str, Any]) -> Table:
 
 def dearest(name: str, ranks: int, layers: list[dict[str, Any]]) -> Table:
     """The layers that take most."""
-    heads = ("passes", "stats", "factor", "precond.", "all")
-    title = f"{name} on {ranks:,} ranks: the dearest layers, milliseconds where everything is measured"
+    heads = ("passes", "measure", "factor", "precond.", "all")
+    title = (
+        f"{name} on {ranks:,} rank{'s' * (ranks > 1)}: the dearest layers, milliseconds where everything is measured"
+    )
     made = table(title, ("layer", "shape", "curvature"), (*heads, "owner"))
     for row in layers:
         parts = [row[key] for key in ("passes", "statistics", "factorisation", "preconditioning", "seconds")]
@@ -111,6 +121,8 @@ def advise(console: Console, name: str, advice: dict[str, Any]) -> None:
 
 def ms(seconds: float) -> str:
     value = 1e3 * seconds
+    if value >= 1e5:
+        return f"{seconds:,.0f} s"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 0.05 else "-"
 
 

@@ -76,7 +76,9 @@ class Account:
     def _measuring(self) -> float:
         """Hooks at work; with sampled labels after one more backward pass."""
         by_layer = self.parts.measure(self.built.cells)
-        total = self._seconds([w for works in by_layer.values() for w in works], len(by_layer) * self.machine.refresh / 2)
+        total = self._seconds(
+            [w for works in by_layer.values() for w in works], len(by_layer) * self.machine.refresh / 2
+        )
         if by_layer and self.built.second is not None and self.built.second.engine.sampled:
             total += self._seconds(self.parts.backward(weights=False))
         return total
