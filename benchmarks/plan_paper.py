@@ -6,9 +6,9 @@ Three constants are taken from the published seconds of one GPU, nothing from an
     inverse   the rate of Cholesky inverses, from BatchNorm's full blocks (fullBN less unitBN)
     layer     an owner's time for each layer beside its arithmetic, from what emp+unitBN takes besides
 
-Everything else is the plan's: arithmetic, bytes, owners' work by layer, messages. Where the paper's program differs from
-ours the model follows the paper: patches written out and multiplied on Tensor Cores, A on its way during the backward
-pass, weights sent in half precision, layers given to ranks in equal numbers by their names.
+Everything else is the plan's: arithmetic, bytes, owners' work by layer, messages. Where the paper's program differs
+from ours the model follows the paper: patches written out and multiplied on Tensor Cores, A on its way during the
+backward pass, weights sent in half precision, layers given to ranks in equal numbers by their names.
 """
 
 from __future__ import annotations
@@ -150,10 +150,11 @@ def rows_of(account: Account) -> list[Work]:
             n, s = call.layer.count(call.x)
             b, o, i = call.layer.shape
             if call.layer.kind == "norm":
-                work.append(moved(n * s * b, 5, calls=4))
-                continue
-            work += [moved(n * s * i, 1, calls=2), moment_of(n * s, i), moment_of(n * s, o)]
-    return [w.times(count) for w in work]
+                found = [moved(n * s * b, 5, calls=4)]
+            else:
+                found = [moved(n * s * i, 1, calls=2), moment_of(n * s, i), moment_of(n * s, o)]
+            work += [one.times(count) for one in found]
+    return work
 
 
 def calibrated(planner: Planner, assumed: Assumed) -> Constants:
@@ -162,7 +163,7 @@ def calibrated(planner: Planner, assumed: Assumed) -> Constants:
     passes = statistics.fmean([one["1mc+fullBN"] - one["emp+fullBN"], one["1mc+unitBN"] - one["emp+unitBN"]])
     blocks = statistics.fmean([one["1mc+fullBN"] - one["1mc+unitBN"], one["emp+fullBN"] - one["emp+unitBN"]])
     constants = Constants()
-    for _ in range(20):  # rates and what they explain depend on each other a little
+    for _ in range(8):  # rates and what they explain depend on each other a little
         unit, full = (Published(planner, constants, assumed, True, full).seconds(1) for full in (False, True))
         more = sum(full.values()) - sum(unit.values())
         again = unit.pop("sampled labels")

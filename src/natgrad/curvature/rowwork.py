@@ -45,7 +45,7 @@ def measure_work(statistic: SampleGradients, layer: Layer, x: Tensor, ranks: int
     most = statistic.most(layer, places)
     n = samples if most is None or isinstance(layer, Norm) else min(part_of(most, ranks), samples)
     if isinstance(layer, Norm) or form_of(statistic, layer, Seen(samples, places)).columns:
-        return (*gradients_work(layer, x, n, places), launched(8))
+        return *gradients_work(layer, x, n, places), moved(n * layer.shape.numel, 2), launched(8)
     outputs = moved(n * places * layer.shape.blocks * layer.shape.out, 2, "gather")
     return *layer.rows_work(x, n * places), outputs, launched(8)
 

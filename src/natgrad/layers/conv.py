@@ -133,12 +133,12 @@ class Conv(Layer):
         return correlation, moved(inner**2, 4, calls=self.kernel[0]), launched(12 * self.kernel[0])
 
     def rows_work(self, x: Tensor, count: int) -> tuple[Work, ...]:
-        """Patches; before, all of the input by places, where many are read and channels do not lie together."""
+        """Patches; before them the whole input padded, or by places, unless few are read."""
         x = self._batched(x)
         rows = moved(count * self.groups * self.shape.inner, 2, "gather"), launched(12)
         pixels = x.shape[0] * math.prod(x.shape[2:])
         few = count * math.prod(self.kernel) * 8 < pixels
-        return rows if few else (*rows, moved(x.numel(), 2, "gather"))
+        return rows if few else (*rows, moved(x.numel(), 4 if count >= pixels else 2, "gather"))
 
     def passes(self, x: Tensor, y: Tensor) -> Passes:
         """One convolution forward, and one each for the gradients of inputs and weights: the same products."""

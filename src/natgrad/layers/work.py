@@ -19,8 +19,9 @@ NUMBER = 4  # bytes: everything here is in single precision
 class Work(NamedTuple):
     """Some operations of one kind.
 
-    flops: multiplications and additions. bytes: read and written. size: the short side of the matrices, by
-    which rates differ (of a convolution: its outputs, or its inputs times the side of its kernel). calls: operations launched, each of which costs the host time of its own.
+    flops: multiplications and additions. bytes: read and written. size: the short side of the matrices, by which rates
+    differ (of a convolution: its outputs, or its inputs times the side of its kernel). calls: operations launched, each
+    of which costs the host time of its own.
     """
 
     kind: Kind

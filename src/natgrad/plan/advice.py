@@ -1,7 +1,7 @@
 """Which settings keep second-order work below a share of SGD's step, as a line to paste behind `natgrad train`.
 
-What accuracy may depend on is changed last: first gradients overlap the backward pass, then statistics and weights travel
-in half precision, then fewer rows are measured, and in all cases the shortest interval that fits is taken.
+What accuracy may depend on is changed last: first gradients overlap the backward pass, then statistics and weights
+travel in half precision, then fewer rows are measured, and in all cases the shortest interval that fits is taken.
 """
 
 from __future__ import annotations

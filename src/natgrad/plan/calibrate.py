@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def convolutions(bench: Bench) -> dict[str, Table]:
         forward.append(bench.rate(Work("conv", flops, 0, size), lambda x=x, w=w: torch.conv2d(x, w, padding=1)))
         call = Work("conv_backward", 2 * flops, 0, size)
         back = torch.ops.aten.convolution_backward
-        backward.append(bench.rate(call, lambda x=x, w=w, y=y, back=back: back(y, x, w, *geometry, both)))
+        backward.append(bench.rate(call, partial(back, y, x, w, *geometry, both)))
     return {"conv": tuple(forward), "conv_backward": tuple(backward)}
 
 
@@ -150,7 +151,7 @@ def memory(bench: Bench) -> dict[str, Table]:
 
 
 def measured(device: torch.device, cores: int) -> Machine:
-    """This machine, its links still those of one that is known."""
+    """The machine that this is, its links still those of one that is known."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

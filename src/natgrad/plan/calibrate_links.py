@@ -49,6 +49,7 @@ def timed(world: World, device: torch.device, numbers: int) -> tuple[float, floa
 
 
 def quartile(values: list[float]) -> float:
+    """The lower one."""
     return statistics.quantiles(values, n=4)[0]
 
 

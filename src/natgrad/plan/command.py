@@ -178,6 +178,7 @@ def calibration(arguments: list[str]) -> tuple[Path, int]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
+    """Write plain values as JSON."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

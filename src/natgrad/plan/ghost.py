@@ -42,9 +42,8 @@ class Ghost:
     log: list[Message] = field(default_factory=list)
     kind: str = "other"
 
-    @property
-    def rank(self) -> int:
-        return self.size - 1
+    def __post_init__(self) -> None:
+        self.rank = self.size - 1
 
     def _note(self, how: str, chunks: Sequence[int]) -> None:
         if sum(chunks):

@@ -39,7 +39,7 @@ class Imported(Architecture):
         return imported(self.target)()
 
 
-def imported(target: str) -> Callable[[], nn.Module]:
+def imported(target: str) -> Callable[[], Any]:
     """The function that `target` names."""
     module, _, name = target.partition(":")
     try:

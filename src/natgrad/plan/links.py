@@ -1,10 +1,10 @@
 """What a message takes: latency + bandwidth on two levels, inside a host and between hosts.
 
 A ring passes p - 1 times a p-th of the payload (Thakur, Rabenseifner and Gropp 2005, section 4; NCCL's and gloo's
-reduce-scatter and all-gather); an all-reduce is both, or for small ones a tree up and down. A ring over hosts enters and
-leaves each host once, so what limits it is a host's link to the others, which its devices share. Where owners own so
-unlike amounts that a padded message would carry a quarter more, there is one message an owner instead, each through all
-ranks (parallel/transport.py), and p parts of the payload travel, not p - 1.
+reduce-scatter and all-gather); an all-reduce is both, or for small ones a tree up and down. A ring over hosts enters
+and leaves each host once, so what limits it is a host's link to the others, which its devices share. Where owners own
+so unlike amounts that a padded message would carry a quarter more, there is one message an owner instead, each through
+all ranks (parallel/transport.py), and p parts of the payload travel, not p - 1.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def tree(payload: float, machine: Machine, ranks: int) -> float:
 
 
 def hosts(machine: Machine, ranks: int) -> int:
+    """How many hosts so many ranks take."""
     return 1 if machine.one_host else math.ceil(ranks / machine.devices)
 
 
@@ -64,6 +65,7 @@ def narrowest(machine: Machine, ranks: int) -> float:
 
 
 def whole(payload: float, machine: Machine, ranks: int) -> float:
+    """The payload once through the narrowest part."""
     return payload / narrowest(machine, ranks)
 
 

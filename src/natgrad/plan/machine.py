@@ -118,9 +118,9 @@ def read(path: Path) -> Machine:
 def machine_of(plain: Any, where: str) -> Machine:
     """A machine from plain values, checked."""
     names = [f.name for f in fields(Machine)]
-    if not isinstance(plain, dict) or (missing := [n for n in NEEDED if n not in plain]):
-        lacks = ", ".join(missing) if isinstance(plain, dict) else "everything"
-        raise ValueError(f"machine {where!r} lacks {lacks}; natgrad plan --calibrate writes a whole one")
+    missing = [n for n in NEEDED if not isinstance(plain, dict) or n not in plain]
+    if missing:
+        raise ValueError(f"machine {where!r} lacks {', '.join(missing)}; natgrad plan --calibrate writes a whole one")
     if unknown := sorted(set(plain) - set(names)):
         raise ValueError(f"machine {where!r} has a field {unknown[0]!r}; known are {', '.join(names)}")
     try:

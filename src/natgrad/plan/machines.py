@@ -1,4 +1,4 @@
-"""Machines known by name. Peaks and bandwidths are data sheets'; what is achieved of them are assumptions, said as such.
+"""Machines known by name. Peaks and bandwidths are data sheets'; what is achieved of them is assumed, and said so.
 
 Nothing here was measured but "cpu". A measured file is better: natgrad plan --calibrate FILE, on the machine.
 """
@@ -137,6 +137,7 @@ MEMORY = {"elementwise": 0.75, "norm": 0.6, "gather": 0.35, "scatter": 0.1}
 
 
 def table(kind: str, best: float) -> Table:
+    """Rates that grow with the size up to the best."""
     return tuple((size, best * size / (size + HALF[kind])) for size in SIZES)
 
 
@@ -156,5 +157,5 @@ def sources(sheet: Sheet) -> dict[str, str]:
         "inside": f"{sheet.inside_why}, 80 % and 4 us assumed",
         "between": f"{sheet.between_why}, 80 % and 6 us assumed",
         "launch": "8 us of the host an operation in eager torch (assumed)",
-        "layer, refresh, call": "60 us of Python a layer and step, 200 us where it is measured, 40 us a message (assumed)",
+        "layer, refresh, call": "60 us of Python a layer, 200 us where it is measured, 40 us a message (assumed)",
     }

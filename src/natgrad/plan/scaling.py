@@ -1,4 +1,4 @@
-"""The whole plan: every optimizer on every number of ranks, as plain values that a table, a file and a page are made of."""
+"""The whole plan: every optimizer on every number of ranks, as the plain values that tables and pages are made of."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from natgrad.plan.ghost import build
+from natgrad.plan.ghost import Message, build
 from natgrad.plan.machine import Machine
 from natgrad.plan.stages import STAGES, Account
 from natgrad.plan.trace import Trace, on_meta, trace
@@ -68,11 +68,11 @@ def share_of(account: Account, adaptive: float) -> float:
 def row(account: Account, batch: int, adaptive: float, steps: int | None) -> dict[str, Any]:
     """One optimizer on one number of ranks."""
     share = share_of(account, adaptive)
-    (stale, few, _), (fresh, many, holds) = account.stages(False), account.stages(share > 0)
+    (stale, _), (fresh, holds) = account.stages(False), account.stages(share > 0)
+    (few, counted), (many, counted_fresh) = account.sent(False), account.sent(share > 0)
     average = {stage: stale[stage] + share * (fresh[stage] - stale[stage]) for stage in STAGES}
-    kinds = dict.fromkeys([*few, *many])
-    sent = {"stale": few, "fresh": many}
-    sent["average"] = {k: round(few.get(k, 0) + share * (many.get(k, 0) - few.get(k, 0))) for k in kinds}
+    wire = {"stale": travelled(few), "fresh": travelled(many)}
+    wire["average"] = wire["stale"] + share * (wire["fresh"] - wire["stale"])
     step = {"stale": sum(stale.values()), "fresh": sum(fresh.values()), "average": sum(average.values())}
     return {
         "ranks": account.ranks,
@@ -80,11 +80,17 @@ def row(account: Account, batch: int, adaptive: float, steps: int | None) -> dic
         "share": share,
         "stages": {"stale": stale, "fresh": fresh, "average": average},
         "step": step,
-        "bytes": sent,
+        "bytes": {"stale": counted, "fresh": counted_fresh},
+        "wire": wire,
         "memory": account.memory(),
         "run": None if steps is None else {"steps": steps, "seconds": steps * step["average"]},
         "holds": holding(fresh, holds),
     }
+
+
+def travelled(messages: Sequence[Message]) -> float:
+    """Bytes on the wire as multiples of the payload: an all-reduce passes it on twice, the others once."""
+    return float(sum(m.payload * (2 if m.how == "all_reduce" else 1) for m in messages))
 
 
 def holding(stages: Mapping[str, float], dearest: str) -> str:
@@ -100,7 +106,7 @@ def scaled(
     adaptive: float,
     steps_of: Callable[[int], int | None],
 ) -> dict[str, Any]:
-    """Rows of every optimizer on every (ranks, batch), and the layers of the first at the first and the last of them."""
+    """Rows of every optimizer on every (ranks, batch); the layers of the first one on the fewest and the most ranks."""
     found: dict[str, Any] = {"optimizers": [], "layers": {}}
     for name, settings in optimizers.items():
         rows = []

@@ -39,6 +39,7 @@ def source(machine: dict[str, Any]) -> str:
 
 
 def table(title: str, left: tuple[str, ...], right: tuple[str, ...], last: tuple[str, ...] = ()) -> Table:
+    """An empty table with columns to the left, to the right, and to the left again."""
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for headings, side in ((left, "left"), (right, "right"), (last, "left")):
         for heading in headings:
@@ -60,16 +61,17 @@ def stages(optimizer: dict[str, Any]) -> Table:
     return made
 
 
+TRAVELS = "What travels in a step (an all-reduce twice), what a rank holds (in all: an estimate), the whole run"
+
+
 def carried(plan: dict[str, Any]) -> Table:
     """What every optimizer sends and holds, and how long its run is."""
     heads = ("ranks", "batch", "MB sent, stale", "average", "all fresh", "state MB, mean", "most", "GB in all", "run")
-    made = table(
-        "What travels in a step, what a rank holds (in all: an estimate), the whole run", ("optimizer",), heads
-    )
+    made = table(TRAVELS, ("optimizer",), heads)
     for optimizer in plan["optimizers"]:
         for row in optimizer["rows"]:
             state = row["memory"]["state"]
-            sent = [sum(row["bytes"][kind].values()) / 1e6 for kind in ("stale", "average", "fresh")]
+            sent = [row["wire"][kind] / 1e6 for kind in ("stale", "average", "fresh")]
             made.add_row(
                 optimizer["name"] if row is optimizer["rows"][0] else "",
                 f"{row['ranks']:,}",
@@ -120,6 +122,7 @@ def advise(console: Console, name: str, advice: dict[str, Any]) -> None:
 
 
 def ms(seconds: float) -> str:
+    """Milliseconds, seconds where they are many."""
     value = 1e3 * seconds
     if value >= 1e5:
         return f"{seconds:,.0f} s"

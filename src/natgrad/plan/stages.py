@@ -52,9 +52,13 @@ class Account:
         seen = self.parts.seen.get(cell.name)
         return 0 if seen is None or not cell.curvature.statistics else cell.curvature.rows_held(cell.layer, seen)
 
-    def stages(self, fresh: bool) -> tuple[dict[str, float], dict[str, int], str]:
-        """Seconds by stage, bytes by kind, and what the step waits for longest."""
-        messages, sent = Step(self.built, self.form).send(self.model, fresh)
+    def sent(self, fresh: bool) -> tuple[list[Message], dict[str, int]]:
+        """Every message of a step, and the bytes by kind as `World.sent` counts them on the last rank."""
+        return Step(self.built, self.form).send(self.model, fresh)
+
+    def stages(self, fresh: bool) -> tuple[dict[str, float], str]:
+        """Seconds by stage, and the largest factor of the busiest owner."""
+        messages, _ = self.sent(fresh)
         last = [m for m in messages if m.kind in ("weights", "directions")]
         early = [m for m in messages if m not in last]
         found = dict.fromkeys(STAGES, 0.0)
@@ -68,7 +72,7 @@ class Account:
         found |= busiest
         self._hide(found, messages)
         self._look_again(found)
-        return found, sent, name
+        return found, name
 
     def _seconds(self, work: Sequence[Any], host: float = 0.0) -> float:
         return self.machine.seconds(work, self.ranks, host)

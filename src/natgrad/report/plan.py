@@ -49,6 +49,7 @@ def page(plan: dict[str, Any]) -> str:
 
 
 def head(plan: dict[str, Any], title: str) -> str:
+    """What is planned, and the advice."""
     about = escape(f"{plan['about']}, {plan['parameters']:,} parameters. Predicted, not measured.")
     advice = plan["advice"]
     said = ""
@@ -58,9 +59,9 @@ def head(plan: dict[str, Any], title: str) -> str:
     return f"<header><h1>{title}</h1><p>{about}</p></header>{said}"
 
 
-def figure(drawn: Figure, alternative: str, caption: str = "") -> str:
-    note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{picture(drawn, alternative)}{note}</figure>"
+def figure(drawn: Figure, alternative: str) -> str:
+    """A figure of the page."""
+    return f"<figure>{picture(drawn, alternative)}</figure>"
 
 
 def numbers(plan: dict[str, Any]) -> str:
@@ -74,13 +75,14 @@ def numbers(plan: dict[str, Any]) -> str:
         steps_of = [optimizer["rows"][place]["step"]["average"] for optimizer in plan["optimizers"]]
         cells = [f"{row['ranks']:,}", f"{row['batch']:,}", *(f"{1e3 * s:,.1f}" for s in steps_of)]
         cells += [f"{1e3 * row['step'][kind]:,.1f}" for kind in ("stale", "fresh")]
-        run = "-" if row["run"] is None else f"{row['run']['seconds'] / 60:,.1f} min"
+        run = "-" if row["run"] is None else f"{row['run']['seconds'] / 3600:,.2f} h"
         cells += [run, f"{max(row['memory']['state']) / 1e6:,.1f}", row["holds"]]
         lines.append(cells)
     return table(heads, lines)
 
 
 def table(heads: list[str], lines: list[list[str]]) -> str:
+    """A table of numbers."""
     top = "".join(f"<th>{escape(one)}</th>" for one in heads)
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in lines)
     shown = f"<thead><tr>{top}</tr></thead><tbody>{rows}</tbody>"
@@ -103,7 +105,10 @@ def steps(plan: dict[str, Any]) -> Figure:
     first = plan["optimizers"][0]["name"]
     left.set_title(f"Average step, ms ({first}: dotted stale, dashed all fresh)")
     right.set_title("Samples a second")
-    left.set_ylim(bottom=0)
+    if unlike(plan["optimizers"][0]["rows"]):
+        left.set_yscale("log")
+    else:
+        left.set_ylim(bottom=0)
     right.set_yscale("log")
     for axes in (left, right):
         by_ranks(axes, plan)
@@ -112,6 +117,7 @@ def steps(plan: dict[str, Any]) -> Figure:
 
 
 def by_ranks(axes: Axes, plan: dict[str, Any]) -> None:
+    """Ranks along the axis, doubled from tick to tick where there are many."""
     ranks = [row["ranks"] for row in plan["optimizers"][0]["rows"]]
     if max(ranks) > 16:
         axes.set_xscale("log", base=2)
@@ -121,22 +127,34 @@ def by_ranks(axes: Axes, plan: dict[str, Any]) -> None:
 
 
 def stacked(plan: dict[str, Any]) -> Figure:
-    """A bar for each number of ranks, in stages: the first optimizer with nothing, a part and all measured."""
+    """A bar for each number of ranks, in stages: the first optimizer with nothing, a part and all measured.
+
+    Where steps are of unlike lengths, as with a fixed batch, bars are shares of the step.
+    """
     drawn = Figure(figsize=(10.4, 3.9), layout="constrained")
-    kinds = {"stale": "nothing measured", "average": "on average", "fresh": "everything measured"}
-    rows = plan["optimizers"][0]["rows"]
-    for axes, (kind, title) in zip(drawn.subplots(1, 3, sharey=True), kinds.items()):
+    kinds = {"stale": "nothing measured", "average": "on average", "fresh": "all measured"}
+    rows, name = plan["optimizers"][0]["rows"], plan["optimizers"][0]["name"]
+    shares, unit = unlike(rows), "% of the step" if unlike(rows) else "ms"
+    plots = drawn.subplots(1, 3, sharey=True)
+    for axes, (kind, title) in zip(plots, kinds.items()):
         bottom = [0.0] * len(rows)
         for stage, colour in STAGES.items():
-            heights = [1e3 * row["stages"][kind][stage] for row in rows]
+            scales = [100 / row["step"][kind] if shares else 1e3 for row in rows]
+            heights = [scale * row["stages"][kind][stage] for scale, row in zip(scales, rows)]
             axes.bar(range(len(rows)), heights, bottom=bottom, color=colour, label=stage, width=0.7)
             bottom = [low + high for low, high in zip(bottom, heights)]
         axes.set_xticks(range(len(rows)), [f"{row['ranks']:,}" for row in rows], fontsize=8)
         axes.set_xlabel("ranks")
-        axes.set_title(f"{plan['optimizers'][0]['name']}: {title}, ms")
-    handles, labels = axes.get_legend_handles_labels()  # alike in all three
+        axes.set_title(f"{name}: {title}, {unit}")
+    handles, labels = plots[0].get_legend_handles_labels()  # alike in all three
     drawn.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=8.5)
     return drawn
+
+
+def unlike(rows: list[dict[str, Any]]) -> bool:
+    """Whether steps differ by so much that the short ones could not be seen beside the long ones."""
+    lengths = [row["step"]["fresh"] for row in rows]
+    return max(lengths) > 5 * min(lengths)
 
 
 def memory(plan: dict[str, Any]) -> Figure:
@@ -161,10 +179,10 @@ def sent(plan: dict[str, Any]) -> Figure:
     for optimizer, colour in zip(plan["optimizers"], COLOURS):
         rows = [row for row in optimizer["rows"] if row["ranks"] > 1]
         if rows:
-            payload = [sum(row["bytes"]["average"].values()) / 1e6 for row in rows]
-            axes.plot([row["ranks"] for row in rows], payload, "o-", color=colour, label=optimizer["name"])
+            megabytes = [row["wire"]["average"] / 1e6 for row in rows]
+            axes.plot([row["ranks"] for row in rows], megabytes, "o-", color=colour, label=optimizer["name"])
     axes.set_ylim(bottom=0)
-    axes.set_title("Payload of an average step, MB")
+    axes.set_title("Sent in an average step, MB (an all-reduce twice)")
     by_ranks(axes, plan)
     return drawn
 
@@ -180,11 +198,17 @@ def layers(plan: dict[str, Any]) -> str:
             + [str(row["owner"])]
             for row in rows
         ]
-        parts.append(f"<h2>The dearest layers on {int(ranks):,} ranks, everything measured</h2>{table(heads, lines)}")
+        parts.append(f"<h2>The dearest layers on {counted(int(ranks))}, everything measured</h2>{table(heads, lines)}")
     return "".join(parts)
 
 
+def counted(ranks: int) -> str:
+    """So many ranks in words."""
+    return f"{ranks:,} rank{'s' * (ranks > 1)}"
+
+
 def sources(plan: dict[str, Any]) -> str:
+    """Where the machine's figures are from."""
     lines = plan["machine"]["sources"].items()
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(said)}</td></tr>" for name, said in lines)
     return f'<h2>Where the machine\'s figures are from</h2><table class="facts"><tbody>{rows}</tbody></table>'
