@@ -32,9 +32,7 @@ class Attending(nn.Module):
 
 def stated(found):
     """Operations that layers state, and those that run between them."""
-    calls = [
-        (*c.passes.forward, *(() if c.first else c.passes.inputs), *c.passes.weights) for c in found.calls
-    ]
+    calls = [(*c.passes.forward, *(() if c.first else c.passes.inputs), *c.passes.weights) for c in found.calls]
     inside = sum(work.flops for works in calls for work in works)
     return inside, sum(work.flops for work in (*found.forward, *found.backward))
 
@@ -139,7 +137,9 @@ def test_directions_take_what_is_stated(kind, name):
     assert flops(curvature.precondition_work(layer, Seen(8, 1))) == real
 
 
-@pytest.mark.parametrize("curvature", [Kronecker(), Full(), UnitWise(), Diagonal(), Identity(), SampleSpace(4)], ids=str)
+@pytest.mark.parametrize(
+    "curvature", [Kronecker(), Full(), UnitWise(), Diagonal(), Identity(), SampleSpace(4)], ids=str
+)
 def test_every_curvature_states_all_of_its_work(curvature):
     layer, x, dy = layer_and_gradient("linear")
     seen = Seen(64, 1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from natgrad.parallel import World
-from natgrad.plan.calibrate import Bench
+from natgrad.plan.bench import Bench
 from natgrad.plan.machine import Link, Machine
 
 SMALL, LARGE = 1, 2**20  # numbers of a message
@@ -56,8 +56,8 @@ def quartile(values: list[float]) -> float:
 def crowding(world: World, device: torch.device) -> float:
     """How much longer convolutions and passes over memory take where all ranks do them, the mean of both."""
     bench = Bench(device)
-    x, w = bench.normal(64, 16, 32, 32), bench.normal(16, 16, 3, 3)
-    works: list[Callable[[], Any]] = [lambda: torch.conv2d(x, w, padding=1), lambda: x + x]
+    x, w = bench.cold(64, 16, 32, 32), bench.normal(16, 16, 3, 3)
+    works: list[Callable[[], Any]] = [lambda: torch.conv2d(x(), w, padding=1), lambda: x() + x()]
     alone = [bench.seconds(work) if world.rank == 0 else 0.0 for work in works]
     world.transport.all_reduce(torch.zeros(1, device=device))
     together = [bench.seconds(work) for work in works]

@@ -49,6 +49,8 @@ class Machine:
     between: Link
     crowding: float = 1.0
     """How much longer work takes where all devices of a host are busy, as they share memory."""
+    together: float = 1.0
+    """How much longer operations take one after the other in a network than each alone, again and again."""
     layer: float = 0.0
     """Seconds of the host for a layer's part in one step, beside its operations."""
     refresh: float = 0.0
@@ -73,7 +75,7 @@ class Machine:
     def seconds(self, works: Iterable[Work], ranks: int, host: float = 0.0) -> float:
         """One rank's time for these operations while `ranks` ranks work. host: seconds of Python beside them."""
         works = list(works)
-        busy = sum(self.device_seconds(work) for work in works)
+        busy = self.together * sum(self.device_seconds(work) for work in works)
         host += self.launch * sum(work.calls for work in works)
         return self.share(ranks) * (max(busy, host) if self.device == "gpu" else busy + host)
 
