@@ -1,7 +1,5 @@
 """`natgrad plan`: what is asked for, checked before anything is built, and what becomes of the answer."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
