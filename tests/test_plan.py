@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from natgrad.layers.work import COMPUTE, Work, moved, product
+from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import run_threads
 from natgrad.plan import bench, calibrate_links
 from natgrad.plan.advice import advise, parsed
@@ -59,6 +60,14 @@ def test_arithmetic_or_memory_whichever_is_longer():
 def test_ranks_beyond_the_cores_share_them():
     machine = replace(named("cpu"), crowding=1.5, devices=2)
     assert [machine.share(ranks) for ranks in (1, 2, 4)] == [1.0, 1.5, 3.0]
+
+
+@pytest.mark.parametrize(("name", "images"), [("v100-ib", 367), ("a100", 938)])
+def test_sgd_trains_a_resnet50_about_as_fast_as_nvidia_publishes(name, images):
+    """Images a second of one GPU in fp32 and TF32: DeepLearningExamples, ResNet50 v1.5 for PyTorch, 21.03."""
+    one = planner(ImageResNet(50), (3, 224, 224), 1000, name)
+    seconds = sum(one.account(Sgd(), 1, 128).stages(False)[0].values())
+    assert 128 / seconds == pytest.approx(images, rel=0.15)
 
 
 BARE = {"call": 0.0, "inside": Link(1e-6, 1e11), "between": Link(1e-5, 1e10), "devices": 4}
