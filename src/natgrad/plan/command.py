@@ -23,7 +23,7 @@ from natgrad.train.recipe import Recipe, described
 USAGE = """natgrad plan RECIPE [--field value ...]                    a recipe's fields, and
   --machine v100-ib|a100|h100|h200|cpu|FILE  --ranks 1,8,64  --per-rank 32  --overhead 5%  --json FILE  --out PAGE
 natgrad plan --model package.module:function --input 3,224,224 [--tokens VOCABULARY] [--batch 1024 ...]
-natgrad plan --calibrate FILE [--ranks N]                 measure this machine in two minutes
+natgrad plan --calibrate FILE [--ranks N]                 measure this machine, in less than two minutes
 """
 
 NAMES: dict[str, type[Settings]] = {"SGD": Sgd, "SP-NGD": SpNgd, "K-FAC": KFac, "SENG": Seng, "NLCG": Nlcg}

@@ -71,7 +71,7 @@ def row(account: Account, batch: int, adaptive: float, steps: int | None) -> dic
     (stale, _), (fresh, holds) = account.stages(False), account.stages(share > 0)
     (few, counted), (many, counted_fresh) = account.sent(False), account.sent(share > 0)
     average = {stage: stale[stage] + share * (fresh[stage] - stale[stage]) for stage in STAGES}
-    wire = {"stale": travelled(few), "fresh": travelled(many)}
+    wire = {"stale": travelled(few, account.ranks), "fresh": travelled(many, account.ranks)}
     wire["average"] = wire["stale"] + share * (wire["fresh"] - wire["stale"])
     step = {"stale": sum(stale.values()), "fresh": sum(fresh.values()), "average": sum(average.values())}
     return {
@@ -88,9 +88,12 @@ def row(account: Account, batch: int, adaptive: float, steps: int | None) -> dic
     }
 
 
-def travelled(messages: Sequence[Message]) -> float:
-    """Bytes on the wire as multiples of the payload: an all-reduce passes it on twice, the others once."""
-    return float(sum(m.payload * (2 if m.how == "all_reduce" else 1) for m in messages))
+def travelled(messages: Sequence[Message], ranks: int) -> float:
+    """Bytes that a rank passes on, the mean over ranks: of an all-reduce twice its payload, of what goes from rank to
+    rank its part.
+    """
+    parts = {"all_reduce": 2.0, "exchange": 1 / ranks}
+    return sum(m.payload * parts.get(m.how, 1.0) for m in messages)
 
 
 def holding(stages: Mapping[str, float], dearest: str) -> str:

@@ -10,14 +10,14 @@ from rich.table import Table
 
 from natgrad.plan.stages import STAGES
 
-SHORT = {"factorisation": "factor", "preconditioning": "precond.", "statistics": "measure"}
+SHORT = dict(zip(STAGES, ("forward", "backw.", "measure", "messg.", "factor", "precond", "update", "gather")))
 
 
 def show(plan: dict[str, Any]) -> None:
     """Print every optimizer's rows, all of them beside each other, the dearest layers, and the advice."""
     console = Console()
     if not console.is_terminal:
-        console.width = 170
+        console.width = 120
     console.print(f"[bold]{plan['name']}[/]: {plan['about']}, {plan['parameters']:,} parameters", highlight=False)
     console.print(f"on {plan['machine']['name']}: {source(plan['machine'])}", highlight=False)
     first, *_ = plan["optimizers"]
@@ -53,20 +53,20 @@ def stages(optimizer: dict[str, Any]) -> Table:
     said = f", {share:.1%} of the statistics measured a step" if share else ""
     heads = tuple(SHORT.get(stage, stage) for stage in STAGES)
     title = f"{optimizer['name']}: milliseconds of an average step{said}"
-    made = table(title, (), ("ranks", *heads, "step", "stale", "all fresh"), ("longest, all fresh",))
+    made = table(title, (), ("ranks", *heads, "step", "stale", "fresh"))
     for row in optimizer["rows"]:
         step = [row["step"][kind] for kind in ("average", "stale", "fresh")]
         parts = [row["stages"]["average"][stage] for stage in STAGES]
-        made.add_row(f"{row['ranks']:,}", *map(ms, (*parts, *step)), row["holds"])
+        made.add_row(f"{row['ranks']:,}", *map(ms, (*parts, *step)))
     return made
 
 
-TRAVELS = "What travels in a step (an all-reduce twice), what a rank holds (in all: an estimate), the whole run"
+TRAVELS = "What a rank passes on in a step and holds (with weights, activations: an estimate), and the whole run"
 
 
 def carried(plan: dict[str, Any]) -> Table:
     """What every optimizer sends and holds, and how long its run is."""
-    heads = ("ranks", "batch", "MB sent, stale", "average", "all fresh", "state MB, mean", "most", "GB in all", "run")
+    heads = ("ranks", "batch", "MB sent: stale", "mean", "fresh", "state MB: mean", "most", "all, GB", "run")
     made = table(TRAVELS, ("optimizer",), heads)
     for optimizer in plan["optimizers"]:
         for row in optimizer["rows"]:
@@ -88,7 +88,8 @@ def carried(plan: dict[str, Any]) -> Table:
 def beside(plan: dict[str, Any]) -> Table:
     """The average step of every optimizer, and over SGD's."""
     names = [optimizer["name"] for optimizer in plan["optimizers"]]
-    made = table("Average step in milliseconds (and over SGD's)", (), ("ranks", "batch", *names))
+    longest = f"{names[0]}, all fresh, waits for"
+    made = table("Average step in milliseconds (and over SGD's)", (), ("ranks", "batch", *names), (longest,))
     base = next((o for o in plan["optimizers"] if o["name"] == "SGD"), None)
     for place, row in enumerate(plan["optimizers"][0]["rows"]):
         cells = []
@@ -96,7 +97,7 @@ def beside(plan: dict[str, Any]) -> Table:
             step = optimizer["rows"][place]["step"]["average"]
             over = "" if base is None else f" ({step / base['rows'][place]['step']['average']:.2f})"
             cells.append(ms(step) + over)
-        made.add_row(f"{row['ranks']:,}", f"{row['batch']:,}", *cells)
+        made.add_row(f"{row['ranks']:,}", f"{row['batch']:,}", *cells, row["holds"])
     return made
 
 

@@ -182,7 +182,7 @@ def sent(plan: dict[str, Any]) -> Figure:
             megabytes = [row["wire"]["average"] / 1e6 for row in rows]
             axes.plot([row["ranks"] for row in rows], megabytes, "o-", color=colour, label=optimizer["name"])
     axes.set_ylim(bottom=0)
-    axes.set_title("Sent in an average step, MB (an all-reduce twice)")
+    axes.set_title("What a rank passes on in an average step, MB")
     by_ranks(axes, plan)
     return drawn
 
