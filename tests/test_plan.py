@@ -12,7 +12,7 @@ from natgrad.parallel import run_threads
 from natgrad.plan import bench, calibrate_links
 from natgrad.plan.advice import advise, parsed
 from natgrad.plan.calibrate import measured
-from natgrad.plan.calibrate_links import with_links
+from natgrad.plan.calibrate_links import links_of, with_links
 from natgrad.plan.ghost import Message
 from natgrad.plan.links import one, ring
 from natgrad.plan.machine import KINDS, Link, interpolated, machine_of
@@ -172,12 +172,15 @@ def test_calibration_measures_every_kind(monkeypatch):
     assert set(machine.rates) == set(KINDS)
     assert machine.rates["gemm"][-1][1] > 1e8
     assert 0 < machine.launch < 1e-3
-    linked = run_threads(2, lambda world: with_links(machine, world, torch.device("cpu")))[0]
+    linked = with_links(machine, run_threads(2, lambda world: links_of(world, torch.device("cpu")))[0], 2)
     assert linked.inside.bandwidth > 0
     assert linked.crowding >= 1
     again = machine_of(json.loads(json.dumps(linked.described())), "again")
     assert again.rates == {k: tuple(sorted(v)) for k, v in linked.rates.items()}
     assert again.one_host
+    assert with_links(
+        machine, {"between": Link(1e-5, 1e9), "call": 1e-5, "crowding": 1.0, "local": 1}, 2
+    ).between.bandwidth
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from natgrad.layers import find_layers
 from natgrad.layers.work import COMPUTE
 from natgrad.models import CifarResNet, Mlp, PreActResNet, Vgg16
 from natgrad.models.imagenet import ImageResNet
+from natgrad.plan.machines import named
 from natgrad.plan.trace import on_meta, trace
 from natgrad.sampling import Sampler
 
@@ -160,3 +161,28 @@ def test_fewer_rows_on_more_ranks():
     assert parts[0] == 2 * parts[1] == 4 * parts[2]
     assert parts[3] == parts[4] == 2 * 20**2
     assert part_of(3, 100) == 1
+
+
+class Unknown(nn.Linear):
+    """A linear layer that computes its weight, so that no layer describes it."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * 1.0, self.bias)
+
+
+def test_an_unknown_layer_costs_about_what_a_known_one_does():
+    """Its arithmetic comes from the operations themselves, forward and backward, and meets the same rates."""
+    seconds = []
+    for kind in (nn.Linear, Unknown):
+        model = on_meta(lambda kind=kind: nn.Sequential(kind(512, 2048), nn.ReLU(), nn.Linear(2048, 512)), "both")
+        if kind is Unknown:
+            model[0].register_parameter("more", nn.Parameter(torch.empty(1, device="meta")))  # no known layer any more
+        found = trace(model, (512,), 4096)
+        inside, between = stated(found)
+        assert inside + between == pytest.approx(found.counted, rel=1e-3)
+        assert (between > 0) == (kind is Unknown)
+        works = [w for c in found.calls for w in (*c.passes.forward, *c.passes.weights)]
+        works += [w for c in found.calls if not c.first for w in c.passes.inputs]
+        machine = named("v100-ib")
+        seconds.append(sum(machine.device_seconds(w) for w in (*works, *found.forward, *found.backward)))
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.15)

@@ -154,8 +154,15 @@ class Curvature(ABC):
         """What a refresh over `rows` rows and a step cost."""
 
     def measure_work(self, layer: Layer, key: str, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
-        """What measuring one statistic in one call on x that gave y takes on one of `ranks` ranks."""
-        return next(s for s in self.statistics if s.key == key).work(layer, x, y, ranks)
+        """What measuring one statistic in one call on x that gave y takes on one of `ranks` ranks.
+
+        A statistic that does not say counts with its part of `cost`.
+        """
+        statistic = next(s for s in self.statistics if s.key == key)
+        if type(statistic).work is Statistic.work:
+            rows = layer.count(x)[0] * layer.count(x)[1]
+            return (Work("gemm", 2 * self.cost(layer, rows).measure / len(self.statistics), 0.0, layer.shape.out),)
+        return statistic.work(layer, x, y, ranks)
 
     def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
         """What `factor` takes for one statistic, at its holder."""

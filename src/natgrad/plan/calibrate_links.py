@@ -66,22 +66,25 @@ def crowding(world: World, device: torch.device) -> float:
     return max(1.0, float(ratios.mean()))
 
 
-def with_links(machine: Machine, world: World, device: torch.device) -> Machine:
-    """The machine with what its ranks have measured."""
+def links_of(world: World, device: torch.device) -> dict[str, Any]:
+    """The fields of a machine that ranks measure. All of them must call it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         link, host = link_between(world, device)
-        crowded = crowding(world, device)
+        found: dict[str, Any] = {"call": host, "crowding": crowding(world, device)}
     finally:
         torch.set_num_threads(threads)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    sources = {**machine.sources, "call, crowding": f"measured by {world.size} ranks, {local} to a host"}
-    if local < world.size:
-        sources["between"] = f"measured by {world.size} ranks on {world.size // local} hosts"
-        return replace(machine, between=link, call=host, crowding=crowded, sources=sources)
-    sources["inside"] = f"measured by {world.size} ranks on one host"
-    sources.pop("inside, between, call, crowding", None)
-    if machine.device == "cpu":
+    return {**found, "between" if local < world.size else "inside": link, "local": local}
+
+
+def with_links(machine: Machine, found: dict[str, Any], ranks: int) -> Machine:
+    """The machine with what its ranks have measured."""
+    local = found["local"]
+    how = f"measured by {ranks} ranks, {local} to a host"
+    sources = {k: v for k, v in machine.sources.items() if k != "inside, between, call, crowding"}
+    sources |= {"call, crowding": how, "between" if local < ranks else "inside": how}
+    if machine.device == "cpu" and local == ranks:
         sources["between"] = "none: ranks beyond the cores share them"
-    return replace(machine, inside=link, call=host, crowding=crowded, sources=sources)
+    return replace(machine, **{k: v for k, v in found.items() if k != "local"}, sources=sources)

@@ -147,20 +147,20 @@ def run(arguments: list[str]) -> None:
         print(write_plan(json.loads(json.dumps(found)), Path(options.out)))
 
 
-def calibrate(path: Path, world: World) -> str:
-    """Measure this machine, or the links between the ranks of this world, and write the file."""
+def calibrate(path: Path, world: World) -> None:
+    """Measure this machine, or the links between the ranks of this world, and write the file (rank 0's)."""
     from natgrad.plan.calibrate import measured
-    from natgrad.plan.calibrate_links import with_links
+    from natgrad.plan.calibrate_links import links_of, with_links
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if world.size == 1:
+    if world.rank == 0 and (world.size == 1 or not path.is_file()):
         write(path, measured(device, cores()).described())
-        return "finished"
-    world.max([torch.zeros(1)])  # whoever comes last has let the others wait
-    machine = with_links(named(str(path)), world, device)
+    if world.size == 1:
+        return
+    world.max([torch.zeros(1)])  # the others wait until rank 0 has measured itself
+    found = links_of(world, device)
     if world.rank == 0:
-        write(path, machine.described())
-    return "finished"
+        write(path, with_links(named(str(path)), found, world.size).described())
 
 
 def calibration(arguments: list[str]) -> tuple[Path, int]:

@@ -45,7 +45,12 @@ class Account:
         return sum(p.numel() for p in self.model.parameters())
 
     def form(self, cell: Cell) -> Form:
-        return cell.curvature.form(cell.layer, self.parts.seen[cell.name])  # type: ignore[attr-defined]
+        """The rows of a cell whose statistic is rows."""
+        form = getattr(cell.curvature, "form", None)
+        if form is None:
+            name = type(cell.curvature).__name__
+            raise ValueError(f"{name} does not say how large its rows are: give it a method form, as SampleSpace has")
+        return form(cell.layer, self.parts.seen[cell.name])
 
     def held(self, cell: Cell) -> int:
         """Bytes of measured rows at a cell's owner."""

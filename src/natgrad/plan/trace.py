@@ -24,6 +24,8 @@ from natgrad.layers.work import Passes, Work
 OF_LAYERS = ("convolution_backward", "batch_norm", "layer_norm", "group_norm", "embedding_dense_backward")
 """Operations of a backward pass that layers have stated already."""
 
+CHANNELS = 64.0
+"""The size at which convolutions of unknown layers count."""
 NOTHING = ("detach", "empty", "empty_like", "new_empty")
 """Operations that touch no memory."""
 
@@ -57,13 +59,23 @@ class Trace:
     """Operations of both passes as torch's counter has them."""
 
 
+class Operation(NamedTuple):
+    """One operation: its arithmetic, its bytes, the short side of its matrices, and whether a known layer runs it."""
+
+    name: str
+    flops: float
+    bytes: float
+    size: float
+    inside: bool
+
+
 class Watch(TorchDispatchMode):
-    """Takes down every operation: its arithmetic, its bytes, and whether a known layer is running."""
+    """Takes down every operation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inside = 0
-        self.taken: list[tuple[str, float, float, bool]] = []
+        self.taken: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -72,10 +84,14 @@ class Watch(TorchDispatchMode):
             count = flop_registry.get(func._overloadpacket)
             flops = float(count(*args, **(kwargs or {}), out_val=out)) if count is not None else 0.0
             tensors = [t for t in (*tree_leaves(args), *tree_leaves(out)) if isinstance(t, Tensor)]
-            self.taken.append((name, flops, float(sum(size_of(t) for t in tensors)), self.inside > 0))
+            sides = [side for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim() > 1 for side in t.shape[-2:]]
+            short = float(min(sides, default=1)) if flops and "conv" not in name else CHANNELS
+            moves = float(sum(size_of(t) for t in tensors))
+            self.taken.append(Operation(name, flops, moves, short, self.inside > 0))
         return out
 
-    def take(self) -> list[tuple[str, float, float, bool]]:
+    def take(self) -> list[Operation]:
+        """What was taken down since the last time."""
         taken, self.taken = self.taken, []
         return taken
 
@@ -138,7 +154,7 @@ def trace(model: nn.Module, shape: Sequence[int], samples: int, name: str = "the
     model.zero_grad()
     found.saved = sum(size for _, size in stores.values())
     found.parameters = sum(size_of(t) for t in (*model.parameters(), *model.buffers()))
-    found.counted = sum(flops for _, flops, _, _ in (*forward, *backward))
+    found.counted = sum(one.flops for one in (*forward, *backward))
     between(found, forward, backward)
     return found
 
@@ -161,26 +177,26 @@ def attach(module: nn.Module, name: str, layer: Layer, watch: Watch, found: Trac
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, with_kwargs=True)]
 
 
-def between(found: Trace, forward: list[tuple], backward: list[tuple]) -> None:
+def between(found: Trace, forward: list[Operation], backward: list[Operation]) -> None:
     """Fill in what runs between layers: what nobody has stated."""
-    for name, flops, size, inside in forward:
-        if not inside and size:
-            found.forward.append(work_of(name, flops, size))
+    found.forward += [work_of(one) for one in forward if not one.inside and one.bytes]
     stated = sum(
         work.flops
         for call in found.calls
         for work in ((() if call.first else call.passes.inputs) + call.passes.weights)
     )
-    more = sum(flops for _, flops, _, _ in backward) - stated
-    for name, flops, size, _ in backward:
-        if size and not flops and not any(part in name for part in OF_LAYERS):
-            found.backward.append(work_of(name, 0.0, size))
-    if more > 1e-3 * stated:
-        found.backward.append(Work("gemm", more, 0.0, 64, 2))
+    dense = [one for one in backward if one.flops]
+    more = sum(one.flops for one in dense) - stated
+    for one in backward:
+        if one.bytes and not one.flops and not any(part in one.name for part in OF_LAYERS):
+            found.backward.append(work_of(one))
+    if more > 1e-3 * stated:  # which of these operations are layers' cannot be seen: they count with their mean side
+        side = sum(one.size * one.flops for one in dense) / sum(one.flops for one in dense)
+        found.backward.append(Work("gemm", more, 0.0, side, 2))
 
 
-def work_of(name: str, flops: float, size: float) -> Work:
+def work_of(one: Operation) -> Work:
     """An operation as work: products by their arithmetic, all else by its bytes."""
-    if flops:
-        return Work("conv" if "conv" in name else "gemm", flops, size, 64)
-    return Work("elementwise", 0.0, size)
+    if one.flops:
+        return Work("conv" if "conv" in one.name else "gemm", one.flops, one.bytes, one.size)
+    return Work("elementwise", 0.0, one.bytes)
