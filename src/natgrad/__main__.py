@@ -15,6 +15,7 @@ USAGE = """natgrad: second-order training with very large mini-batches
   natgrad train --list                                   the recipes
   natgrad compare TASK [--ranks N] [...]                 optimizers at equal budgets, and a report
   natgrad coverage RECIPE                                which curvature each layer has, and its cost
+  natgrad plan RECIPE [--machine h100] [--ranks 1,64]    what it will cost on other machines
   natgrad report RUN... [--out FILE]                     one HTML page from run folders
 
 Every command answers to --help; so does every recipe."""
@@ -133,6 +134,33 @@ def coverage(arguments: list[str]) -> int:
     return 0
 
 
+def plan(arguments: list[str]) -> int:
+    """Predict time, messages and memory by ranks; or measure this machine for that."""
+    from natgrad.train.launch import check_ranks, in_world, launch
+
+    if "--calibrate" in arguments or any(word.startswith("--calibrate=") for word in arguments):
+        from natgrad.parallel import World, join, leave
+        from natgrad.plan.command import calibrate, calibration
+
+        path, ranks = calibration(arguments)
+        if in_world():
+            check_ranks(ranks)
+            calibrate(path, join())
+            leave()
+            return 0
+        calibrate(path, World())
+        return launch(ranks, ["plan", "--calibrate", str(path)]) if ranks > 1 else 0
+    if no_name(arguments):
+        from natgrad.plan.command import USAGE
+
+        print(USAGE)
+        return show_recipes(arguments)
+    from natgrad.plan.command import run
+
+    run(arguments)
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """Write one HTML page from the folders of runs or of a comparison."""
     from natgrad.report import write
@@ -181,6 +209,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "compare": compare,
     "coverage": coverage,
+    "plan": plan,
     "report": report,
 }
 
