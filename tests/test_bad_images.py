@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from natgrad.data import Cifar10, ImageSet, hold_out
+from natgrad.data import Cifar10, ImageSet, hold_out, pictures
 from pictures import write_images
 from test_cifar import write_cifar
+
+
+@pytest.fixture(autouse=True)
+def _workers_for_few(monkeypatch):
+    monkeypatch.setattr(pictures, "ENOUGH", 5)
 
 
 def broken(folder, *names):

@@ -37,7 +37,7 @@ MISTAKES = {
     "a crop": (["train", "imagenet_spngd_4k", "--data.crop", "300"], "crop=300 .*size=256.*--data.crop"),
     "no images": (["train", "imagenet_kfac_4k", "--data.path", "no/such"], "'no/such'.*--data.path"),
     "batch": (["train", "digits_sgd", "--batch", "5000"], "batch=5000 .* 1437"),
-    "data": (["train", "cifar100_sgd", "--data.path", "no/such"], "'no/such'.*--data.path"),
+    "data": (["train", "cifar100_resnet20_sgd", "--data.path", "no/such"], "'no/such'.*--data.path"),
     "ranks": (["train", "digits_sgd", "--ranks", "-2"], "ranks=-2"),
     "device": (["train", "digits_sgd", "--device", "tpu"], "device='tpu'"),
     "a task": (["compare", "digit"], "did you mean digits"),

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from natgrad.data import Cifar100, Digits, Images, ImageSet, Splits, hold_out
-from natgrad.data.augment import crop_and_flip, flip, pad_crop
+from natgrad.data import Cifar100, Digits, Images, ImageSet, Sampler, Splits, hold_out
+from natgrad.data.augment import crop_and_flip, flip, pad_crop, windows
 
 DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
@@ -44,6 +46,32 @@ def test_held_out_images_are_no_longer_trained_on():
     assert both.sort().values.tolist() == list(range(100))
     with pytest.raises(ValueError, match="share=1"):
         hold_out(Splits(everything, test), 1.0, seed=3)
+
+
+@given(st.integers(5, 60), st.integers(2, 20), st.integers(1, 5), st.integers(1, 7), st.integers(0, 9))
+def test_ranks_take_each_image_once_part_after_part(size, batch, ranks, micro, seed):
+    if not ranks <= batch <= size:
+        return
+    images = Images(torch.arange(size).view(-1, 1, 1, 1), torch.arange(size), size, (0.0,), (1.0,))
+    seen = []
+    for rank in range(ranks):
+        for share in Sampler(size, batch, seed, rank, ranks).epoch(seed):
+            for index in share.index.split(micro):
+                inputs, labels = images.batch(index)
+                assert torch.equal(inputs.flatten().long(), labels)
+                seen += labels.tolist()
+    rest = size % batch
+    assert len(seen) == len(set(seen)) == size - (rest if rest < ranks else 0)
+
+
+@pytest.mark.parametrize("size", [33, 256, 500])
+def test_windows_move_pixels_exactly(size):
+    images = torch.randint(0, 256, (20, 3, size, size), dtype=torch.uint8)
+    cut = 7 * size // 8
+    corners = torch.randint(-5, size - cut + 6, (2, 20))
+    padded = torch.nn.functional.pad(images, (5,) * 4).float()
+    for found, image, (row, column) in zip(windows(images, corners, cut, cut - 3), padded, (corners + 5).T.tolist()):
+        assert torch.equal(found, image[:, row : row + cut, column : column + cut - 3])
 
 
 def test_pad_crop_shifts_whole_images():

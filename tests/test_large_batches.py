@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from natgrad.data import Digits, Images, Regularisation, Splits
-from natgrad.models import Architecture
+from natgrad.models import Architecture, Mlp
 from natgrad.parallel import World, run_threads
 from natgrad.train import loop
 from natgrad.train.loop import prepare, steps
@@ -161,3 +161,13 @@ def test_a_share_is_kept_for_one_more_pass_only_where_it_cannot_be_made_again(sp
     assert alive == [4 if kept else 1]  # the last part is still a name of the loop
     assert len(values) == 12
     assert all(torch.equal(values[k], values[k % 4]) for k in range(12))
+
+
+def test_gradients_that_leave_early_wait_for_the_last_part(splits):
+    def work(world, overlap):
+        optimizer = SpNgd(lr=0.05, overlap=overlap)
+        job = prepare(Recipe(Digits(), Mlp((16,)), optimizer, batch=50, micro_batch=10, steps=4), world, splits)
+        return [step.loss for step in steps(job)]
+
+    early, late = (run_threads(2, lambda world, o=o: work(world, o))[0] for o in (True, False))
+    assert early == pytest.approx(late, rel=1e-5)

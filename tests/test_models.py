@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.models import CifarResNet, Mlp, Vgg16
+from natgrad.models import CifarResNet, Mlp, PreActResNet, Vgg16
 from natgrad.models.imagenet import ImageResNet
 
 
@@ -14,9 +14,45 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("depth", "count"), [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)])
+@pytest.mark.parametrize(
+    ("depth", "count"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)]
+)
 def test_cifar_resnets_have_their_published_number_of_parameters(depth, count):
     assert parameters(CifarResNet(depth, shortcut="free").build((3, 32, 32), 10)) == count
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "count"),
+    [
+        (ImageResNet(18), 1000, 11_689_512),  # torchvision's
+        (ImageResNet(34), 1000, 21_797_672),
+        (ImageResNet(50), 1000, 25_557_032),
+        (ImageResNet(101), 1000, 44_549_160),
+        (ImageResNet(50, deep_stem=True), 1000, 25_576_264),  # timm's resnet50d
+        (Vgg16(), 1000, 138_365_992),  # torchvision's vgg16_bn
+    ],
+    ids=["18", "34", "50", "101", "50-d", "vgg16"],
+)
+def test_networks_of_imagenet_have_their_published_number_of_parameters(model, classes, count, monkeypatch):
+    for module in ("imagenet", "vgg"):
+        monkeypatch.setattr(f"natgrad.models.{module}.he_normal", lambda built: built)  # which takes its time
+    with torch.device("meta"):
+        built = model.build((3, 224, 224), classes)
+        assert parameters(built) == count
+        assert built(torch.empty(2, 3, 224, 224)).shape == (2, classes)
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.47), (56, 0.86), (110, 1.73)])
+def test_the_second_version_of_cifar_resnets_is_the_first_and_its_projections(depth, millions):
+    """He et al. 2016 count 1.7 M for ResNet-110 of either version."""
+    blocks = (depth - 2) // 6
+    first = parameters(CifarResNet(depth, shortcut="free").build((3, 32, 32), 10))
+    second = parameters(PreActResNet(depth).build((3, 32, 32), 10))
+    projections = 16 * 16 + 16 * 32 + 32 * 64
+    norms = 2 * (16 + 32 + 64) * 2 * blocks + 2 * 16  # v1: two a block, one at the start
+    own = 2 * ((2 * blocks + 0) * 16 + 16 + (2 * blocks - 1) * 32 + 32 + (2 * blocks - 1) * 64 + 64)
+    assert second - first == projections + own - norms
+    assert second == pytest.approx(millions * 1e6, rel=0.02)
 
 
 def test_resnet_18_of_cifar_has_its_published_number_of_parameters():

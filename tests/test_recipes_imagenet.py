@@ -12,7 +12,7 @@ from natgrad.recipes import find
 from natgrad.schedules import Constant, Polynomial
 from natgrad.train.loop import prepare, steps
 from natgrad.train.optimizers import KFac, SpNgd
-from test_folder import write_images
+from pictures import write_images
 
 IMAGES = 1_281_167
 

@@ -22,7 +22,7 @@ from natgrad.schedules import RootWarmUp
 from natgrad.train import loop
 from natgrad.train.average import Average
 from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import Nlcg, Sgd
+from natgrad.train.optimizers import Nlcg
 from natgrad.train.recipe import Recipe
 
 # batch: (lr = 0.1 x batch / 256, steps of 200 epochs)
@@ -61,12 +61,6 @@ def test_the_imagenet_recipe_follows_the_same_rules():
     assert recipe.optimizer.lr == pytest.approx(25.6)
     assert [recipe.schedule(t) for t in (0.125, 0.5, 0.52, 0.77)] == pytest.approx([1, 1, 0.1, 0.01])
     assert recipe.schedule(0) == pytest.approx(0.001 / 25.6)
-
-
-def test_the_control_differs_in_its_optimizer_alone():
-    ours, control = find("cifar100_nlcg_16k")(), find("cifar100_momentum_16k")()
-    assert isinstance(control.optimizer, Sgd)
-    assert replace(control, optimizer=ours.optimizer) == ours
 
 
 def test_the_release_network_has_its_projections_and_its_size():

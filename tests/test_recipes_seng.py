@@ -1,10 +1,10 @@
 """SENG's recipes against its hyper-parameters, written out a second time, and made small for real."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from test_folder import write_images
 
 from natgrad.data import Cifar10, ImageSet
 from natgrad.models import CifarResNet, Vgg16
@@ -14,12 +14,15 @@ from natgrad.recipes import find
 from natgrad.schedules import Constant
 from natgrad.train.loop import prepare, steps
 from natgrad.train.optimizers import Seng
+from pictures import write_images
 from test_cifar import write_cifar
 
 # batch, lr, lambda, weight decay, momentum, refresh, c, threshold, epochs
 TABLE = {
     "cifar10_seng_resnet18": (256, 0.05, 2.0, 1e-2, 0.9, 200, 256, 7e5, 65),
     "cifar10_seng_vgg16": (256, 0.05, 2.0, 1e-2, 0.9, 200, 256, 7e5, 70),
+    "cifar10_seng_resnet18_2021": (256, 0.05, 1.0, 5e-4, 0.9, 200, 256, 7e5, 65),
+    "cifar10_seng_vgg16_2021": (256, 0.05, 2.0, 5e-4, 0.9, 200, 256, 7e5, 100),
     "imagenet_seng": (256, 0.145, 0.17, 1e-4, 0.9, 1000, 128, 7e5, 41),
 }
 
@@ -37,6 +40,8 @@ def imagenet_rate(e):
 RATES = {
     "cifar10_seng_resnet18": cifar_rate(70),
     "cifar10_seng_vgg16": cifar_rate(75),
+    "cifar10_seng_resnet18_2021": lambda e: 0.001 + 0.5 * (0.05 - 0.001) * (1 + math.cos(math.pi * e / 70)),
+    "cifar10_seng_vgg16_2021": lambda e: 0.05 * 0.1 ** (e // 30),
     "imagenet_seng": imagenet_rate,
 }
 

@@ -15,11 +15,11 @@ from natgrad.data import Digits
 from natgrad.models import Mlp
 from natgrad.parallel import World, run_threads
 from natgrad.train import loop
-from natgrad.train.lock import Lock, on_first
 from natgrad.train.optimizers import Sgd, SpNgd
 from natgrad.train.recipe import Recipe
 from natgrad.train.resume import check_agreement, choose
 from natgrad.train.run import Options, check, run
+from natgrad.train.together import Lock, everybody, on_first
 
 MLP = Recipe(Digits(), Mlp((16,)), SpNgd(lr=0.05), batch=200, epochs=3, evaluate_every=4, seed=3)
 TOTAL = 24
@@ -185,6 +185,13 @@ def test_every_rank_raises_what_the_first_one_met():
         return on_first(world, lambda: 5)
 
     assert run_threads(3, work) == [5, None, None]
+
+
+def test_everybody_hears_what_any_rank_says():
+    said = [["b.jpg", "é.jpg"], [], ["a.jpg", "b.jpg"]]
+    assert run_threads(3, lambda world: everybody(world, said[world.rank])) == [["a.jpg", "b.jpg", "é.jpg"]] * 3
+    assert run_threads(2, lambda world: everybody(world, [])) == [[], []]
+    assert everybody(World(), ["x"]) == ["x"]
 
 
 def test_ranks_that_disagree_on_the_recipe_are_refused_at_the_start():

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ USAGE = """natgrad: second-order training with very large mini-batches
   natgrad train --list                                   the recipes
   natgrad compare TASK [--ranks N] [...]                 optimizers at equal budgets, and a report
   natgrad coverage RECIPE                                which curvature each layer has, and its cost
+  natgrad plan RECIPE [--machine h100] [--ranks 1,64]    what it will cost on other machines
   natgrad report RUN... [--out FILE]                     one HTML page from run folders
 
 Every command answers to --help; so does every recipe."""
@@ -136,6 +138,33 @@ def coverage(arguments: list[str]) -> int:
     return 0
 
 
+def plan(arguments: list[str]) -> int:
+    """Predict time, messages and memory by ranks; or measure this machine for that."""
+    from natgrad.train.launch import check_ranks, in_world, launch
+
+    if "--calibrate" in arguments or any(word.startswith("--calibrate=") for word in arguments):
+        from natgrad.parallel import World, join, leave
+        from natgrad.plan.command import calibrate, calibration
+
+        path, ranks = calibration(arguments)
+        if in_world():
+            check_ranks(ranks)
+            calibrate(path, join())
+            leave()
+            return 0
+        calibrate(path, World())
+        return launch(ranks, ["plan", "--calibrate", str(path)]) if ranks > 1 else 0
+    if no_name(arguments):
+        from natgrad.plan.command import USAGE
+
+        print(USAGE)
+        return show_recipes(arguments)
+    from natgrad.plan.command import run
+
+    run(arguments)
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """Write one HTML page from the folders of runs or of a comparison."""
     from natgrad.report import write
@@ -154,13 +183,22 @@ def no_name(arguments: list[str]) -> bool:
 
 
 def show_recipes(arguments: list[str]) -> int:
-    """List all recipes with the first line of their descriptions."""
+    """List all recipes with the first line of their descriptions, those of one file together."""
     from natgrad.recipes import every
 
     known = every()
     wide = max(len(name) for name in known)
-    lines = [f"  {name:<{wide}} {(inspect.getdoc(maker) or '').splitlines()[0]}" for name, maker in known.items()]
-    return show("natgrad train RECIPE [--field value ...]; the recipes:\n", lines, arguments)
+    lines, modules = [], dict.fromkeys(maker.__module__ for maker in known.values())
+    for module in modules:
+        lines += ["", (inspect.getdoc(sys.modules[module]) or module).splitlines()[0]]
+        own = sorted((name for name, maker in known.items() if maker.__module__ == module), key=by_size)
+        lines += [f"  {name:<{wide}}  {(inspect.getdoc(known[name]) or '').splitlines()[0]}" for name in own]
+    return show("natgrad train RECIPE [--field value ...]; RECIPE may also be ./file.py:recipe", lines, arguments)
+
+
+def by_size(name: str) -> str:
+    """Return what a name is sorted by, so that batches of 512, 1k and 16k follow each other."""
+    return re.sub(r"(\d+)(k?)", lambda found: f"{int(found[1]) * (1024 if found[2] else 1):09d}", name)
 
 
 def show(title: str, lines: list[str], arguments: list[str]) -> int:
@@ -175,6 +213,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "compare": compare,
     "coverage": coverage,
+    "plan": plan,
     "report": report,
 }
 

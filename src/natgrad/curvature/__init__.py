@@ -1,6 +1,6 @@
 """What a layer's curvature looks like: pure functions over its statistics."""
 
-from natgrad.curvature.base import Cost, Curvature, Draw, Moment, Statistic
+from natgrad.curvature.base import Cost, Curvature, Draw, Moment, Seen, Statistic
 from natgrad.curvature.diagonal import Diagonal
 from natgrad.curvature.eigen import EigenKronecker
 from natgrad.curvature.full import Full
@@ -28,6 +28,7 @@ __all__ = [
     "RowNorm",
     "Rows",
     "SampleSpace",
+    "Seen",
     "Sketch",
     "Statistic",
     "Uniform",

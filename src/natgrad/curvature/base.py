@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layers.base import Layer, Shape
+from natgrad.layers.work import Work
 
 EXACT_ROWS = 16_384  # up to so many rows the output moment is one cheap pass (docs/math.md)
 LEAST_ROWS = 4_096
@@ -57,6 +58,13 @@ class Cost(NamedTuple):
         return sum(self.factors.values()) + self.precondition
 
 
+class Seen(NamedTuple):
+    """What a layer sees in one step of all ranks: samples, and places of each."""
+
+    samples: int
+    places: int
+
+
 @dataclass(frozen=True)
 class Statistic(ABC):
     """One statistic of one layer. `samples`: how much of a batch is measured; None measures all of it.
@@ -75,6 +83,10 @@ class Statistic(ABC):
     @abstractmethod
     def after(self, layer: Layer, kept: Any, dy: Tensor, draw: Draw) -> Any:
         """The part of one call, from what was kept and the output's gradient."""
+
+    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+        """What measuring one call on x that gave y takes on one of `ranks` ranks. Both may be on the meta device."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what measuring takes")
 
 
 @dataclass(frozen=True)
@@ -141,10 +153,39 @@ class Curvature(ABC):
     def cost(self, layer: Layer, rows: int) -> Cost:
         """What a refresh over `rows` rows and a step cost."""
 
+    def measure_work(self, layer: Layer, key: str, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+        """What measuring one statistic in one call on x that gave y takes on one of `ranks` ranks.
+
+        A statistic that does not say counts with its part of `cost`.
+        """
+        statistic = next(s for s in self.statistics if s.key == key)
+        if type(statistic).work is Statistic.work:
+            rows = layer.count(x)[0] * layer.count(x)[1]
+            return (Work("gemm", 2 * self.cost(layer, rows).measure / len(self.statistics), 0.0, layer.shape.out),)
+        return statistic.work(layer, x, y, ranks)
+
+    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+        """What `factor` takes for one statistic, at its holder."""
+        side = (multiplications := self.cost(layer, seen.samples).factors[key]) ** (1 / 3)
+        return (Work("inverse", 2 * multiplications, 0.0, side, 6),)
+
+    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+        """What `precondition` takes, at the owner."""
+        return (Work("gemm", 2 * self.cost(layer, seen.samples).precondition, 0.0, layer.shape.out, 2),)
+
+    def rows_held(self, layer: Layer, seen: Seen) -> int:
+        """Bytes that the owner holds of what was measured, beside statistics of a fixed shape and their inverses."""
+        return 0
+
 
 def block_diagonal(blocks: Tensor) -> Tensor:
     """Blocks [b, d, d] as one matrix [b*d, b*d]."""
     return torch.block_diag(*blocks)
+
+
+def part_of(wanted: int, ranks: int) -> int:
+    """How many of `wanted` rows or samples one of `ranks` ranks draws."""
+    return max(1, round(wanted / ranks))
 
 
 def wanted_rows(samples: int, dimension: int) -> int:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost, Curvature, Moment
+from natgrad.curvature.base import Cost, Curvature, Moment, Seen
 from natgrad.curvature.unitwise import SampleMoment
 from natgrad.layers.base import Layer, Shape
+from natgrad.layers.work import Work, moved
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Diagonal(Curvature):
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         return torch.diag(statistics["F"].flatten() + damping)
+
+    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+        return (moved(layer.shape.numel, 4, calls=3),)
+
+    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+        return (moved(layer.shape.numel, 3, calls=2),)
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         numel = layer.shape.numel

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost
+from natgrad.curvature.base import Cost, Seen
 from natgrad.curvature.kronecker import Kronecker
 from natgrad.layers.base import Layer
+from natgrad.layers.work import Work, moved, product
 from natgrad.linalg import eigen
 
 EIGEN_COST = 6.0  # against a Cholesky inverse of the same size
@@ -49,6 +50,21 @@ class EigenKronecker(Kronecker):
         turned = (turned if qa is None else turned @ qa) / g.unsqueeze(2) / a.unsqueeze(1)
         turned = turned if qg is None else qg @ turned
         return turned if qa is None else turned @ qa.mT
+
+    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+        """An eigendecomposition, counted in the d^3 operations of a Cholesky inverse."""
+        side, diagonal = self._sides(layer)[key]
+        blocks = layer.shape.blocks
+        if diagonal:
+            return (moved(blocks * side, 2),)
+        return (Work("eigen", float(blocks * side**3), 4.0 * 6 * blocks * side**2, side, 6),)
+
+    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+        """To the eigenvectors and back: two products with each factor."""
+        b, o, i = layer.shape
+        left = () if self.diagonal_g else (product(o, o, i, 2 * b, 2),)
+        right = () if self.diagonal_a else (product(o, i, i, 2 * b, 2),)
+        return *left, *right, moved(b * o * i, 6, calls=8)
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         plain = super().cost(layer, rows)

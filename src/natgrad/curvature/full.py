@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost, Curvature, Moment
+from natgrad.curvature.base import Cost, Curvature, Moment, Seen
 from natgrad.curvature.unitwise import SampleMoment
 from natgrad.layers.base import Layer, Shape
+from natgrad.layers.work import Work, moment_of, moved
 from natgrad.linalg import damped_inverse
 
 
@@ -24,6 +25,9 @@ class WholeMoment(SampleMoment):
 
     def shape(self, layer: Layer) -> tuple[int, ...]:
         return 1, layer.shape.numel, layer.shape.numel
+
+    def close_work(self, layer: Layer, samples: int) -> tuple[Work, ...]:
+        return moved(samples * layer.shape.numel, 2, calls=3), moment_of(samples, layer.shape.numel)
 
     def close(self, parts: list[Tensor]) -> Tensor:
         rows = self.gradients(parts).flatten(1)
@@ -54,6 +58,14 @@ class Full(Curvature):
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         eye = torch.eye(shape.numel, dtype=statistics["F"].dtype)
         return statistics["F"][0] + self.coefficient * damping * eye
+
+    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+        """A Cholesky factor and the inverse of it, of all weights at once."""
+        d = layer.shape.numel
+        return (Work("inverse", float(d**3), 4.0 * 6 * d * d, d, 8),)
+
+    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+        return (moved(layer.shape.numel**2, 1, calls=3),)
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         d = layer.shape.numel

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost, Curvature, Moment
+from natgrad.curvature.base import Cost, Curvature, Moment, Seen
 from natgrad.layers.base import Layer, Shape
+from natgrad.layers.work import Work, moved
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Identity(Curvature):
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         return torch.eye(shape.numel, dtype=torch.float64)
+
+    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+        return (moved(layer.shape.numel, 2),)
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         return Cost(0.0, {}, float(layer.shape.numel), 0)

@@ -22,10 +22,13 @@ from natgrad.curvature.base import (
     Curvature,
     Draw,
     Moment,
+    Seen,
     block_diagonal,
+    part_of,
     wanted_rows,
 )
 from natgrad.layers.base import Layer, Shape, gram_cost, moment
+from natgrad.layers.work import Work, launched, moment_of, moved, product
 from natgrad.linalg import damped_inverse
 
 
@@ -59,6 +62,18 @@ class InputMoment(Moment):
     def after(self, layer: Layer, kept: Tensor, dy: Tensor, draw: Draw) -> Tensor:
         return kept
 
+    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+        if self.diagonal:
+            return (moved(x.numel(), 2, calls=4),)
+        if self.samples is None:
+            return layer.second_moment_work(x)
+        b, _, i = layer.shape
+        samples, places = layer.count(x)
+        rows = part_of(wanted_rows(self.samples, i), ranks)
+        if rows >= samples * places or layer.second_moment_cost(x) <= b * gram_cost(rows, i):
+            return layer.second_moment_work(x)
+        return *layer.rows_work(x, rows), launched(6), moment_of(rows, i, b)
+
     def behind(self, layer: Layer, samples: int) -> int:
         if self.samples is None or self.diagonal:
             return samples
@@ -91,6 +106,16 @@ class OutputMoment(Moment):
         else:
             total = moment(layer.output_rows(dy, index), mean=False)
         return total if index is None else total * (kept / len(index))
+
+    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+        b, o, _ = layer.shape
+        samples, places = layer.count(x)
+        rows = samples * places
+        sampled = self.samples is not None and rows > EXACT_ROWS and part_of(self._wanted(layer), ranks) < rows
+        if sampled:
+            rows = part_of(self._wanted(layer), ranks)
+        product_of_rows = moved(rows * b * o, 2, calls=3) if self.diagonal else moment_of(rows, o, b)
+        return (moved(rows * b * o, 2, "gather"), launched(8), product_of_rows) if sampled else (product_of_rows,)
 
     def _wanted(self, layer: Layer) -> int:
         return max(LEAST_ROWS, 32 * layer.shape.out)
@@ -135,6 +160,24 @@ class Kronecker(Curvature):
         parts = self.split(traces, damping)
         a, g = (full[k] + torch.diag_embed(parts[k][:, None].expand(full[k].shape[:2])) for k in ("A", "G"))
         return block_diagonal(torch.stack([torch.kron(gb, ab) for ab, gb in zip(a, g)]))
+
+    def _sides(self, layer: Layer) -> dict[str, tuple[int, bool]]:
+        """The dimension of each factor, and whether it is diagonal."""
+        return {"A": (layer.shape.inner, self.diagonal_a), "G": (layer.shape.out, self.diagonal_g)}
+
+    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+        """A Cholesky factor and the inverse of it: d^3 operations, a third and two."""
+        side, diagonal = self._sides(layer)[key]
+        blocks = layer.shape.blocks
+        if diagonal:
+            return (moved(blocks * side, 3, calls=2),)
+        return (Work("inverse", float(blocks * side**3), 4.0 * 6 * blocks * side**2, side, 8),)
+
+    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+        """One product with each factor (SP-NGD eq. 12)."""
+        b, o, i = layer.shape
+        left = moved(b * o * i, 3) if self.diagonal_g else product(o, o, i, b)
+        return left, moved(b * o * i, 3) if self.diagonal_a else product(o, i, i, b)
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         b, o, i = layer.shape

@@ -31,6 +31,10 @@ class Sketch(ABC):
         """To how many numbers the columns of so many samples are mapped."""
         return 16 * samples if self.size is None else self.size
 
+    def held(self, length: int, size: int) -> int:
+        """Bytes of a map that was drawn."""
+        return 8 * size
+
     @abstractmethod
     def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
         """One map, as numbers to be kept. `energy` [length]: the mean squares of what will be mapped."""
@@ -46,6 +50,9 @@ class CountSketch(Sketch):
 
     Kept as [length] with the sign on place + 1.
     """
+
+    def held(self, length: int, size: int) -> int:
+        return 4 * length
 
     def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
         options = {"generator": generator, "device": generator.device}
@@ -86,6 +93,9 @@ class RowNorm(Sketch):
 
     needs_energy = True
 
+    def held(self, length: int, size: int) -> int:
+        return 16 * size
+
     def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
         assert energy is not None
         energy = energy.double()
@@ -105,6 +115,9 @@ class Gaussian(Sketch):
 
     Kept as one seed: the map is made anew, in portions, whenever it is applied.
     """
+
+    def held(self, length: int, size: int) -> int:
+        return 8
 
     def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
         return torch.randint(2**62, (1,), generator=generator, device=generator.device)

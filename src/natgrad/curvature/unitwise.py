@@ -14,9 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import LEAST_SAMPLES, Cost, Curvature, Draw, Moment, block_diagonal
+from natgrad.curvature.base import (
+    LEAST_SAMPLES,
+    Cost,
+    Curvature,
+    Draw,
+    Moment,
+    Seen,
+    block_diagonal,
+    part_of,
+)
 from natgrad.layers.base import Layer, Shape
 from natgrad.layers.norm import Norm
+from natgrad.layers.work import Work, launched, moved, product
 from natgrad.linalg import damped_inverse
 
 
@@ -60,6 +70,25 @@ class SampleMoment(Moment):
             units = layer.sample_gradients(inputs, layer.output_rows(dy, index), taken).flatten(1, 2)
         return units if chosen is None else units.mul_(chosen.step**0.5)  # each stands for `step` samples
 
+    def taken(self, layer: Layer, samples: int, ranks: int) -> int:
+        """How many of a call's samples are measured: one of every so many, as `Draw.every` draws them."""
+        if self.samples is None:
+            return samples
+        step = samples // part_of(self._wanted(layer, self.samples), ranks)
+        return samples if step <= 1 else math.ceil(samples / step)
+
+    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+        samples, places = layer.count(x)
+        n = self.taken(layer, samples, ranks)
+        return (*gradients_work(layer, x, n, places), *self.close_work(layer, n))
+
+    def close_work(self, layer: Layer, samples: int) -> tuple[Work, ...]:
+        """What `close` takes for so many samples."""
+        b, o, i = layer.shape
+        if self.diagonal:
+            return (moved(samples * layer.shape.numel, 2, calls=2),)
+        return moved(samples * b * o * i, 3), launched(4), product(i, samples, i, b * o)
+
     def _wanted(self, layer: Layer, samples: int) -> int:
         return max(LEAST_SAMPLES, samples * layer.shape.inner)
 
@@ -79,6 +108,15 @@ class SampleMoment(Moment):
         if self.diagonal:
             return units.square().sum(0)
         return torch.einsum("nui,nuj->uij", units, units)
+
+
+def gradients_work(layer: Layer, x: Tensor, samples: int, places: int) -> tuple[Work, ...]:
+    """What the gradients of so many samples of an input like x take, written out."""
+    b, o, i = layer.shape
+    if isinstance(layer, Norm):  # dy * x, its sum and that of dy: sums over places, as the norm's own
+        return moved(samples * places * b, 5, "norm", 2), launched(12)
+    outputs = moved(samples * places * b * o, 2, "gather")
+    return *layer.rows_work(x, samples * places), outputs, launched(6), product(o, places, i, samples * b, 2)
 
 
 def _places_of(chosen: slice, samples: int, places: int, device: torch.device) -> Tensor:
@@ -111,6 +149,17 @@ class UnitWise(Curvature):
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         eye = torch.eye(shape.inner, dtype=statistics["F"].dtype)
         return block_diagonal(statistics["F"] + self.coefficient * damping * eye)
+
+    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+        """The closed form of 2x2 blocks is some passes over them; larger ones have Cholesky factors."""
+        b, o, i = layer.shape
+        if i <= 2:
+            return (moved(b * o * i * i, 12, calls=25),)
+        return (Work("inverse", float(b * o * i**3), 4.0 * 6 * b * o * i * i, i, 8),)
+
+    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+        b, o, i = layer.shape
+        return (moved(b * o * i * (i + 2), 1, calls=3),)
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         b, o, i = layer.shape

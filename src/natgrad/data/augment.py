@@ -75,12 +75,12 @@ class Zoom:
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """`count` maps [n, 2, 3] from pixels (column, row) of an image to those of its part."""
-        u = torch.rand((4, count), generator=generator)
+        u = torch.rand((4, count), generator=generator, dtype=torch.float32)
         share = self.area[0] + u[0] * (self.area[1] - self.area[0])
         ratio = (4 / 3) ** (2 * u[1] - 1)
         tall, wide = ((share * r).sqrt().clamp_max(1.0) for r in (ratio, 1 / ratio))
         across, down = self.size / (wide * width), self.size / (tall * height)
-        maps = torch.zeros(count, 2, 3)
+        maps = torch.zeros(count, 2, 3, dtype=torch.float32)
         maps[:, 0, 0], maps[:, 1, 1] = across, down
         left, top = (1 - wide) * width * u[2], (1 - tall) * height * u[3]
         maps[:, 0, 2] = (0.5 - left) * across - 0.5  # a pixel's centre lies half a pixel from its edge

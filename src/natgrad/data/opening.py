@@ -24,10 +24,15 @@ class Names:
     """What splits, columns and configuration of a set are called, where that does not go without saying."""
 
     train: str = "train"
+    """Split to learn from."""
     test: str | None = None
+    """Split to be judged by; None: validation, valid, val or test, the first that there is."""
     image: str | None = None
+    """Column of pictures; None: the only one of datasets' type Image."""
     label: str | None = None
+    """Column of labels; None: the only ClassLabel, or where there is none, the only whole numbers."""
     config: str | None = None
+    """The hub's name for a part or version of the set; None: its default."""
 
 
 def kind(path: str) -> str:

@@ -23,6 +23,9 @@ from natgrad.data.tables import Table
 
 CPU = torch.device("cpu")
 
+ENOUGH = 1024
+"""Pictures decoded in the time that the first worker takes to start: some seconds."""
+
 
 class Read(NamedTuple):
     """Decoded pictures, and which they are."""
@@ -140,8 +143,8 @@ class Pictures:
         return pixels.to(self.device, non_blocking=True), places.to(self.device)
 
     def everything(self) -> tuple[Tensor, Tensor]:
-        """Decode all pictures: pixels, and the places of those that they are."""
-        indices = torch.arange(len(self)).split(16 * PIECE)
-        reading = self.ahead(indices)
+        """Decode all pictures, by workers where they are enough that starting these pays."""
+        indices = torch.arange(len(self)).split(ENOUGH)
+        reading = self.ahead(indices) if len(indices) > 1 else self
         read = [reading.read(index) for index in indices]
         return torch.cat([pixels for pixels, _ in read]), torch.cat([places for _, places in read])

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from natgrad.layers.work import Passes, Work, launched, moment_of, moved, product
+
 BANDED = 256  # from this dimension on symmetry saves products on CPUs (docs/math.md)
 BANDS = 6
 CACHED = 2**16  # numbers that stay in a core's cache while they are worked on
@@ -86,6 +88,26 @@ class Layer(ABC):
         """Multiplications that `second_moment` takes, to be weighed against a sample of rows."""
         n, s = self.count(x)
         return self.shape.blocks * gram_cost(n * s, self.shape.inner)
+
+    def rows_work(self, x: Tensor, count: int) -> tuple[Work, ...]:
+        """What reading so many rows of an input like x takes (x may be on the meta device)."""
+        return moved(count * self.shape.blocks * self.shape.inner, 2, "gather"), launched(6)
+
+    def second_moment_work(self, x: Tensor) -> tuple[Work, ...]:
+        """What `second_moment` of an input like x takes."""
+        n, s = self.count(x)
+        return *self.rows_work(x, n * s), moment_of(n * s, self.shape.inner, self.shape.blocks)
+
+    def passes(self, x: Tensor, y: Tensor) -> Passes:
+        """What a call on x that gave y takes, forward and backward (both may be on the meta device)."""
+        n, s = self.count(x)
+        blocks, out = self.shape.blocks, self.shape.out
+        inner = self.parameters[0].numel() // max(1, blocks * out)
+        return Passes(
+            (product(n * s, inner, out, blocks),),
+            (product(n * s, out, inner, blocks),),
+            (product(out, n * s, inner, blocks, 2),),
+        )
 
     def mean_square(self, x: Tensor) -> Tensor:
         """The diagonal of `second_moment` [b, i]."""

@@ -31,6 +31,7 @@ from natgrad.layers.base import (
     with_ones,
 )
 from natgrad.layers.offsets import offset_moment
+from natgrad.layers.work import NUMBER, Passes, Work, launched, moment_of, moved
 
 CHUNK = 2**20  # floats of gathered patches at a time: larger temporaries pay page faults
 
@@ -120,6 +121,33 @@ class Conv(Layer):
             return super().second_moment_cost(x)
         k, kw = self.kernel
         return float(k * (2 * kw - 1) * self.channels**2 * x.shape[0] * math.prod(x.shape[2:]))
+
+    def second_moment_work(self, x: Tensor) -> tuple[Work, ...]:
+        x = self._batched(x)
+        inner = self.shape.inner
+        if not self.offsets_apply(x):
+            n, s = self.count(x)
+            return *self.rows_work(x, n * s), moment_of(n * s, inner, self.groups)
+        flops = 2 * self.second_moment_cost(x)
+        correlation = Work("conv_backward", flops, NUMBER * 3.0 * x.numel(), self.channels, 4)
+        return correlation, moved(inner**2, 4, calls=self.kernel[0]), launched(12 * self.kernel[0])
+
+    def rows_work(self, x: Tensor, count: int) -> tuple[Work, ...]:
+        """Patches; before them the whole input padded, or by places, unless few are read."""
+        x = self._batched(x)
+        rows = moved(count * self.groups * self.shape.inner, 2, "gather"), launched(12)
+        pixels = x.shape[0] * math.prod(x.shape[2:])
+        few = count * math.prod(self.kernel) * 8 < pixels
+        return rows if few else (*rows, moved(x.numel(), 4 if count >= pixels else 2, "gather"))
+
+    def passes(self, x: Tensor, y: Tensor) -> Passes:
+        """One convolution forward, and one each for the gradients of inputs and weights: the same products."""
+        flops = 2.0 * y.numel() * math.prod(self.kernel) * self.channels
+        touched = NUMBER * (x.numel() + y.numel() + self.parameters[0].numel())
+        size = min(self.channels * math.prod(self.kernel) ** 0.5, self.shape.out)
+        back = Work("conv_backward", flops, touched, size, 0.5)  # one call makes both gradients
+        bias = (moved(y.numel(), 1),) if self.biased else ()
+        return Passes((Work("conv", flops, touched, size),), (back,), (back, *bias))
 
     def mean_square(self, x: Tensor) -> Tensor:
         x = self._batched(x)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers.base import Layer, Shape, layer_of, promote, take
+from natgrad.layers.work import Passes, moved
 
 
 class Embedding(Layer):
@@ -40,6 +41,11 @@ class Embedding(Layer):
         if self.padding is not None:
             share[self.padding] = 0
         return share.unsqueeze(0)
+
+    def passes(self, x: Tensor, y: Tensor) -> Passes:
+        """A row is read and written for each token; backward, rows are added up in a zeroed table."""
+        back = moved(y.numel(), 2, "scatter"), moved(self.shape.numel, 1)
+        return Passes((moved(y.numel(), 2, "gather"),), (), back)
 
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return promote(take(dy.reshape(-1, dy.shape[-1]), index)).unsqueeze(1)

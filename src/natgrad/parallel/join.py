@@ -16,10 +16,11 @@ def join() -> World:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        # an elastic launcher keeps one store over all attempts: what the last one has left there must not be found
         store, rank, size = next(dist.rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # the launcher's own store lives over all attempts: what the last one has left there must not be found. Not
+            # so where rank 0 makes one for each attempt; there hosts may have counted unlike numbers of attempts.
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     return World()
 

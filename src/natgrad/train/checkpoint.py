@@ -83,6 +83,7 @@ def write_part(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
         dcp.save(dict(tensors), storage_writer=Writer(own), planner=planner, **ALONE)
     sums = {entry.name: digest(entry) for entry in sorted(own.iterdir())}
     write_safely(own / "sums.json", json.dumps(sums, indent=1))
+    sync_folder(own)
 
 
 class Writer(dcp.FileSystemWriter):
@@ -101,6 +102,7 @@ def commit(part: Path, ranks: int, values: Mapping[str, Any]) -> Path:
     sealed = [".metadata", *(f"rank-{rank}/sums.json" for rank in range(ranks))]
     content = {"format": FORMAT, **values, "sums": {name: digest(part / name) for name in sealed}}
     write_safely(part / "state.json", json.dumps({"content": content, "digest": digest_of(content)}, indent=1))
+    sync_folder(part)
     whole = part.with_suffix("")
     if whole.exists():
         set_aside(whole)
@@ -117,7 +119,7 @@ def joined(tables: Mapping[int, Metadata]) -> Metadata:
         contents |= table.state_dict_metadata
         for index, place in table.storage_data.items():
             places[index] = replace(place, relative_path=f"rank-{rank}/{place.relative_path}")
-    return Metadata(contents, storage_data=places, storage_meta=StorageMeta(), version=tables[0].version)
+    return replace(tables[0], state_dict_metadata=contents, storage_data=places)
 
 
 def set_aside(checkpoint: Path) -> None:
@@ -196,6 +198,9 @@ def read_table(folder: Path) -> Metadata:
             raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata cannot be read ({error})") from None
     if not isinstance(table, Metadata):
         raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata is no table of contents")
+    for place in (table.storage_data or {}).values():
+        if not re.fullmatch(r"(rank-\d+/)?\w+\.distcp", place.relative_path):
+            raise DamagedError(f"checkpoint {str(folder)!r} names a file outside of it: {place.relative_path!r}")
     return table
 
 

@@ -52,13 +52,15 @@ class RunFolder:
     """Writes a run's three files, or goes on with those of a run that is taken up after step `resume_at`.
 
     Then lines of later steps, and a half line that a crash has left, are dropped; the recipe stays as it was first
-    written, and gets one more session. `elapsed` is the seconds of training that the kept lines tell of.
+    written, and gets one more session. `elapsed` is the seconds of training that the kept lines tell of, `told` what a
+    summary would have said after them.
     """
 
     def __init__(
         self, folder: Path, about: dict[str, Any], overwrite: bool = False, resume_at: int | None = None
     ) -> None:
         self.folder, self.resume_at, self.elapsed = folder, resume_at, 0.0
+        self.told: dict[str, Any] = {}
         if resume_at is None:
             check_free(folder, overwrite)
         sessions = [_session(about, resume_at or 0)]
@@ -67,7 +69,8 @@ class RunFolder:
             changed = {key: value for key, value in about.items() if key != "machine" and kept.get(key) != value}
             sessions = [*kept.get("sessions", []), {**sessions[0], **({"changed": changed} if changed else {})}]
             about = kept
-            self.elapsed = cut(folder / "metrics.jsonl", resume_at)
+            self.told = cut(folder / "metrics.jsonl", resume_at)
+            self.elapsed = self.told.get("seconds", 0.0)
         else:
             forget(folder, f"{FOLDER}/*/events.out.tfevents.*")
         forget(folder, "summary.json", "report.html")
@@ -88,7 +91,10 @@ class RunFolder:
     def close(self, status: str, **values: Any) -> None:
         """Say how the run ended."""
         self._metrics.close()
-        write_json(self.folder / "summary.json", {"status": status, **finite(values)})
+        try:
+            write_json(self.folder / "summary.json", {"status": status, **finite(values)})
+        except OSError as error:  # it must not hide what has ended the run
+            warnings.warn(f"summary.json cannot be written ({error.strerror})", stacklevel=2)
 
 
 def _session(about: dict[str, Any], step: int) -> dict[str, Any]:
@@ -103,17 +109,25 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{str(folder)!r} has no readable recipe.json, so no run can be resumed there") from None
 
 
-def cut(path: Path, last: int) -> float:
-    """Drop the lines of steps after `last`, and what is no line; return the seconds of training that are kept."""
-    elapsed = 0.0
+TOLD = {
+    "step": {"step": "steps", "elapsed": "seconds", "loss": "loss", "memory": "memory", "skipped": "skipped"},
+    "evaluation": {"elapsed": "seconds", "test_accuracy": "test_accuracy", "test_loss": "test_loss"},
+    "bad_images": {"count": "bad_images"},
+}
+"""What of a line is in the summary, by the line's kind, and its name there."""
+
+
+def cut(path: Path, last: int) -> dict[str, Any]:
+    """Drop the lines of steps after `last`, and what is no line; return what the kept ones have for a summary."""
+    told: dict[str, Any] = {}
     part = path.with_name(path.name + ".part")
     with part.open("wb") as out:
         for text, line in whole_lines(path):
             if line.get("step", 0) <= last:
                 out.write(text)
-                elapsed = line.get("elapsed", elapsed)
+                told |= {new: line[old] for old, new in TOLD.get(line.get("kind", ""), {}).items() if old in line}
     part.replace(path)
-    return elapsed
+    return told
 
 
 def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -155,7 +169,7 @@ class Journal:
     ) -> None:
         self.folder, self.display = folder, display
         self.board = Board(folder.folder, folder.resume_at) if folder is not None and tensorboard else None
-        self.summary: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {} if folder is None else dict(folder.told)
         if folder is not None:
             listeners.add(self)
 

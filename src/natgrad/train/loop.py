@@ -7,6 +7,7 @@ two numbers a step, the loss and whether anyone wants to stop; so all ranks stop
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from natgrad.data import Regulariser, Sampler, Splits, read_ahead
 from natgrad.data.sampler import Batch
+from natgrad.optim import SecondOrder
 from natgrad.parallel import World
 from natgrad.train.average import Average
 from natgrad.train.evaluate import CHUNK, Score, average_norms, estimate_norms, evaluate
@@ -167,12 +169,14 @@ def descend(job: Job, batch: Batch, step: int, clock: Clock) -> Tensor:
     seed_step(job.recipe.seed, step, job.world.rank)
     total = torch.zeros((), device=job.device)
     keeps, kept = job.recipe.optimizer.looks_again and not remade(job), []
-    for inputs, targets in parts(job, batch, generator):
+    last = len(cut(batch, job.recipe.micro_batch)) - 1
+    for part, (inputs, targets) in enumerate(parts(job, batch, generator)):
         clock.lap("data")
         output = job.precision.forward(job.model, inputs)
         loss = loss_of(output, targets, job.recipe.label_smoothing) * (job.world.size / batch.total)
         job.recipe.optimizer.before_backward(job.optimizer, output)
-        job.precision.backward(loss)
+        with nullcontext() if part == last else unsent(job.optimizer):
+            job.precision.backward(loss)
         total += loss.detach()
         if keeps:
             kept.append(inputs)
@@ -187,6 +191,11 @@ def descend(job: Job, batch: Batch, step: int, clock: Clock) -> Tensor:
     job.average.add(step)
     clock.lap("update")
     return total
+
+
+def unsent(optimizer: Optimizer) -> AbstractContextManager[Any]:
+    """Around a backward pass that is not a step's last: gradients that would leave as they come add up instead."""
+    return optimizer.no_sync() if isinstance(optimizer, SecondOrder) else nullcontext()
 
 
 def remade(job: Job) -> bool:

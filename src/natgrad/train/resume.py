@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,31 @@ from natgrad.parallel import World
 from natgrad.train import checkpoint, machine
 from natgrad.train.recipe import Recipe, described
 from natgrad.train.state import without_free
+from natgrad.train.together import decoded, encoded, on_first
 
 FOLDER = "checkpoints"
 
 
-def restarted() -> bool:
-    """Say whether a launcher has started this rank again after one has failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarted(world: World) -> bool:
+    """Say whether a launcher has started this rank, or any other, again after one has failed.
+
+    Each host's launcher counts for itself: it does not count a restart that another host's has begun.
+    """
+    counted = torch.tensor([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))])
+    world.max([counted])
+    return counted.item() > 0
 
 
 def check_agreement(recipe: Recipe, world: World) -> None:
     """Refuse a world whose ranks have been given different recipes, or run different versions."""
     told = without_free(described(recipe))
-    told |= {f"the version of {name}": machine.installed(name) for name in ("natgrad", "torch")}
+    versions = {f"the version of {name}": machine.installed(name) for name in ("natgrad", "torch")}
+    compare({**versions, "the fields of a recipe": sorted(told)}, world)  # else the next message has unlike lengths
+    compare(told, world)
+
+
+def compare(told: Mapping[str, Any], world: World) -> None:
+    """Refuse values that are not the same on all ranks, by their names, which are."""
     marks = [int(hashlib.sha256(json.dumps(told[name]).encode()).hexdigest()[:12], 16) for name in told]
     highest = torch.tensor([*marks, *(-mark for mark in marks)], dtype=torch.float64)
     world.max([highest])
@@ -41,26 +53,47 @@ def choose(folder: Path, asked: int | None, world: World, fall_back: Callable[[s
     """Return the checkpoint to go on from, none where there is none; every rank checks a share of its files.
 
     asked: the steps of a checkpoint, None: the last. fall_back: called with what is wrong with a damaged one, to take
-    the one before it; None: refuse it by name, and name the one before.
+    the one before it; None: refuse it by name, and name the one before. Where none is good, nothing is begun anew.
     """
-    steps = checkpoint.found(folder)
-    if asked is not None:
-        if asked not in steps:
-            raise ValueError(f"there is no checkpoint of step {asked} in {str(folder)!r}; {_there(steps)}")
-        steps = [step for step in steps if step <= asked]
-    while True:
-        newest = torch.tensor([float(steps[-1]) if steps and world.rank == 0 else -1.0])
-        world.max([newest])  # rank 0 decides: others may see a shared folder later
-        step = int(newest.item())
-        if step < 0:
-            return None
-        path, steps = folder / checkpoint.name_of(step), [one for one in steps if one < step]
-        wrong = find_damage(path, world)
-        if wrong is None:
+    steps, wrong = candidates(folder, asked, world), []
+    while steps:
+        path = folder / checkpoint.name_of(steps.pop())
+        found = find_damage(path, world)
+        if found is None:
             return path
         if fall_back is None:
-            raise checkpoint.DamagedError(f"{wrong}; {_before(steps)}")
-        fall_back(wrong)
+            raise checkpoint.DamagedError(f"{found}; {_before(steps)}")
+        fall_back(found)
+        wrong.append(found)
+    if wrong:
+        raise checkpoint.DamagedError(f"{wrong[0]}; none of {len(wrong)} checkpoints is good: --overwrite begins anew")
+    return None
+
+
+def candidates(folder: Path, asked: int | None, world: World) -> list[int]:
+    """Steps of the checkpoints to choose from, rising: the one that was asked for, and those before it.
+
+    As rank 0 sees them: others may see a shared folder later.
+    """
+
+    def look() -> str:
+        steps = checkpoint.found(folder)
+        if asked is not None and asked not in steps:
+            raise ValueError(f"there is no checkpoint of step {asked} in {str(folder)!r}; {_there(steps)}")
+        return json.dumps([step for step in steps if asked is None or step <= asked][-100:])
+
+    message = encoded(on_first(world, look) or "")
+    world.start([message])
+    return json.loads(decoded(message))
+
+
+def set_later_aside(folder: Path, step: int) -> None:
+    """Take checkpoints after the one from which a run goes on out of the way: as the newest they would stay instead of
+    those that are to come, and the next start would go on from them.
+    """
+    for later in checkpoint.found(folder):
+        if later > step:
+            checkpoint.set_aside(folder / checkpoint.name_of(later))
 
 
 def find_damage(path: Path, world: World) -> str | None:

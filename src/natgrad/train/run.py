@@ -1,23 +1,25 @@
 """`natgrad train`: a recipe from its first step to a folder that tells what happened."""
 
 import math
+import os
 import shlex
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from natgrad.parallel import World
 from natgrad.train import checkpoint, machine, tensorboard
-from natgrad.train.lock import Lock, on_first
 from natgrad.train.log import Display, Journal, RunFolder, check_free
 from natgrad.train.loop import Job, Step, build_model, prepare, steps
 from natgrad.train.recipe import Recipe, described
-from natgrad.train.resume import FOLDER, check_agreement, check_not_given_up, choose, restarted
-from natgrad.train.saver import Saver
+from natgrad.train.resume import FOLDER, check_agreement, check_not_given_up, choose, restarted, set_later_aside
+from natgrad.train.saver import Saver, write_weights
 from natgrad.train.state import restore
 from natgrad.train.stop import Stop
+from natgrad.train.together import Lock, everybody, on_first
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def pick_device(name: str, world: World) -> torch.device:
         raise ValueError("device='cuda' but torch sees no GPU; use --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", world.rank % torch.cuda.device_count())
+    place = int(os.environ.get("LOCAL_RANK", world.rank))  # hosts may have more GPUs than ranks
+    return torch.device("cuda", place % torch.cuda.device_count())
 
 
 def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
@@ -119,11 +122,12 @@ def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
     device, folder = pick_device(options.device, world), options.folder(name)
     check_agreement(recipe, world)
     told: list[str] = []
-    start = find_start(folder, options, world, told)
+    again = restarted(world)
+    start = find_start(folder, options, world, again, told)
     job = prepare(recipe, world, recipe.data.load().to(device))
     if start is not None:
         restore(job, start, options.accept_changes)
-    journal = on_first(world, lambda: open_journal(name, options, job)) or Journal()
+    journal = on_first(world, lambda: open_journal(name, options, job, again)) or Journal()
     for wrong in told:
         journal.event("damaged", reason=wrong)
     if start is not None:
@@ -132,9 +136,10 @@ def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
     status = "failed"
     try:
         with Stop() as stop:
-            status = follow(job, journal, saver, options, stop)
-            if status == "finished":
+            ended = follow(job, journal, saver, options, stop)
+            if ended == "finished":
                 finish(job, journal, options, folder)
+            status = ended
     except KeyboardInterrupt:
         status = "interrupted"
     except ValueError as error:
@@ -146,23 +151,27 @@ def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
     return status
 
 
-def find_start(folder: Path, options: Options, world: World, told: list[str]) -> Path | None:
-    """Return the checkpoint to go on from, if there is one; damaged ones that were passed over are put into `told`."""
-    if restarted():
+def find_start(folder: Path, options: Options, world: World, again: bool, told: list[str]) -> Path | None:
+    """Return the checkpoint to go on from, if there is one; damaged ones that were passed over are put into `told`.
+
+    again: this is not a launcher's first attempt.
+    """
+    if again:
         check_not_given_up(folder)
-    if restarted() or options.auto_resume:
+    if again or options.auto_resume:
         return choose(folder / FOLDER, None, world, told.append)
     return choose(folder / FOLDER, options.checkpoint, world, None) if options.resume else None
 
 
-def open_journal(name: str, options: Options, job: Job) -> Journal:
+def open_journal(name: str, options: Options, job: Job, again: bool) -> Journal:
     """Begin a run's folder, or go on with one, and show what happens."""
     about = {"name": name, "recipe": described(job.recipe), "steps": job.steps}
     about["machine"] = machine.describe(job.world, job.device)
-    folder, anew = options.folder(name), options.overwrite or options.auto_resume or restarted()
+    folder, anew = options.folder(name), options.overwrite or options.auto_resume or again
     if job.done == 0 and anew:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
     files = RunFolder(folder, about, anew, job.done or None)
+    set_later_aside(folder / FOLDER, job.done)
     return Journal(files, Display(name, job.steps), options.tensorboard)
 
 
@@ -176,7 +185,8 @@ def follow(job: Job, journal: Journal, saver: Saver | None, options: Options, st
             raise ValueError(not_finite(step, lost, saver))
         if job.due(step.step):
             journal.evaluation(step, job.score())
-        elif step.stop:
+            tell_bad(job, journal)
+        if step.stop and step.step < job.steps:
             status = "interrupted"
         if saver is None:
             continue
@@ -186,6 +196,14 @@ def follow(job: Job, journal: Journal, saver: Saver | None, options: Options, st
     if saver is not None:
         saver.finish()
     return status
+
+
+def tell_bad(job: Job, journal: Journal) -> None:
+    """Name the images that any rank could not read and replaced, where there are more than before."""
+    names = everybody(job.world, job.splits.bad())
+    if len(names) > journal.summary.get("bad_images", 0):
+        journal.summary["bad_images"] = len(names)
+        journal.event("bad_images", count=len(names), names=names[:20])
 
 
 def saves(job: Job, step: int, every: int | None) -> bool:
@@ -199,10 +217,15 @@ def not_finite(step: Step, lost: int, saver: Saver | None) -> str:
     if saver is not None:
         saver.finish()
         last = saver.last()
-    good = "there is no checkpoint" if last is None else f"the last good checkpoint is {str(last)!r}"
+    good, how = "there is no checkpoint", ""
+    if last is not None:
+        good, how = (
+            f"the last good checkpoint is {str(last)!r}",
+            " (--resume --accept-changes goes on with other values)",
+        )
     return (
         f"the loss has not been finite for {lost} steps, up to step {step.step}: {good}; lower --optimizer.lr or raise "
-        "the damping (--resume --accept-changes goes on with other values)"
+        f"the damping{how}"
     )
 
 
@@ -211,15 +234,12 @@ def finish(job: Job, journal: Journal, options: Options, folder: Path) -> None:
     if options.train_loss:
         journal.judged("train", job.score("train"))
     if job.world.rank == 0:
-        with job.average.in_place():
-            weights = {name: value.cpu() for name, value in job.model.state_dict().items()}
-        torch.save(weights, folder / "model.pt.part")
-        (folder / "model.pt.part").replace(folder / "model.pt")
+        write_weights(job, folder / "model.pt")
 
 
 def resume_command() -> str:
     """Return the command that takes this run up again."""
-    words = [
-        word for word in shlex.split(machine.command()) if word not in ("--overwrite", "--resume", "--auto-resume")
-    ]
-    return shlex.join([*words, "--resume"])
+    once = {"--overwrite", "--resume", "--auto-resume", "--checkpoint"}
+    words = ["", *shlex.split(machine.command())]
+    kept = [w for last, w in pairwise(words) if w.split("=")[0] not in once and last != "--checkpoint"]
+    return shlex.join([*kept, "--resume"])

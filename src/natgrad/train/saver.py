@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,18 @@ class Saver:
             self._failed(step, reason_of(error) if error else f"{failures} other ranks could not write")
 
     def _join(self, step: int, values: dict[str, Any]) -> Path:
+        ranks = range(self.world.size)
+        missing = [rank for rank in ranks if not (self.part(step) / f"rank-{rank}/.metadata").exists()]
+        if missing:
+            told = ", ".join(map(str, missing[:8]))
+            raise ValueError(f"parts of ranks {told} are not there: --out must be a folder that all hosts share")
         whole = checkpoint.commit(self.part(step), self.world.size, values)
         for old in checkpoint.found(self.folder)[: -self.keep]:
             doomed = self.folder / f"{checkpoint.name_of(old)}.old"
-            (self.folder / checkpoint.name_of(old)).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            with suppress(OSError):  # one too many is not worth a word
+                shutil.rmtree(doomed, ignore_errors=True)
+                (self.folder / checkpoint.name_of(old)).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
         return whole
 
     def _failed(self, step: int, reason: str) -> None:
@@ -94,7 +102,7 @@ class Saver:
         if self.world.rank == 0:
             shutil.rmtree(self.part(step), ignore_errors=True)
             last = self.last()
-            self.tell("not_saved", step=step, reason=reason, last=None if last is None else str(last))
+            self.tell("not_saved", step=step, reason=reason, **({} if last is None else {"last": str(last)}))
 
     def last(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -107,16 +115,35 @@ class Saver:
             self.poll(block=True)
 
 
+def write_weights(job: Job, file: Path) -> None:
+    """Write the weights, as the model was judged by, for torch.load; ValueError where they cannot be written."""
+    with job.average.in_place():
+        state = job.model.state_dict()
+        weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+        part = file.with_name(file.name + ".part")
+        try:
+            with part.open("wb") as stream:
+                torch.save(weights, stream)
+                checkpoint.flush(stream)
+            part.replace(file)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            why = reason_of(error)
+            raise ValueError(f"{str(file)!r} cannot be written: {why}; make room, and add --resume to end") from None
+
+
 def reason_of(error: BaseException) -> str:
-    """Why a file could not be written, in a few words."""
-    found: BaseException | None = error
-    seen = []
-    while found is not None:
-        seen.append(found)
-        found = found.__cause__ or found.__context__
-    for inner in reversed(seen):
-        for failure in (inner, *getattr(inner, "failures", {}).values()):
-            cause = failure[0] if isinstance(failure, tuple) else failure
-            if isinstance(cause, OSError) and cause.errno is not None:
-                return os.strerror(cause.errno)
+    """Why a file could not be written, in a few words: the system's, wherever among the causes it is."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
     return " ".join(str(error).split())[:200]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what it came of, and what torch has packed into it."""
+    while error is not None:
+        yield error
+        for packed in getattr(error, "failures", {}).values():
+            yield from causes(packed[0])
+        error = error.__cause__ or error.__context__

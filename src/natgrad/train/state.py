@@ -61,13 +61,11 @@ def restore(job: Job, path: Path, changes: bool = False) -> None:
     values, table = checkpoint.read_values(path), checkpoint.contents(path)
     changed = check_same(path, values, job, changes)
     names = {f"model/{name}": p for name, p in job.model.named_parameters()}
-    names |= {f"average/{name}": mean for name, mean in zip(_trained(job), job.average.means)}
-    for name, tensor in names.items():
-        if name not in table or table[name].size != tensor.shape:
-            there = tuple(table[name].size) if name in table else "missing"
-            raise ValueError(
-                f"checkpoint {str(path)!r} is of another network: {name} is {there}, not {tuple(tensor.shape)}"
-            )
+    check_shapes(path, table, {**names, **{f"rank-0/buffers/{name}": b for name, b in _buffers(job).items()}})
+    means = {f"average/{name}": mean for name, mean in zip(_trained(job), job.average.means)}
+    if not means.keys() <= table.keys():
+        raise ValueError(f"checkpoint {str(path)!r} has no running means of the weights; leave --average out")
+    names |= means
     with torch.no_grad():
         for name, value in checkpoint.load(path, {name: table[name] for name in names}).items():
             names[name].copy_(value)
@@ -90,6 +88,11 @@ def check_same(path: Path, values: Mapping[str, Any], job: Job, changes: bool) -
             f"checkpoint {str(path)!r} is of another recipe: {'; '.join(differing[:3])}{more}; use the command that "
             "began the run, or add --accept-changes to go on with the new values"
         )
+    old, new = (recipe["optimizer"]["kind"] for recipe in (values["recipe"], described(job.recipe)))
+    if old != new:
+        raise ValueError(
+            f"checkpoint {str(path)!r} holds the state of {old}, not of {new}: begin anew without --resume"
+        )
     if values["steps"] != job.steps and not differing:
         raise ValueError(
             f"{job.world.size} ranks make {job.steps} steps of this run, {values['ranks']} made {values['steps']}: the "
@@ -98,6 +101,17 @@ def check_same(path: Path, values: Mapping[str, Any], job: Job, changes: bool) -
     if values["step"] > job.steps:
         raise ValueError(f"checkpoint {str(path)!r} has {values['step']} steps, this recipe ends after {job.steps}")
     return bool(differing)
+
+
+def check_shapes(path: Path, table: Mapping[str, Any], here: Mapping[str, Tensor]) -> None:
+    """Refuse the checkpoint of another network, naming what differs."""
+    for name, tensor in here.items():
+        if name not in table or table[name].size != tensor.shape:
+            there = tuple(table[name].size) if name in table else "missing"
+            own = name.removeprefix("rank-0/buffers/")
+            raise ValueError(
+                f"checkpoint {str(path)!r} is of another network: {own} is {there}, not {tuple(tensor.shape)}"
+            )
 
 
 FREE = {"path", "workers"}
@@ -166,7 +180,8 @@ def _restore_optimizer(
     common = checkpoint.load(path, loose)
     groups = []
     for group, saved in zip(fresh, unpack(values["groups"], common)):
-        set_by_recipe = {name: value for name, value in group.items() if changed and name in job.optimizer.defaults}
+        own = {*job.optimizer.defaults, "initial_lr"}
+        set_by_recipe = {name: value for name, value in group.items() if changed and name in own}
         groups.append({**saved, **set_by_recipe, "params": group["params"]})
     if isinstance(job.optimizer, SecondOrder):
         job.optimizer.skipped = values["skipped"]
@@ -201,13 +216,14 @@ def _restore_own(job: Job, path: Path, ranks: int, table: Mapping[str, Any]) -> 
     sources = [job.world.rank] if same else range(ranks)
     chosen = {n: table[n] for rank in sources for n in sorted(table) if n.startswith(f"rank-{rank}/")}
     loaded = checkpoint.load(path, chosen)
-    with torch.no_grad():
-        for name, buffer in _buffers(job).items():
-            found = [loaded[f"rank-{rank}/buffers/{name}"] for rank in sources]
-            floats = len(found) > 1 and buffer.is_floating_point()
-            buffer.copy_(torch.stack(found).mean(0) if floats else found[0])
+    state = job.model.state_dict()
+    for name, buffer in _buffers(job).items():
+        found = [loaded[f"rank-{rank}/buffers/{name}"] for rank in sources]
+        floats = len(found) > 1 and buffer.is_floating_point()
+        state[name] = torch.stack(found).mean(0) if floats else found[0]
+    job.model.load_state_dict(state)  # as modules want it: their state need not be buffers
     parts = {kind: [v for n, v in loaded.items() if f"/mixup/{kind}/" in n] for kind in ("inputs", "targets")}
-    if not parts["inputs"]:
+    if not parts["inputs"] or not job.recipe.regularisation.mixup:
         return
     if not same:  # the whole batch in its order, shared out again
         whole = {kind: torch.cat(values) for kind, values in parts.items()}

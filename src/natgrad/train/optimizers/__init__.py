@@ -9,7 +9,7 @@ from natgrad.train.optimizers.curved import KFac, SpNgd
 from natgrad.train.optimizers.layerwise import Lamb, Lars
 from natgrad.train.optimizers.matrices import Muon, Shampoo, Soap
 from natgrad.train.optimizers.nlcg import Nlcg
-from natgrad.train.optimizers.plain import AdamW, Sgd
+from natgrad.train.optimizers.plain import AdamW, RmsProp, Sgd
 from natgrad.train.optimizers.seng import Seng
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Lars",
     "Muon",
     "Nlcg",
+    "RmsProp",
     "Seng",
     "Settings",
     "Sgd",

@@ -53,3 +53,29 @@ class AdamW(Settings):
         positive("lr", self.lr)
         optimizer = torch.optim.AdamW(model.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay)
         return alone(optimizer, model, world)
+
+
+@dataclass(frozen=True)
+class RmsProp(Settings):
+    """The gradient over the root of its running mean square, with momentum (Hinton's lecture 6e)."""
+
+    decay: float = 0.9
+    """Share of the old mean square that is kept."""
+    momentum: float = 0.9
+    """Share of the last step that is repeated."""
+    epsilon: float = 1e-8
+    """Added to the root."""
+    weight_decay: float = 0.0
+    """Strength of the L2 penalty."""
+
+    def build(self, model: nn.Module, world: World) -> Optimizer:
+        positive("lr", self.lr)
+        optimizer = torch.optim.RMSprop(
+            model.parameters(),
+            self.lr,
+            alpha=self.decay,
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+        )
+        return alone(optimizer, model, world)

@@ -1,0 +1,67 @@
+"""Work as a planner counts it: operations of one kind, their arithmetic, the memory they touch, how many are launched.
+
+Layers state their passes in it, curvatures what measuring, factoring and preconditioning take. What it means in
+seconds is a machine's to say (plan/machine.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Kind = Literal[
+    "conv", "conv_backward", "gemm", "gram", "inverse", "cholesky", "eigen", "elementwise", "norm", "gather", "scatter"
+]
+COMPUTE: tuple[Kind, ...] = ("conv", "conv_backward", "gemm", "gram", "inverse", "cholesky", "eigen")
+"""Kinds whose rate is in operations a second; the others' is in bytes a second."""
+NUMBER = 4  # bytes: everything here is in single precision
+
+
+class Work(NamedTuple):
+    """Some operations of one kind.
+
+    flops: multiplications and additions. bytes: read and written. size: the short side of the matrices, by which rates
+    differ (of a convolution: its outputs, or its inputs times the side of its kernel). calls: operations launched, each
+    of which costs the host time of its own.
+    """
+
+    kind: Kind
+    flops: float = 0.0
+    bytes: float = 0.0
+    size: float = 1.0
+    calls: float = 1.0
+
+    def times(self, count: float) -> Work:
+        """The same, so many times."""
+        return self._replace(flops=self.flops * count, bytes=self.bytes * count, calls=self.calls * count)
+
+
+class Passes(NamedTuple):
+    """What one call of a layer takes: its forward pass, and its backward pass in two parts."""
+
+    forward: tuple[Work, ...]
+    inputs: tuple[Work, ...]
+    """The gradient of its inputs, which a first layer does not need."""
+    weights: tuple[Work, ...]
+    """The gradient of its parameters."""
+
+
+def product(m: float, k: float, n: float, count: float = 1.0, calls: float = 1.0) -> Work:
+    """`count` products of [m, k] with [k, n]."""
+    touched = NUMBER * count * (m * k + k * n + m * n)
+    return Work("gemm", 2 * count * m * k * n, touched, min(m, k, n), calls)
+
+
+def moment_of(rows: float, dimension: float, blocks: float = 1.0) -> Work:
+    """The sum over `rows` of r r^T for each of `blocks`."""
+    touched = NUMBER * blocks * (rows * dimension + dimension**2)
+    return Work("gram", 2 * blocks * rows * dimension**2, touched, dimension, 3)
+
+
+def moved(numbers: float, passes: float, kind: Kind = "elementwise", calls: float = 1.0) -> Work:
+    """So many passes over so many numbers."""
+    return Work(kind, 0.0, NUMBER * numbers * passes, 1.0, calls)
+
+
+def launched(calls: float) -> Work:
+    """Small operations whose memory does not count."""
+    return Work("elementwise", calls=calls)

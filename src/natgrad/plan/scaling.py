@@ -1,0 +1,122 @@
+"""The whole plan: every optimizer on every number of ranks, as the plain values that tables and pages are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from natgrad.plan.ghost import Message, build
+from natgrad.plan.machine import Machine
+from natgrad.plan.stages import STAGES, Account
+from natgrad.plan.trace import Trace, on_meta, trace
+from natgrad.plan.work import Parts
+from natgrad.staleness import Every
+from natgrad.train.optimizers import Settings
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network by the function that builds it, and what it is given."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    tokens: int = 0
+
+
+class Planner:
+    """Traces a network once for each share of a batch, and accounts for optimizers on it."""
+
+    def __init__(self, network: Network, machine: Machine, micro_batch: int | None = None):
+        self.network, self.machine, self.micro_batch = network, machine, micro_batch
+        self._traces: dict[int, Trace] = {}
+        self.model = on_meta(network.make, network.name)
+
+    def parts(self, share: int, ranks: int) -> Parts:
+        """A rank's share of samples, at most `micro_batch` at a time."""
+        most = min(self.micro_batch or share, share)
+        whole, rest = divmod(share, most)
+        passes = [(self._trace(most), whole)] + ([(self._trace(rest), 1)] if rest else [])
+        return Parts(passes, ranks)
+
+    def _trace(self, samples: int) -> Trace:
+        if samples not in self._traces:
+            one = self.network
+            self._traces[samples] = trace(self.model, one.shape, samples, one.name, one.tokens)
+        return self._traces[samples]
+
+    def account(self, settings: Settings, ranks: int, batch: int) -> Account:
+        """One optimizer on so many ranks, `batch` samples a step over all of them."""
+        if batch % ranks:
+            near = max(ranks, batch // ranks * ranks)
+            raise ValueError(f"batch={batch} is not divisible by {ranks} ranks; take --batch {near} or other --ranks")
+        return Account(build(settings, self.model, ranks), self.model, self.parts(batch // ranks, ranks), self.machine)
+
+
+def share_of(account: Account, adaptive: float) -> float:
+    """The share of all statistics that an average step measures; `adaptive`: where they say so themselves."""
+    cells = [cell for cell in account.built.cells if cell.curvature.statistics]
+    if not cells:
+        return 0.0
+    rules = [cell.staleness() for cell in cells]
+    return sum(1 / rule.steps if isinstance(rule, Every) else adaptive for rule in rules) / len(rules)
+
+
+def row(account: Account, batch: int, adaptive: float, steps: int | None) -> dict[str, Any]:
+    """One optimizer on one number of ranks."""
+    share = share_of(account, adaptive)
+    (stale, _), (fresh, holds) = account.stages(False), account.stages(share > 0)
+    (few, counted), (many, counted_fresh) = account.sent(False), account.sent(share > 0)
+    average = {stage: stale[stage] + share * (fresh[stage] - stale[stage]) for stage in STAGES}
+    wire = {"stale": travelled(few, account.ranks), "fresh": travelled(many, account.ranks)}
+    wire["average"] = wire["stale"] + share * (wire["fresh"] - wire["stale"])
+    step = {"stale": sum(stale.values()), "fresh": sum(fresh.values()), "average": sum(average.values())}
+    return {
+        "ranks": account.ranks,
+        "batch": batch,
+        "share": share,
+        "stages": {"stale": stale, "fresh": fresh, "average": average},
+        "step": step,
+        "bytes": {"stale": counted, "fresh": counted_fresh},
+        "wire": wire,
+        "memory": account.memory(),
+        "run": None if steps is None else {"steps": steps, "seconds": steps * step["average"]},
+        "holds": holding(fresh, holds),
+    }
+
+
+def travelled(messages: Sequence[Message], ranks: int) -> float:
+    """Bytes that a rank passes on, the mean over ranks: of an all-reduce twice its payload, of what goes from rank to
+    rank its part.
+    """
+    parts = {"all_reduce": 2.0, "exchange": 1 / ranks}
+    return sum(m.payload * parts.get(m.how, 1.0) for m in messages)
+
+
+def holding(stages: Mapping[str, float], dearest: str) -> str:
+    """What the step waits for longest, where everything is measured."""
+    stage = max(stages, key=lambda name: stages[name])
+    return f"{stage} ({dearest})" if stage == "factorisation" and dearest else stage
+
+
+def scaled(
+    planner: Planner,
+    optimizers: Mapping[str, Settings],
+    worlds: Sequence[tuple[int, int]],
+    adaptive: float,
+    steps_of: Callable[[int], int | None],
+) -> dict[str, Any]:
+    """Rows of every optimizer on every (ranks, batch); the layers of the first one on the fewest and the most ranks."""
+    found: dict[str, Any] = {"optimizers": [], "layers": {}}
+    for name, settings in optimizers.items():
+        rows = []
+        for ranks, batch in worlds:
+            account = planner.account(settings, ranks, batch)
+            rows.append(row(account, batch, adaptive, steps_of(batch)))
+            if name == next(iter(optimizers)) and (ranks, batch) in (worlds[0], worlds[-1]):
+                found["layers"][str(ranks)] = account.layers()
+        found["optimizers"].append({"name": name, "kind": type(settings).__name__, "rows": rows})
+    return found

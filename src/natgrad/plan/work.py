@@ -1,0 +1,129 @@
+"""What one step asks of every rank, stage by stage: lists of work, and who has to do it.
+
+Passes and measurements are every rank's; factors, directions and updates are their owners'. Passes over weights that
+rules make are counted here, since a rule is a few elementwise lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from natgrad.cell import Cell
+from natgrad.curvature.base import Seen
+from natgrad.layers import Loose
+from natgrad.layers.work import Work, moved
+from natgrad.optim.conjugate import Conjugate
+from natgrad.plan.ghost import Built
+from natgrad.plan.trace import Trace
+
+MOMENTUM, CONJUGATE, ADAM, PLAIN = 6.0, 26.0, 14.0, 5.0
+"""Passes over the weights: momentum with its length and packing, a conjugate direction, Adam's, SGD's with momentum."""
+HOUSEKEEPING = 25.0
+"""Operations for each layer beside its formula: packing, unpacking, momentum, length, update."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a rank's share of a step goes through the network: traces, and how many passes each stands for."""
+
+    passes: Sequence[tuple[Trace, int]]
+    ranks: int
+
+    @cached_property
+    def seen(self) -> dict[str, Seen]:
+        """What every layer sees in a step of all ranks."""
+        found: dict[str, Seen] = {}
+        for trace, count in self.passes:
+            places: dict[str, int] = {}
+            samples: dict[str, int] = {}
+            for call in trace.calls:
+                n, s = call.layer.count(call.x)
+                places[call.name] = places.get(call.name, 0) + s
+                samples[call.name] = n * count * self.ranks
+            for name, n in samples.items():
+                before = found.get(name, Seen(0, 0))
+                found[name] = Seen(before.samples + n, max(before.places, places[name]))
+        return found
+
+    def forward(self) -> list[Work]:
+        return [
+            work.times(count)
+            for trace, count in self.passes
+            for work in (*(w for call in trace.calls for w in call.passes.forward), *trace.forward)
+        ]
+
+    def backward(self, weights: bool = True) -> list[Work]:
+        """The backward pass; without `weights` only towards the layers' outputs."""
+        return [
+            work.times(count)
+            for trace, count in self.passes
+            for work in (
+                *(w for call in trace.calls if not call.first for w in call.passes.inputs),
+                *(w for call in trace.calls if weights for w in call.passes.weights),
+                *trace.backward,
+            )
+        ]
+
+    def measure(self, cells: Sequence[Cell]) -> dict[str, list[Work]]:
+        """What measuring everything takes on each rank, by layer."""
+        found: dict[str, list[Work]] = {}
+        curved = {cell.name: cell for cell in cells if cell.curvature.statistics}
+        for trace, count in self.passes:
+            for call in trace.calls:
+                cell = curved.get(call.name)
+                for key in () if cell is None else cell.keys:
+                    work = cell.curvature.measure_work(call.layer, key, call.x, call.y, self.ranks)  # type: ignore[union-attr]
+                    found.setdefault(call.name, []).extend(w.times(count) for w in work)
+        return found
+
+
+@dataclass
+class Owned:
+    """What falls to one rank as an owner."""
+
+    factor: list[Work] = field(default_factory=list)
+    precondition: list[Work] = field(default_factory=list)
+    update: list[Work] = field(default_factory=list)
+    layers: int = 0
+    measured: int = 0
+
+
+def owned(built: Built, seen: Mapping[str, Seen]) -> list[Owned]:
+    """The owners' work of a step in which everything was measured, rank by rank."""
+    found = [Owned() for _ in range(built.world.size)]
+    optimizer = built.second
+    if optimizer is None:
+        return found
+    conjugate = isinstance(optimizer.rule, Conjugate)
+    for cell in optimizer.cells:
+        what = seen.get(cell.name, Seen(0, 0))
+        mine = found[cell.owner]
+        mine.layers += 1
+        for key in cell.keys:
+            holder = found[cell.holders[key]]
+            holder.factor += factor_work(cell, key, what)
+            holder.measured += 1
+        numel = cell.layer.shape.numel
+        if not isinstance(cell.layer, Loose):
+            mine.precondition += cell.curvature.precondition_work(cell.layer, what)
+        passes = CONJUGATE if conjugate else ADAM if isinstance(cell.layer, Loose) else MOMENTUM
+        # conjugate directions work on one vector for all layers, so few operations fall to each
+        mine.precondition.append(moved(numel, passes, calls=6 if conjugate else HOUSEKEEPING))
+        everyone = optimizer.gather == "directions"
+        for rank in found if everyone else [mine]:
+            rank.update.append(moved(numel, 3, calls=3))
+    return found if built.world.owners else [found[built.world.rank]] * built.world.size
+
+
+def factor_work(cell: Cell, key: str, what: Seen) -> list[Work]:
+    """Taking in a statistic (unpacking, comparing, copying) and factoring it."""
+    statistic = next(m for m in cell.curvature.statistics if m.key == key)
+    work = list(cell.curvature.factor_work(cell.layer, key, what)) if not cell.curvature.joint else []
+    if not cell.by_rows:
+        numbers = 1
+        for side in statistic.shape(cell.layer):
+            numbers *= side
+        work.append(moved(numbers, 6 + 2 * cell.staleness().looks_back, calls=20))
+    return work

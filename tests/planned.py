@@ -1,0 +1,68 @@
+"""What the tests of plans share: real steps on ranks that are threads, and the same steps planned."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from helpers import clone, quiet
+from natgrad.models import CifarResNet
+from natgrad.parallel import run_threads
+from natgrad.plan.machines import named
+from natgrad.plan.scaling import Network, Planner
+from natgrad.train.optimizers import AdamW, KFac, Nlcg, Seng, Sgd, SpNgd
+
+NET, SHAPE, CLASSES, BATCH = CifarResNet(8, (8, 16, 16)), (3, 16, 16), 10, 64
+STRONG = Nlcg(lr=1.0, preconditioner="kronecker", beta="polak_ribiere", step="curvature", refresh=1)
+SETTINGS = {
+    "sgd": Sgd(),
+    "adamw": AdamW(),
+    "spngd": SpNgd(refresh=1),
+    "spngd adaptive": SpNgd(refresh=None),
+    "spngd narrow": SpNgd(refresh=1, norms="full", wire="bfloat16", weights_wire="bfloat16", inverse="eigen"),
+    "spngd float16, clipped": SpNgd(refresh=1, max_norm=1.0, wire="float16", length="plain"),
+    "spngd overlapped": SpNgd(refresh=1, overlap=True),
+    "kfac": KFac(refresh=1),
+    "kfac directions": KFac(refresh=1, gather="directions"),
+    "seng": Seng(refresh=1),
+    "seng network": Seng(refresh=1, block="network", samples=32, sketch="uniform", sketch_size=50),
+    "seng replicated": Seng(refresh=1, replicated=True, sketch=None),
+    "seng narrow": Seng(refresh=1, wire="bfloat16", sketch="row_norm", samples=48),
+    "nlcg": Nlcg(),
+    "nlcg strong": STRONG,
+}
+
+
+def state_bytes(optimizer):
+    """Bytes of all tensors that an optimizer holds."""
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def real(settings, ranks, steps=2):
+    """(bytes by kind in the last step, bytes of state, owners) of every rank that is there."""
+    torch.manual_seed(0)
+    start = NET.build(SHAPE, CLASSES)
+    images, labels = torch.randn(BATCH, *SHAPE), torch.randint(0, CLASSES, (BATCH,))
+
+    def work(world):
+        model = clone(start)
+        optimizer = quiet(settings.build, model, world)
+        mine = images.chunk(ranks)[world.rank], labels.chunk(ranks)[world.rank]
+        sent = getattr(optimizer, "world", world).sent
+        for _ in range(steps):
+            sent.clear()
+            output = model(mine[0])
+            loss = cross_entropy(output, mine[1])
+            loss.backward()
+            settings.take(optimizer, loss.detach(), lambda: model(mine[0]))
+            told = {kind: count for kind, count in sent.items() if count}
+            optimizer.zero_grad()
+        cells = getattr(optimizer, "cells", [])
+        return told, state_bytes(optimizer), [(c.name, c.owner, dict(c.holders)) for c in cells]
+
+    return run_threads(ranks, work)
+
+
+def planner(net=NET, shape=SHAPE, classes=CLASSES, machine="cpu", micro_batch=None):
+    """A planner of a network."""
+    return Planner(Network("a network", lambda: net.build(shape, classes), shape), named(machine), micro_batch)
