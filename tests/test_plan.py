@@ -129,6 +129,12 @@ def test_sampled_labels_cost_a_pass(small):
     assert plain["statistics"] < sampled["statistics"] < plain["statistics"] + plain["backward"]
 
 
+def test_an_optimizer_that_was_planned_before_does_not_meddle(small):
+    kept = small.account(SpNgd(overlap=True), 2, 64)  # alive, with its hooks on the model
+    assert small.parts(19, 1).passes[0][0].samples == 19  # traced only now
+    assert kept.ranks == 2
+
+
 def test_overlap_hides_gradients(small):
     late, early = (small.account(SpNgd(refresh=1, overlap=o), 8, 64).stages(False)[0] for o in (False, True))
     assert early["messages"] < late["messages"]

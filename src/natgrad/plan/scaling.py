@@ -34,6 +34,7 @@ class Planner:
         self.network, self.machine, self.micro_batch = network, machine, micro_batch
         self._traces: dict[int, Trace] = {}
         self.model = on_meta(network.make, network.name)
+        self._bare = on_meta(network.make, network.name)  # no optimizer's hooks are on it
 
     def parts(self, share: int, ranks: int) -> Parts:
         """A rank's share of samples, at most `micro_batch` at a time."""
@@ -45,7 +46,7 @@ class Planner:
     def _trace(self, samples: int) -> Trace:
         if samples not in self._traces:
             one = self.network
-            self._traces[samples] = trace(self.model, one.shape, samples, one.name, one.tokens)
+            self._traces[samples] = trace(self._bare, one.shape, samples, one.name, one.tokens)
         return self._traces[samples]
 
     def account(self, settings: Settings, ranks: int, batch: int) -> Account:
