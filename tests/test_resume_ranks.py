@@ -8,10 +8,12 @@ import pytest
 from checkpoints import go_on, recipe_with, saved
 from natgrad.data import Digits
 from natgrad.parallel import World, run_threads
+from natgrad.train import together
 from natgrad.train.loop import prepare
 from natgrad.train.optimizers import Sgd
 from natgrad.train.resume import choose, compare, restarted
 from natgrad.train.run import run
+from natgrad.train.together import Lock
 from test_resume import MLP, damage, options
 
 
@@ -73,3 +75,26 @@ def test_values_that_differ_are_named():
         return True
 
     assert run_threads(2, work) == [True, True]
+
+
+def test_a_lock_is_not_taken_on_a_file_that_has_gone(tmp_path, monkeypatch):
+    """The one before releases between our opening the file and our locking it: the next one must see ours."""
+    (tmp_path / "run").mkdir()
+    first, lock = Lock(tmp_path / "run"), together.fcntl.flock
+
+    def late(file, how):
+        monkeypatch.setattr(together.fcntl, "flock", lock)
+        first.release()
+        lock(file, how)
+
+    monkeypatch.setattr(together.fcntl, "flock", late)
+    second = Lock(tmp_path / "run")
+    with pytest.raises(ValueError, match="another run is writing"):
+        Lock(tmp_path / "run")
+    second.release()
+
+
+def test_a_folder_is_not_held_where_there_are_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "fcntl", None)
+    Lock(tmp_path / "run").release()
+    assert not (tmp_path / "run").exists()
