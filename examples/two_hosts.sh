@@ -13,6 +13,10 @@ set -euo pipefail
 # Each attempt gets a store of its own, also when hosts come and go (torchrun keeps one for all attempts otherwise).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+# Seconds from a TERM until ranks are killed: they end their step and write a checkpoint first (torchrun's own: 30).
+: "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:=150}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+
 exec torchrun \
     --nnodes "$HOSTS" \
     --nproc-per-node "$RANKS" \

@@ -2,8 +2,6 @@
 
 import pickle
 import sys
-import threading
-import types
 from dataclasses import replace
 
 import pytest
@@ -12,11 +10,10 @@ from torch import nn
 
 from checkpoints import CONV, go_on, recipe_with, saved
 from natgrad.data import Digits, Regularisation
-from natgrad.parallel import World, run_threads
-from natgrad.train import checkpoint
+from natgrad.parallel import World
+from natgrad.train import checkpoint, loop
 from natgrad.train.loop import prepare
 from natgrad.train.optimizers import KFac, Sgd, SpNgd
-from natgrad.train.resume import choose, compare, restarted
 from natgrad.train.run import Options, resume_command, run
 from natgrad.train.state import restore
 from test_resume import MLP, TOTAL, damage, interrupt_at, options, summary
@@ -183,56 +180,20 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
         run("mine", MLP, Options(out=str(tmp_path / "file/run")), World())
 
 
-def test_parts_on_hosts_that_share_no_folder_are_told_as_such(tmp_path, splits):
-    def work(world):
-        told = []
-        job = prepare(recipe_with(Sgd(lr=0.1)), world, splits)
-        go_on(job, 1)
-        saved(job, tmp_path / f"host-{world.rank}", lambda kind, **values: told.append((kind, values["reason"])))
-        return told
+class Talking(nn.Flatten):
+    """Has state that is no tensor."""
 
-    (told,), _ = run_threads(2, work)
-    assert told == ("not_saved", "parts of ranks 1 are not there: --out must be a folder that all hosts share")
+    def get_extra_state(self):
+        return {"said": "much"}
+
+    def set_extra_state(self, state):
+        pass
 
 
-@pytest.mark.parametrize("asked", [None, 5])
-def test_all_ranks_refuse_in_the_words_of_the_first(tmp_path, asked):
-    run("mine", MLP, options(tmp_path), World())
-    damage(tmp_path, 24)
-    text = r"24.* is damaged.*step 16: add --checkpoint 16" if asked is None else r"step 5 .*there are 16, 24"
-
-    def work(world):
-        folder = tmp_path / ("run/checkpoints" if world.rank == 0 or asked is None else "not-seen-here")
-        with pytest.raises(ValueError, match=text):
-            choose(folder, asked, world, None)
-        return True
-
-    assert run_threads(2, work) == [True, True]
-
-
-def test_hosts_that_count_restarts_differently_agree(monkeypatch):
-    """A launcher does not count a restart that another host's has begun."""
-    told = threading.local()
-
-    class Environment(dict):
-        def get(self, name, default=None):
-            return told.count
-
-    monkeypatch.setattr("natgrad.train.resume.os", types.SimpleNamespace(environ=Environment()))
-
-    def work(world, counts):
-        told.count = counts[world.rank]
-        return restarted(world)
-
-    assert run_threads(2, lambda world: work(world, "01")) == [True, True]
-    assert run_threads(2, lambda world: work(world, "00")) == [False, False]
-
-
-def test_values_that_differ_are_named():
-    def work(world):
-        told = {"version": 1} if world.rank else {"version": 2}
-        with pytest.raises(ValueError, match="ranks disagree on version"):
-            compare(told, world)
-        return True
-
-    assert run_threads(2, work) == [True, True]
+def test_what_cannot_be_saved_is_told_before_the_first_step(tmp_path, monkeypatch):
+    build = loop.build_model
+    monkeypatch.setattr(loop, "build_model", lambda recipe: nn.Sequential(Talking(), build(recipe)))
+    with pytest.raises(ValueError, match=r"0\._extra_state .* is a dict, which no checkpoint holds; .*--save-every 0"):
+        run("mine", MLP, options(tmp_path), World())
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert run("mine", replace(MLP, epochs=1), options(tmp_path, save_every=0), World()) == "finished"

@@ -237,7 +237,7 @@ class SecondOrder(Views, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` or `gather_state_dict` gave; values keep their precision, this rank keeps its part."""
         fresh = exact_copies(self, state_dict)
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "state": {}})  # torch's copies would only be dropped
         self.state.clear()
         self.state.update(fresh)
         self.engine.arm(self._steps() + 1)

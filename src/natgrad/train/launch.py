@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 OURS = "NATGRAD_LAUNCHED"
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def in_world() -> bool:
@@ -80,6 +81,7 @@ def launch(ranks: int, arguments: list[str], restarts: int = 0) -> int:
     logging.disable(logging.CRITICAL)  # the launcher's table of failures says less than our line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ[OURS] = "1"
+    os.environ.setdefault(GRACE, "150")  # seconds from Ctrl-C until ranks are killed; 30 may be less than a step
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

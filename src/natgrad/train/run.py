@@ -17,7 +17,7 @@ from natgrad.train.loop import Job, Step, build_model, prepare, steps
 from natgrad.train.recipe import Recipe, described
 from natgrad.train.resume import FOLDER, check_agreement, check_not_given_up, choose, restarted, set_later_aside
 from natgrad.train.saver import Saver, write_weights
-from natgrad.train.state import restore
+from natgrad.train.state import restore, state_of
 from natgrad.train.stop import Stop
 from natgrad.train.together import Lock, everybody, on_first
 
@@ -127,6 +127,8 @@ def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
     job = prepare(recipe, world, recipe.data.load().to(device))
     if start is not None:
         restore(job, start, options.accept_changes)
+    if options.save_every != 0:
+        state_of(job)  # what cannot be saved is known before the first step
     journal = on_first(world, lambda: open_journal(name, options, job, again)) or Journal()
     for wrong in told:
         journal.event("damaged", reason=wrong)

@@ -156,7 +156,8 @@ def _buffers(job: Job) -> Tensors:
     for name, value in beside.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"{name} of the network's state is a {type(value).__name__}, which is not saved; use tensors"
+                f"{name} of the network's state is a {type(value).__name__}, which no checkpoint holds; make it a "
+                "tensor, or set --save-every 0"
             )
     return beside
 

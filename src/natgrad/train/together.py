@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,29 +31,48 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.made = [one for one in (folder, *folder.parents) if not one.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / LOCK).open("a+")
-        try:
-            if fcntl is not None:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            who = self.file.read().strip()
-            raise ValueError(
-                f"another run is writing to {str(folder)!r} ({who}); stop it, or name another --out"
-            ) from None
-        except OSError:
-            return  # a file system without locks
+        self.file = _held(folder / LOCK)
+        while not _is_there(self.file):  # whoever had it has taken it away in between
+            self.file.close()
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = _held(folder / LOCK)
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.file.flush()
 
     def release(self) -> None:
         """Let others have the folder; where nothing was written, it goes as it came."""
-        Path(self.file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(self.file.name).unlink(missing_ok=True)
         self.file.close()
         with contextlib.suppress(OSError):  # not empty
             for folder in self.made:
                 folder.rmdir()
+
+
+def _held(path: Path) -> TextIO:
+    """Open a file and lock it, where its file system has locks; ValueError where another process has."""
+    file = path.open("a+")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read().strip()
+        raise ValueError(
+            f"another run is writing to {str(path.parent)!r} ({who}); stop it, or name another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _is_there(file: TextIO) -> bool:
+    """Say whether a file still is what its name stands for."""
+    try:
+        return os.path.samestat(os.stat(file.name), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 def on_first(world: World, work: Callable[[], T]) -> T | None:
