@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from natgrad.report.compare_plots import COLOURS, looks, zoom
 from natgrad.report.compare_read import Comparison, Final, Line
@@ -94,6 +95,7 @@ def tuning(results: Comparison, batch: str) -> Figure:
             seen += _tried(axes, line, styles[name]["color"], line.steps == results.full(batch))
         axes.set_title(name, fontsize=9)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(labelsize=7.5)
     for axes in panels[len(names) :]:
         axes.axis("off")

@@ -49,6 +49,7 @@ def scaling(results: Comparison) -> Figure | None:
         ("the best first-order end at that batch", results.goal),
         *((f"{results.metric} {results.text(target)}", lambda batch, t=target: t) for target in results.targets),
     ]
+    targets = targets[:1] + [one for one in targets[1:] if _anybody(results, one[1])]
     count = len(targets)
     across = 3 if count % 3 == 0 else 2
     down = math.ceil(count / across)
@@ -62,6 +63,12 @@ def scaling(results: Comparison) -> Figure | None:
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=7, fontsize=8.5)
     return figure
+
+
+def _anybody(results: Comparison, target: Callable[[str], float | None]) -> bool:
+    """Whether a target is reached by some optimizer at some size of batch."""
+    pairs = [(batch, name) for batch in results.batches for name in results.names if results.at(batch, name)]
+    return any(math.isfinite(results.fewest(batch, name, target(batch))[0]) for batch, name in pairs)
 
 
 def _steps_to(axes: Axes, results: Comparison, target: Callable[[str], float | None]) -> None:

@@ -44,7 +44,10 @@ def run(task: Task, protocol: Protocol, world: World) -> str:
         work.say("interrupted; the same command goes on from here")
         return "interrupted"
     if world.rank == 0:
-        publish(work, machine.describe(world, pick_device(protocol.device, world)))
+        about = machine.describe(world, pick_device(protocol.device, world))
+        if protocol.data.path:  # where data lie is nobody else's business
+            about["command"] = about["command"].replace(protocol.data.path, "PATH")
+        publish(work, about)
     return "finished"
 
 
