@@ -109,22 +109,22 @@ def pick_device(name: str, world: World) -> torch.device:
 
 def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
     """Train, judge and record, on every rank; return "finished" or "interrupted"."""
-    lock = on_first(world, lambda: Lock(options.folder(name)))
+    check_agreement(recipe, world)
+    job = prepare(recipe, world, recipe.data.load().to(pick_device(options.device, world)))
+    lock = on_first(world, lambda: Lock(options.folder(name)))  # a mistake in the recipe has made no folder
     try:
-        return run_alone(name, recipe, options, world)
+        return run_alone(name, options, job)
     finally:
         if lock is not None:
             lock.release()
 
 
-def run_alone(name: str, recipe: Recipe, options: Options, world: World) -> str:
+def run_alone(name: str, options: Options, job: Job) -> str:
     """`run` in a folder that is ours."""
-    device, folder = pick_device(options.device, world), options.folder(name)
-    check_agreement(recipe, world)
+    folder, world = options.folder(name), job.world
     told: list[str] = []
     again = restarted(world)
     start = find_start(folder, options, world, again, told)
-    job = prepare(recipe, world, recipe.data.load().to(device))
     if start is not None:
         restore(job, start, options.accept_changes)
     if options.save_every != 0:
