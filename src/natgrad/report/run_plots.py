@@ -95,7 +95,7 @@ def numbers(logs: list[Log]) -> Figure | None:
     shown: list[tuple[str, Place]] = [
         ("Learning rate", _value("lr")),
         ("Damping", _value("damping")),
-        ("Statistics refreshed, % (mean of 10 steps)", _value("refreshed", 100)),
+        ("Refreshed, %, mean of 10 steps", _value("refreshed", 100)),
         ("Memory of rank 0, GB", _value("memory", 1e-9)),
         ("Images a second", _value("images_per_second")),
     ]
