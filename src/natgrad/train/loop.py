@@ -6,6 +6,7 @@ What travels between ranks: gradients (and what a second-order optimizer needs) 
 two numbers a step, the loss and whether anyone wants to stop; so all ranks stop after the same step.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,10 @@ from natgrad.train.precision import Precision, arrange
 from natgrad.train.randomness import seed_build, seed_step
 from natgrad.train.recipe import Recipe
 from natgrad.train.stages import Clock, own_seconds, second_order, split
+
+
+BUILDING = threading.Lock()
+"""Ranks may be threads, which share the generators that networks are initialised from."""
 
 
 @dataclass
@@ -123,8 +128,9 @@ def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
 def build_model(recipe: Recipe) -> nn.Module:
     """Initialise the recipe's network from its seed: the same on every rank."""
     recipe.model.load()
-    seed_build(recipe.seed)
-    return recipe.model.build(recipe.data.shape(), recipe.data.classes())
+    with BUILDING:
+        seed_build(recipe.seed)
+        return recipe.model.build(recipe.data.shape(), recipe.data.classes())
 
 
 def steps(job: Job, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
