@@ -30,7 +30,6 @@ from natgrad.train.randomness import seed_build, seed_step
 from natgrad.train.recipe import Recipe
 from natgrad.train.stages import Clock, own_seconds, second_order, split
 
-
 BUILDING = threading.Lock()
 """Ranks may be threads, which share the generators that networks are initialised from."""
 
