@@ -51,21 +51,21 @@ def test_a_run_taken_up_keeps_the_lines_of_its_steps_and_goes_on(tmp_path):
     assert told == [*numbers[:2], *judged[0], *numbers[2:4], *judged[1], ("resumed", 4), numbers[4]]
     about = json.loads((tmp_path / "recipe.json").read_text())
     assert {key: about[key] for key in ABOUT} == ABOUT
-    assert [session["step"] for session in about["sessions"]] == [0, 4]
-    assert [session["machine"]["command"] for session in about["sessions"]] == [
+    assert [start["step"] for start in about["starts"]] == [0, 4]
+    assert [start["machine"]["command"] for start in about["starts"]] == [
         "natgrad train mine",
         "natgrad train mine --resume",
     ]
-    assert (about["sessions"][1]["host"], about["sessions"][1]["pid"]) == (socket.gethostname(), os.getpid())
-    assert "changed" not in about["sessions"][1]
+    assert (about["starts"][1]["host"], about["starts"][1]["pid"]) == (socket.gethostname(), os.getpid())
+    assert "changed" not in about["starts"][1]
 
 
-def test_what_was_changed_at_a_later_start_is_in_its_session(tmp_path):
+def test_what_was_changed_at_a_later_start_is_in_its_start(tmp_path):
     begun(tmp_path, 2)
     RunFolder(tmp_path, {**ABOUT, "steps": 20}, resume_at=2)
     about = json.loads((tmp_path / "recipe.json").read_text())
     assert about["steps"] == 9
-    assert about["sessions"][1]["changed"] == {"steps": 20}
+    assert about["starts"][1]["changed"] == {"steps": 20}
 
 
 def test_a_run_taken_up_from_its_start_keeps_no_line_of_a_step(tmp_path):

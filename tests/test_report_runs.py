@@ -49,11 +49,11 @@ def lines(count, second_order, loss=None):
             }
 
 
-def write_run(folder, name="mine", seed=0, count=12, steps=12, second_order=True, session=None, lr=0.1, loss=None):
+def write_run(folder, name="mine", seed=0, count=12, steps=12, second_order=True, start=None, lr=0.1, loss=None):
     folder.mkdir(parents=True)
     recipe = {"kind": "Recipe", "optimizer": {"kind": "Sgd", "lr": lr}, "batch": 10, "seed": seed}
-    sessions = [{"step": 0, "host": "h", "pid": 1, "machine": MACHINE, **(session or {})}]
-    about = {"name": name, "recipe": recipe, "steps": steps, "machine": MACHINE, "sessions": sessions}
+    starts = [{"step": 0, "host": "h", "pid": 1, "machine": MACHINE, **(start or {})}]
+    about = {"name": name, "recipe": recipe, "steps": steps, "machine": MACHINE, "starts": starts}
     (folder / "recipe.json").write_text(json.dumps(about))
     told = "".join(json.dumps(line) + "\n" for line in lines(count, second_order, loss))
     (folder / "metrics.jsonl").write_text(told)
@@ -76,13 +76,13 @@ def test_a_run_is_finished_running_killed_or_not_known_to_be(tmp_path, gone):
     done = write_run(tmp_path / "done")
     (done / "summary.json").write_text('{"status": "interrupted"}')
     assert read_run(done).status() == "interrupted after 12 of 12 steps in 0:06"
-    running = read_run(write_run(tmp_path / "running", steps=20, session=here(os.getpid())))
+    running = read_run(write_run(tmp_path / "running", steps=20, start=here(os.getpid())))
     assert running.kind == "running"
     assert running.status().startswith("running: 12 of 20 steps done, about 0:04 of training left, last line ")
-    killed = write_run(tmp_path / "killed", session=here(gone))
+    killed = write_run(tmp_path / "killed", start=here(gone))
     os.utime(killed / "metrics.jsonl", (time.time() - 720,) * 2)
     assert read_run(killed).status() == "killed: 12 of 12 steps done, its process is gone, last line 12 minutes ago"
-    away = read_run(write_run(tmp_path / "away", session={"host": "far"}))
+    away = read_run(write_run(tmp_path / "away", start={"host": "far"}))
     assert away.kind == "unknown"
     assert re.match(r"running or killed: 12 .* on another machine \(far\)", away.status())
 
@@ -109,7 +109,7 @@ def test_a_run_that_was_taken_up_tells_of_its_starts_and_its_new_length(tmp_path
     folder = write_run(tmp_path / "run")
     about = json.loads((folder / "recipe.json").read_text())
     again = {**MACHINE, "command": "natgrad train --resume"}
-    about["sessions"].append({"step": 8, "host": "h", "pid": 2, "machine": again, "changed": {"steps": 40}})
+    about["starts"].append({"step": 8, "host": "h", "pid": 2, "machine": again, "changed": {"steps": 40}})
     (folder / "recipe.json").write_text(json.dumps(about))
     with (folder / "metrics.jsonl").open("a") as metrics:
         metrics.write(

@@ -173,21 +173,21 @@ def _words(event: dict[str, Any]) -> str:
 def _made(log: Log, several: bool) -> str:
     """Show each start's command, machine and versions, and the recipe."""
     name = f"<h3>{escape(log.label)}</h3>" if several else ""
-    starts = "".join(_session(session, len(log.sessions) > 1) for session in log.sessions)
+    starts = "".join(_start(start, len(log.starts) > 1) for start in log.starts)
     fields = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in log.fields.items())
     recipe = f'<details><summary>The recipe, field by field</summary><table class="facts">{fields}</table></details>'
     where = f'<p class="note">{escape(str(log.folder))}, last written {ago(log.age)}; seed {log.fields.get("seed")}</p>'
     return name + where + starts + recipe
 
 
-def _session(session: dict[str, Any], several: bool) -> str:
-    machine = {name: value for name, value in session.get("machine", {}).items() if value is not None}
+def _start(start: dict[str, Any], several: bool) -> str:
+    machine = {name: value for name, value in start.get("machine", {}).items() if value is not None}
     command = machine.pop("command", "")
     versions = machine.pop("versions", {})
     if versions:
         machine["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    if "changed" in session:
-        machine["changed"] = session["changed"]
+    if "changed" in start:
+        machine["changed"] = start["changed"]
     lines = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in machine.items())
-    since = f'<p class="note">from step {session["step"]} on</p>' if several else ""
+    since = f'<p class="note">from step {start["step"]} on</p>' if several else ""
     return f'{since}<pre>{escape(command)}</pre><table class="facts"><tbody>{lines}</tbody></table>'

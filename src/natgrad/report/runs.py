@@ -1,7 +1,7 @@
 """Reads the folders of `natgrad train`, while they are written or after, whole or broken.
 
 A line that cannot be read is counted and left out, since a crash or a full disk may have cut it; what says whether a
-run without summary.json still goes on is the process that its last session names.
+run without summary.json still goes on is the process that its last start names.
 """
 
 import json
@@ -40,14 +40,14 @@ class Log:
         return dict(flat(self.about["recipe"]))
 
     @property
-    def sessions(self) -> list[dict[str, Any]]:
+    def starts(self) -> list[dict[str, Any]]:
         """Return the run's starts; runs of earlier versions tell of one."""
-        return self.about.get("sessions") or [{"step": 0, "machine": self.about.get("machine", {})}]
+        return self.about.get("starts") or [{"step": 0, "machine": self.about.get("machine", {})}]
 
     @property
     def total(self) -> int:
         """Return the number of steps that the run is to take."""
-        changed = [session["changed"].get("steps") for session in self.sessions if "changed" in session]
+        changed = [start["changed"].get("steps") for start in self.starts if "changed" in start]
         return next((steps for steps in reversed(changed) if steps), self.about.get("steps", 0))
 
     @property
@@ -65,7 +65,7 @@ class Log:
         """Return finished, interrupted, failed, running, killed, or unknown: running or killed on another machine."""
         if self.summary is not None:
             return str(self.summary.get("status", "unknown"))
-        return {True: "running", False: "killed", None: "unknown"}[_alive(self.sessions[-1])]
+        return {True: "running", False: "killed", None: "unknown"}[_alive(self.starts[-1])]
 
     def status(self) -> str:
         """Say how the run is, in a sentence."""
@@ -77,7 +77,7 @@ class Log:
             return f"running: {place} done, {self.left()}{last}"
         if kind == "killed":
             return f"killed: {place} done, its process is gone, {last}"
-        return f"running or killed: {place} done, {last}, on another machine ({self.sessions[-1].get('host', '?')})"
+        return f"running or killed: {place} done, {last}, on another machine ({self.starts[-1].get('host', '?')})"
 
     def left(self) -> str:
         """Say how long the run will still train at its present pace."""
@@ -129,13 +129,13 @@ def _summary(folder: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) else None
 
 
-def _alive(session: dict[str, Any]) -> bool | None:
-    """Say whether a session's process is there; None where that cannot be seen from here."""
-    if session.get("host") != socket.gethostname() or os.name != "posix" or "pid" not in session:
+def _alive(start: dict[str, Any]) -> bool | None:
+    """Say whether a start's process is there; None where that cannot be seen from here."""
+    if start.get("host") != socket.gethostname() or os.name != "posix" or "pid" not in start:
         return None
     try:
-        os.kill(session["pid"], 0)
-        words = Path(f"/proc/{session['pid']}/cmdline")
+        os.kill(start["pid"], 0)
+        words = Path(f"/proc/{start['pid']}/cmdline")
         return not words.exists() or b"python" in words.read_bytes() or b"natgrad" in words.read_bytes()
     except PermissionError:
         return True

@@ -1,6 +1,6 @@
 """A run's folder and what is told while it runs; both on rank 0 only.
 
-recipe.json     every field, versions, machine, commit, seed, and a list of sessions, one a start: written first
+recipe.json     every field, versions, machine, commit, seed, and how often it was started, and where: written first
 metrics.jsonl   one line a step, an evaluation and an event, each complete as soon as it is written
 summary.json    how it ended: finished, interrupted or failed; there is none while a run goes on, or was killed
 """
@@ -52,8 +52,8 @@ class RunFolder:
     """Writes a run's three files, or goes on with those of a run that is taken up after step `resume_at`.
 
     Then lines of later steps, and a half line that a crash has left, are dropped; the recipe stays as it was first
-    written, and gets one more session. `elapsed` is the seconds of training that the kept lines tell of, `told` what a
-    summary would have said after them.
+    written, and gets one more of its `starts`. `elapsed` is the seconds of training that the kept lines tell of, `told`
+    what a summary would have said after them.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class RunFolder:
         self.told: dict[str, Any] = {}
         if resume_at is None:
             check_free(folder, overwrite)
-        sessions = [_session(about, resume_at or 0)]
+        starts = [_start(about, resume_at or 0)]
         if resume_at is not None:
             kept = _read_recipe(folder)
             changed = {key: value for key, value in about.items() if key != "machine" and kept.get(key) != value}
-            sessions = [*kept.get("sessions", []), {**sessions[0], **({"changed": changed} if changed else {})}]
+            starts = [*kept.get("starts", []), {**starts[0], **({"changed": changed} if changed else {})}]
             about = kept
             self.told = cut(folder / "metrics.jsonl", resume_at)
             self.elapsed = self.told.get("seconds", 0.0)
         else:
             forget(folder, f"{FOLDER}/*/events.out.tfevents.*")
         forget(folder, "summary.json", "report.html")
-        write_json(folder / "recipe.json", {**about, "sessions": sessions})
+        write_json(folder / "recipe.json", {**about, "starts": starts})
         mode = "wb" if resume_at is None else "ab"
         self._metrics: BinaryIO = (folder / "metrics.jsonl").open(mode, buffering=0)  # pyright: ignore[reportAttributeAccessIssue]
         self._lost = False
@@ -97,7 +97,7 @@ class RunFolder:
             warnings.warn(f"summary.json cannot be written ({error.strerror})", stacklevel=2)
 
 
-def _session(about: dict[str, Any], step: int) -> dict[str, Any]:
+def _start(about: dict[str, Any], step: int) -> dict[str, Any]:
     """Return what is worth knowing of one start; host and pid tell a reader whether it still runs."""
     return {"step": step, "host": socket.gethostname(), "pid": os.getpid(), "machine": about.get("machine", {})}
 
