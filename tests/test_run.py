@@ -111,7 +111,7 @@ def test_a_used_folder_is_refused_unless_told_to_overwrite(tmp_path):
     assert not (tmp_path / "summary.json").exists()
     assert (tmp_path / "other").read_text() == "kept"
     about = json.loads((tmp_path / "recipe.json").read_text())
-    assert (about["second"], "first" in about, len(about["sessions"])) == (2, False, 1)
+    assert (about["second"], "first" in about, len(about["starts"])) == (2, False, 1)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
