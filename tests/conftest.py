@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from natgrad.data import Digits
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
@@ -24,3 +26,17 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def splits():
+    """scikit-learn's digits."""
+    return Digits().load()
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder to be in, and no world around."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "NATGRAD_DEBUG"):
+        monkeypatch.delenv(name, raising=False)

@@ -18,11 +18,6 @@ RECIPE = Recipe(Digits(), Mlp((4,)), Sgd(lr=0.1), Polynomial(1.0), batch=300, ep
 LINE = Polynomial(1.0)
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
-
-
 def sizes(job):
     """Of every step: samples, and the learning rate over the first."""
     seen, taken = [], []

@@ -8,18 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from natgrad.data import Digits
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import nlcg
 
 TASK = replace(nlcg.TASKS["mlp"], steps=3, sweep=(100, 101), fresh=(0, 1, 2))
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
 
 
 @pytest.mark.parametrize("name", nlcg.METHODS)

@@ -9,18 +9,12 @@ import pytest
 import torch
 
 from checkpoints import go_on, recipe_with, saved
-from natgrad.data import Digits
 from natgrad.models import CifarResNet
 from natgrad.parallel import World, run_threads
 from natgrad.train import checkpoint
 from natgrad.train.loop import prepare
 from natgrad.train.optimizers import AdamW, Sgd, SpNgd
 from natgrad.train.state import restore
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
 
 
 @pytest.fixture

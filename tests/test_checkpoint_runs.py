@@ -7,18 +7,13 @@ import torch
 from torch.testing import assert_close
 
 from checkpoints import CONV, CURVED, NAMES, SETTINGS, go_on, recipe_with, saved, weights
-from natgrad.data import Digits, Regularisation
+from natgrad.data import Regularisation
 from natgrad.models import Mlp
 from natgrad.parallel import run_threads
 from natgrad.train import checkpoint
 from natgrad.train.loop import prepare
 from natgrad.train.optimizers import SpNgd
 from natgrad.train.state import restore
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

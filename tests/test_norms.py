@@ -19,11 +19,6 @@ from natgrad.train.recipe import Recipe
 RECIPE = Recipe(Digits(), CifarResNet(8, (4, 4, 4)), Sgd(lr=0.1), batch=256, steps=120, norms="average")
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_unlike_data_on_ranks_give_the_moments_of_all_of_it(ranks):
     torch.manual_seed(0)

@@ -22,11 +22,6 @@ BOTH = Regularisation(mixup=0.6, erase=0.5)
 SAME = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
-
-
 @pytest.fixture
 def shared_start(monkeypatch):
     built = loop.build_model(MLP)

@@ -33,11 +33,6 @@ OPTIMIZERS = [
 NAMES = ["sgd", "adamw", "spngd", "kfac", "seng", "nlcg", "nlcg curvature"]
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
-
-
 def weights(job):
     return torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
 

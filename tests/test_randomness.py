@@ -41,11 +41,6 @@ RECIPE = Recipe(Digits(), Dropping(), Sgd(lr=0.1), batch=200, steps=7, seed=5)
 OPTIMIZERS = [Sgd(lr=0.1), SpNgd(lr=0.05, refresh=2), KFac(lr=0.05, refresh=3), Seng(lr=0.1, refresh=2)]
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
-
-
 def weights(job):
     return torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
 

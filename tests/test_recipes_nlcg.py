@@ -115,11 +115,6 @@ def test_running_means_of_weights():
 MLP = Recipe(Digits(), Mlp((16,)), Nlcg(lr=0.3), batch=102, steps=6, seed=3)
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
-
-
 @pytest.fixture
 def shared_start(monkeypatch):
     built = loop.build_model(MLP)

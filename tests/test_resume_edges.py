@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from checkpoints import CONV, go_on, recipe_with, saved
-from natgrad.data import Digits, Regularisation
+from natgrad.data import Regularisation
 from natgrad.parallel import World
 from natgrad.train import checkpoint, loop
 from natgrad.train.loop import prepare
@@ -17,11 +17,6 @@ from natgrad.train.optimizers import KFac, Sgd, SpNgd
 from natgrad.train.run import Options, resume_command, run
 from natgrad.train.state import restore
 from test_resume import MLP, TOTAL, damage, interrupt_at, options, summary
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
 
 
 def start(recipe, splits, folder, step=4):

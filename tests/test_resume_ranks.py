@@ -6,7 +6,6 @@ import types
 import pytest
 
 from checkpoints import go_on, recipe_with, saved
-from natgrad.data import Digits
 from natgrad.parallel import World, run_threads
 from natgrad.train import together
 from natgrad.train.loop import prepare
@@ -15,11 +14,6 @@ from natgrad.train.resume import choose, compare, restarted
 from natgrad.train.run import run
 from natgrad.train.together import Lock
 from test_resume import MLP, damage, options
-
-
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
 
 
 def test_parts_on_hosts_that_share_no_folder_are_told_as_such(tmp_path, splits):

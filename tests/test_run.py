@@ -23,11 +23,6 @@ MLP = Recipe(Digits(), Mlp((16,)), Sgd(lr=0.1), batch=101, steps=4, seed=3)
 OPTIMIZERS = [Sgd(lr=0.1, nesterov=True), AdamW(), SpNgd(lr=0.1), KFac(lr=0.1, refresh=2)]
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return Digits().load()
-
-
 def weights(job):
     return torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
 
