@@ -85,7 +85,7 @@ def test_an_all_fresh_step_of_a_resnet50_sends_the_papers_bytes(wire):
     opt = natgrad.SPNGD(model, lr=0.1, samples=None, refresh=1, world=world)
     world.sent.clear()
     keys = [(k, m.key) for k, cell in enumerate(opt.cells) for m in cell.curvature.statistics]
-    parcels = [opt.engine._parcel(key, Measured({}, {}, 1, {}), 1.0, 1.0, "mean") for key in keys]
+    parcels = [opt.engine._parcel(key, Measured({}, {}, 1, {}, 1.0), 1.0, 1.0, "mean", 1.0) for key in keys]
     world.reduce_narrow(parcels, "statistics")
     narrower = 1 if wire is None else 2
     assert world.sent["statistics"] / 1e6 == pytest.approx(308.2 / narrower, abs=0.1)

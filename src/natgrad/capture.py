@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from natgrad.curvature.base import Moment, Statistic
 from natgrad.curvature.rows import Rows, Sample, count, places_of, stacked, thinned
@@ -43,6 +43,7 @@ class Measured(NamedTuple):
     weights: dict[Key, int]
     samples: int
     rows: dict[Key, Sample]
+    predictions: float  # of all these samples
 
 
 @dataclass
@@ -53,19 +54,22 @@ class _Pass:
     weights: dict[Key, list[int]] = field(default_factory=lambda: defaultdict(list))
     counts: dict[int, int] = field(default_factory=dict)
     sharpness: Tensor | None = None  # squared norms of the logits' gradients [n]
+    predictions: float | None = None  # rows of logits: what a mean loss is a mean over
 
 
 class Capture:
     """Hooks on the layers of a model, attached by `arm`, gone after `disarm`."""
 
-    def __init__(self, layers: Sequence[Layer]):
+    def __init__(self, layers: Sequence[Layer], model: nn.Module | None = None):
         self.layers = list(layers)
+        self.model = model  # whose outputs are logits
         self.watches: dict[int, Watch] = {}
         self.sampler = Sampler(0, 0, 0, 1.0)
         self.calls: Counter[int] = Counter()
         self.seconds = 0.0
         self.edges: list[Any] | None = None  # with sampled labels: where watched outputs enter the graph
         self.inside = False  # the backward pass of sampled labels is running
+        self.drawn: float | None = None  # the predictions in it
         self.seen: dict[int, int] = {}  # samples of each layer in the forward pass
         self._handles: list[Any] = []
         self._finalizer = weakref.finalize(self, _remove, self._handles)
@@ -76,7 +80,7 @@ class Capture:
 
     @staticmethod
     def _nothing() -> Measured:
-        return Measured({}, {}, 0, {})
+        return Measured({}, {}, 0, {}, 0.0)
 
     @property
     def armed(self) -> bool:
@@ -92,8 +96,8 @@ class Capture:
             if isinstance(layer, Loose):
                 continue  # nothing to read, and its module may take what it likes
             self._handles.append(layer.module.register_forward_hook(LayerHook(self, index), with_kwargs=True))
-        if self.judged is not None:
-            self._handles.append(self.judged.model.register_forward_hook(LogitsHook(self)))
+        if self.model is not None:
+            self._handles.append(self.model.register_forward_hook(LogitsHook(self)))
         _eager(+1)  # a compiled graph has no place for these hooks
 
     def disarm(self) -> None:
@@ -108,11 +112,11 @@ class Capture:
         self._closed = self._nothing()
         self._ended = 0
 
-    def sample(self, output: Tensor) -> None:
+    def sample(self, output: Tensor, predictions: float | None = None) -> None:
         """Run a backward pass of labels drawn from the model's own prediction, towards the watched outputs only.
 
-        output: logits [n, classes, ...]. A sample's loss is the mean over its places, as in the training loss; parts
-        come out with weight 1 a sample.
+        output: logits [n, classes, ...]. A sample's loss is the sum over its places over `predictions` (None: their
+        number, so it is the mean); parts come out with weight 1 a sample.
         """
         if not self.armed or not self.edges:
             return
@@ -122,7 +126,9 @@ class Capture:
             noise = torch.rand(rows.shape, generator=torch.Generator(rows.device).manual_seed(seed), device=rows.device)
             labels = (rows.detach() - noise.log().neg().log()).argmax(-1)  # Gumbel's way of drawing from a softmax
             loss = torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
-            loss = loss * (samples_of(reversed(self.seen.values())) / len(rows))
+            samples = samples_of(reversed(self.seen.values()))
+            self.drawn = len(rows) if predictions is None else predictions * samples
+            loss = loss * (samples / self.drawn)
             self.inside = True
             try:
                 torch.autograd.grad(loss, self.edges, retain_graph=True, allow_unused=True)
@@ -138,6 +144,14 @@ class Capture:
             now.parts[index, key].append(part)
             now.weights[index, key].append(samples)
 
+    def predicted(self, rows: int, task: int) -> None:
+        """So many rows have a gradient in backward pass `task`. The first to say so are nearest to the loss: the logits
+        of the model, where they are a matrix, or the outputs of its last layer.
+        """
+        now = self._pass(task)
+        if now.predictions is None:
+            now.predictions = self.drawn if self.inside else float(rows)
+
     def sharp(self, squares: Tensor, task: int) -> None:
         """The squared norms [n] of the gradients with respect to each sample's logits, in backward pass `task`."""
         self._pass(task).sharpness = squares
@@ -150,7 +164,7 @@ class Capture:
 
     def _close(self) -> None:
         """Turn finished backward passes into sums."""
-        sums, weights, samples, rows = self._closed
+        sums, weights, samples, rows, predictions = self._closed
         for done in self._passes.values():
             self._ended += 1
             for (index, key), parts in done.parts.items():
@@ -166,8 +180,9 @@ class Capture:
                 sums[index, key] = value if previous is None else previous + value
                 weights[index, key] = weights.get((index, key), 0) + sum(done.weights[index, key])
             samples += samples_of(done.counts.values())
+            predictions += done.predictions or 0.0
         self._passes.clear()
-        self._closed = Measured(sums, weights, samples, rows)
+        self._closed = Measured(sums, weights, samples, rows, predictions)
 
     def _rows(self, index: int, moment: Rows, parts: list[Sample], done: _Pass, before: Sample | None) -> Sample:
         """A layer's rows of this step so far, after one more pass."""

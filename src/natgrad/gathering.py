@@ -21,11 +21,18 @@ FORMS = ("columns", "left", "right", "tokens", "mean")
 
 
 def bring_rows(
-    cells: Sequence[Cell], world: World, keys: Sequence[Key], measured: Measured, weigh: float, local: bool
+    cells: Sequence[Cell],
+    world: World,
+    keys: Sequence[Key],
+    measured: Measured,
+    weigh: float,
+    wider: float,
+    local: bool,
 ) -> dict[Key, Sample]:
     """The rows of every layer that this rank owns, as gradients of each sample's own loss.
 
     weigh: times what hooks saw it is the gradient of a sample's own loss.
+    wider: by so much longer are rows than these gradients, so that their squares add up to the curvature.
     local: every rank uses its own rows, and nothing is sent.
     """
     if not keys:
@@ -34,7 +41,8 @@ def bring_rows(
     world.max([forms], "scalars")
     usual = usual_rows(measured)
     alike = [
-        _alike(cells[key[0]], measured.rows.get(key), form, weigh, usual) for key, form in zip(keys, forms.tolist())
+        _alike(cells[key[0]], measured.rows.get(key), form, weigh, wider, usual)
+        for key, form in zip(keys, forms.tolist())
     ]
     if local or world.size == 1:
         return dict(zip(keys, alike))
@@ -85,7 +93,7 @@ def usual_rows(measured: Measured) -> Sample:
     return next((r for r in measured.rows.values() if count(r) == counts.most_common(1)[0][0]), {})
 
 
-def _alike(cell: Cell, rows: Sample | None, form: list[int], weigh: float, usual: Sample) -> Sample:
+def _alike(cell: Cell, rows: Sample | None, form: list[int], weigh: float, wider: float, usual: Sample) -> Sample:
     """Rows of one rank in the form that all have agreed on, with `mean`, what the gradient has of each.
 
     The samples of a rank that did not call the layer have gradients of zero, and count as such.
@@ -103,4 +111,4 @@ def _alike(cell: Cell, rows: Sample | None, form: list[int], weigh: float, usual
     rows = conform(rows, shape, bool(columns), places)
     if "mean" in rows:  # rows without a scale of their own
         return {**rows, "mean": rows["mean"].to(cell.zeros(()).dtype) * weigh}
-    return {**scaled(rows, weigh), "mean": cell.zeros((count(rows),)) + 1}
+    return {**scaled(rows, weigh * wider), "mean": cell.zeros((count(rows),)) + 1 / wider}

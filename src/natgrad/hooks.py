@@ -32,7 +32,7 @@ class LayerHook:
         start = time.perf_counter()
         layer, watch = capture.layers[index], capture.watches.get(index)
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        samples, _ = layer.count(x)
+        samples, places = layer.count(x)
         draw = capture.sampler.draw(index, capture.calls[index], x.device)
         capture.calls[index] += 1
         kept = []
@@ -47,12 +47,14 @@ class LayerHook:
             if capture.edges is not None and not capture.inside:
                 return
             start = time.perf_counter()
+            task = outer if outer >= 0 else torch._C._current_graph_task_id()
+            capture.predicted(samples * places, task)
             parts = {}
             if kept:
                 with torch.no_grad():
                     dy = dy.detach()
                     parts = {m.key: m.after(layer, k, dy, draw) for m, k in kept}
-            capture.saw(index, samples, parts, outer if outer >= 0 else torch._C._current_graph_task_id())
+            capture.saw(index, samples, parts, task)
             capture.seconds += time.perf_counter() - start
 
         outer = torch._C._current_graph_task_id()  # not -1: recomputed within a backward pass, as part of it
@@ -76,7 +78,7 @@ class Inert:
 
 
 class LogitsHook:
-    """The forward hook of the whole model, where rows are weighed by the gradients of its logits."""
+    """The forward hook of the whole model: how many predictions it makes, and how steep the loss is at them."""
 
     def __init__(self, capture: Capture):
         self.capture = weakref.ref(capture)
@@ -87,8 +89,14 @@ class LogitsHook:
             return
 
         def arrived(dy: Tensor) -> None:
-            squares = dy.detach().float() if dy.dtype in (torch.float16, torch.bfloat16) else dy.detach()
-            capture.sharp(squares.flatten(1).square().sum(1), torch._C._current_graph_task_id())
+            if capture.edges is not None and not capture.inside:
+                return
+            task = torch._C._current_graph_task_id()
+            if dy.dim() == 2:
+                capture.predicted(len(dy), task)
+            if capture.judged is not None:
+                squares = dy.detach().float() if dy.dtype in (torch.float16, torch.bfloat16) else dy.detach()
+                capture.sharp(squares.flatten(1).square().sum(1), task)
 
         logits.register_hook(arrived)
 
@@ -112,9 +120,6 @@ def logits_of(output: Any) -> Tensor | None:
 
 class Judge:
     """Divides each sample's gradients by the norm of its own logits' gradient (arXiv 2406.06420, eq. 14)."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
 
     def weigh(self, rows: Sample, squares: Tensor | None, samples: int) -> Sample:
         """Rows over the roots of `squares` [n]; the roots are how much of each row the mean gradient has."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from natgrad.capture import Capture, Key, Measured, Sampler, Watch
 from natgrad.cell import DORMANT, Cell
@@ -27,10 +27,19 @@ from natgrad.parallel import Parcel, World
 class Preconditioner:
     """The cells of a model with the hooks that feed them."""
 
-    def __init__(self, cells: Sequence[Cell], world: World, seed: int, sampled: bool = False):
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        world: World,
+        seed: int,
+        sampled: bool = False,
+        model: nn.Module | None = None,
+        predictions: float | None = None,
+    ):
         self.local = False  # every rank takes its own rows
         self.judged: Judge | None = None  # rows are weighed by the gradients of the logits
         self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
+        self.model, self.predictions = model, predictions
         self.replace(cells)
         self.world = world
         self.seed = seed
@@ -44,7 +53,7 @@ class Preconditioner:
         if hasattr(self, "capture"):
             self.capture.disarm()
         self.cells = list(cells)
-        self.capture = Capture([cell.layer for cell in cells])
+        self.capture = Capture([cell.layer for cell in cells], self.model)
         self.capture.edges = [] if self.sampled else None
         self.capture.judged = self.judged
         self._plan: list[Key] = []
@@ -80,20 +89,21 @@ class Preconditioner:
         self.seconds["measure"] = self.capture.seconds
         measured = self.capture.collect()
         with self.timed("messages"):
-            counts = torch.tensor(
-                [measured.samples, *(float(measured.weights.get(key, 0) > 0) for key in plan)], dtype=torch.float64
-            )
+            seen_here = (float(measured.weights.get(key, 0) > 0) for key in plan)
+            counts = torch.tensor([measured.samples, measured.predictions, *seen_here], dtype=torch.float64)
             self.world.sum([counts], "scalars")
-            samples, *ranks = counts.tolist()
+            samples, predictions, *ranks = counts.tolist()
             if self.sampled and not samples:
                 raise ValueError('fisher="sampled": call sample(output) before backward(), so that labels can be drawn')
             seen = [(key, n) for key, n in zip(plan, ranks) if n > 0]
             moments = [(key, n) for key, n in seen if not self.cells[key[0]].by_rows]
-            parcels = [self._parcel(key, measured, n, scale, reduction) for key, n in moments]
+            means = self._means(samples, predictions, reduction)
+            parcels = [self._parcel(key, measured, n, scale, reduction, means) for key, n in moments]
             received = self.world.reduce_narrow(parcels, "statistics")
             stacks = [(key, n) for key, n in seen if self.cells[key[0]].by_rows]
             weigh = (measured.samples if reduction == "mean" else 1) / scale
-            rows = bring_rows(self.cells, self.world, [key for key, _ in stacks], measured, weigh, self.local)
+            wider = 1.0 if self.judged is not None else means**0.5  # judged rows have no scale of their own
+            rows = bring_rows(self.cells, self.world, [key for key, _ in stacks], measured, weigh, wider, self.local)
         with self.timed("factor"):
             seen = [*moments, *stacks]
             taken = self._absorb([key for key, _ in moments], received, round(samples))
@@ -135,7 +145,13 @@ class Preconditioner:
                     self.whole.add(key[0])
         return intervals
 
-    def _parcel(self, key: Key, measured: Measured, ranks: float, scale: float, reduction: str) -> Parcel:
+    def _means(self, samples: float, predictions: float, reduction: str) -> float:
+        """How many predictions a sample's loss is the mean of: by so much less do its gradients' squares add up to."""
+        if reduction == "sum" and not self.sampled:
+            return 1.0
+        return self.predictions if self.predictions is not None else predictions / max(samples, 1)
+
+    def _parcel(self, key: Key, measured: Measured, ranks: float, scale: float, reduction: str, means: float) -> Parcel:
         """A rank's share of a mean over all ranks' samples."""
         cell = self.cells[key[0]]
         moment = next(m for m in cell.curvature.statistics if m.key == key[1])
@@ -148,7 +164,7 @@ class Preconditioner:
             if self.sampled:
                 reduction, scale = "sum", 1.0  # our own loss, unscaled
             weigh = measured.samples if reduction == "mean" else 1 / measured.samples
-            value = value * (weigh / (self.world.size * scale**2))
+            value = value * (weigh * means / (self.world.size * scale**2))
         return Parcel(value, cell.holders[key[1]], moment.symmetric)
 
     def _advance(self, index: int, key: str, step: int, interval: int) -> None:

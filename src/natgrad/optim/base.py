@@ -61,6 +61,7 @@ class SecondOrder(Views, Optimizer):
         gather: Literal["weights", "directions"] = "weights",
         params: Iterable | None = None,
         reduction: Literal["mean", "sum"] = "mean",
+        predictions: float | None = None,
         max_norm: float | None = None,
         scaler: Any = None,
         fallback: Fallback = adam,
@@ -79,8 +80,8 @@ class SecondOrder(Views, Optimizer):
         checks.whole("samples", samples, 1, none=True)
         checks.whole("max_size", max_size, 1)
         checks.between("decay", decay, 0, 1)
-        if max_norm is not None:
-            checks.above("max_norm", max_norm, 0)
+        for name, value in (("predictions", predictions), ("max_norm", max_norm)):
+            checks.above(name, 1 if value is None else value, 0)
         defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
         super().__init__(groups, defaults)
         for group in self.param_groups:
@@ -104,7 +105,7 @@ class SecondOrder(Views, Optimizer):
         for cell in cells:
             for parameter, state in self.fresh_state(cell, self.world.rank).items():
                 self.state[parameter] = state
-        self.engine = Preconditioner(cells, self.world, seed, fisher == "sampled")
+        self.engine = Preconditioner(cells, self.world, seed, fisher == "sampled", model, predictions)
         self.world.start([t.detach() for t in (*model.parameters(), *model.buffers())])
         self.gradients.begin_early(cells)
         self.engine.arm(self._steps() + 1)
@@ -187,16 +188,16 @@ class SecondOrder(Views, Optimizer):
         return nullcontext() if overlap is None else overlap.paused()
 
     def sample(self, output: Tensor) -> None:
-        """With fisher="sampled", before `backward()`: measure curvature on labels drawn from the model's prediction.
+        """With fisher="sampled", before `backward()`: measure curvature on labels drawn from the prediction.
 
-        output: the model's logits [n, classes, ...]. One more backward pass, towards watched layers only, and only in
-        steps in which something is due (SP-NGD section 3.2, one Monte Carlo sample).
+        output: the model's logits [n, classes, ...]. One more backward pass to watched layers, only where something is
+        due (SP-NGD section 3.2, one Monte Carlo sample).
         """
         if not self.engine.sampled:
             raise ValueError(
                 'sample(output) needs fisher="sampled"; with fisher="empirical" the data\'s labels are used'
             )
-        self.engine.capture.sample(output)
+        self.engine.capture.sample(output, self.engine.predictions)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]

@@ -109,7 +109,7 @@ class SENG(SecondOrder):
         )
         if columns == "improved":
             self.engine.capture.disarm()
-            self.engine.judged = Judge(checks.plain_model(model))
+            self.engine.judged = Judge()
             self.engine.replace(self.cells)
             self.engine.arm(1)
         if block == "network":

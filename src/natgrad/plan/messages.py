@@ -79,7 +79,7 @@ class Step:
         if self.world.gradients != "averaged":
             self._gradients(optimizer, parameters)
         if fresh and keys:
-            self._numbers(1 + len(keys))
+            self._numbers(2 + len(keys))
             self._moments(cells)
             self._rows([c for c in cells if c.by_rows])
             self._numbers(len(keys), torch.int64)

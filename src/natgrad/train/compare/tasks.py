@@ -14,7 +14,7 @@ from natgrad.data import Cifar100, Digits, ImageSet
 from natgrad.data.text import Charlm
 from natgrad.models import CifarResNet, ImageResNet, Transformer
 from natgrad.train.compare.contenders import CONTENDERS, Contender, chosen
-from natgrad.train.compare.space import LogUniform, Space
+from natgrad.train.compare.space import Space
 from natgrad.train.optimizers import Sgd
 from natgrad.train.recipe import Recipe
 
@@ -103,9 +103,6 @@ class Task:
 
 
 SMALL = CifarResNet(depth=8, widths=(16, 32, 64))
-TOKENS: Space = {"lr": LogUniform(3e-4, 0.03), "damping": LogUniform(1e-5, 1e-2)}
-"""Where a sample's loss is a mean over places, its curvature is smaller by their number, and so are lr and damping."""
-
 DIGITS = Task(
     name="digits",
     about="scikit-learn's digits, 1,437 images of 8x8 for training, on ResNet-8",
@@ -162,8 +159,6 @@ CHARLM = Task(
         "cpu": Profile(STRONGEST, (512,), trials=10),
         "full": Profile(EVERYONE, (64, 128, 512), trials=10),
     },
-    spaces=dict.fromkeys(("SPNGD", "KFAC"), TOKENS),
-    firsts={name: {"lr": 3e-3, "damping": 1e-3} for name in ("SPNGD", "KFAC")},
 )
 
 IMAGENET = Task(
