@@ -147,3 +147,22 @@ def test_sampled_labels_are_of_the_same_loss():
 def test_predictions_must_be_some(value):
     with pytest.raises(ValueError, match="predictions"):
         natgrad.SPNGD(mlp(), lr=0.1, predictions=value)
+
+
+def test_the_minimum_along_a_line_is_of_the_mean_over_places():
+    """A step to the minimum is the same whether logits come by samples [n, classes, places] or as rows."""
+
+    def stepped(forward):
+        own = clone(model)
+        opt = natgrad.NLCG(own, preconditioner=None, step=natgrad.CurvatureStep())
+        loss_of(own(x), labels).backward()
+        opt.step(forward=lambda: forward(own(x)))
+        return weights(own)
+
+    (x, labels), model = texts(8), mlp().double()
+    rows = stepped(lambda z: z.flatten(0, 1))
+    assert_close(stepped(lambda z: z.transpose(1, 2)), rows)
+    curvature = natgrad.spngd_blocks
+    assert natgrad.NLCG(clone(model), preconditioner=curvature, predictions=2).engine.predictions == 2
+    with pytest.raises(ValueError, match="predictions"):
+        natgrad.NLCG(clone(model), predictions=2)

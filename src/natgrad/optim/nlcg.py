@@ -204,8 +204,8 @@ class NLCG(SecondOrder):
         if self._forward is None or memory is None or not isinstance(self.search, CurvatureStep):
             return
         decays = [self.group_of(p)["weight_decay"] for p in parts]
-        summed = self.reduction == "sum"
-        factor = minimum(self.search, self._model, self._forward, parts, decays, -memory.slope, self.world, summed)
+        how = self.reduction == "sum", self.engine.predictions
+        factor = minimum(self.search, self._model, self._forward, parts, decays, -memory.slope, self.world, *how)
         for part in parts.values():
             part.mul_(factor)
         self.conjugate.next = replace(memory, length=factor)

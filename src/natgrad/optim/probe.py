@@ -33,10 +33,12 @@ def minimum(
     fall: float,
     world: World,
     summed: bool,
+    predictions: float | None = None,
 ) -> float:
     """The factor on d = -parts at which the model of the loss is least, the same on every rank.
 
     decays: each parameter's weight_decay. fall: -g.d. summed: the loss is a sum over a rank's samples, not a mean.
+    predictions: so many of a sample does the mean loss average; None: all places of its logits.
     """
     check_precision(parts)
     bent, length = torch.zeros(3, dtype=torch.float64), norm(parts.values())
@@ -49,13 +51,22 @@ def minimum(
         value = quadratic(search.output, (high + low) / 2, (high - low) / (2 * e))
         squares = on_host(torch._foreach_norm(list(parts.values()))).square()
         ridge = float(squares @ (torch.tensor(decays, dtype=torch.float64) + search.mu))
-        bent = torch.tensor([float(value), float(len(high)), ridge / world.size], dtype=torch.float64)
+        bent = torch.tensor(
+            [float(value), averaged(search, high, predictions), ridge / world.size], dtype=torch.float64
+        )
     world.sum([bent], "scalars")
     total, samples, ridge = bent.tolist()
     curvature = total / (world.size if summed else max(samples, 1.0)) + ridge
     if not (math.isfinite(curvature) and curvature > 0 and fall > 0):
         return 0.0
     return min(fall / curvature, search.limit)
+
+
+def averaged(search: CurvatureStep, output: Tensor, predictions: float | None) -> float:
+    """How many terms the mean loss of this output has."""
+    if predictions is not None:
+        return len(output) * predictions
+    return output.numel() / output.shape[1] if search.output == "softmax" else float(len(output))
 
 
 def outputs(forward: Forward, parts: Mapping[nn.Parameter, Tensor], shift: float) -> Tensor:

@@ -113,7 +113,8 @@ class CurvatureStep:
 
     It needs no learning rate; lr = 1 takes all of it. d.G d comes from two more forward passes at w +- e d, with
     e = `probe` |w| / |d|: `step(forward=lambda: model(x))`. output: "softmax" for cross entropy of logits [n, classes,
-    ...], "squared" for half the squared error, mean over n. The step is at most `limit` times the direction.
+    ...], a mean over n and all places (or over n times `predictions`), "squared" for half the squared error, a mean
+    over n. The step is at most `limit` times the direction.
     """
 
     output: Literal["softmax", "squared"] = "softmax"

@@ -179,7 +179,7 @@ def descend(job: Job, batch: Batch, step: int, clock: Clock) -> Tensor:
         clock.lap("data")
         output = job.precision.forward(job.model, inputs)
         loss = loss_of(output, targets, job.recipe.label_smoothing) * (job.world.size / batch.total)
-        job.recipe.optimizer.before_backward(job.optimizer, output)
+        job.recipe.optimizer.before_backward(job.optimizer, logits_of(output))
         with nullcontext() if part == last else unsent(job.optimizer):
             job.precision.backward(loss)
         total += loss.detach()
@@ -189,7 +189,7 @@ def descend(job: Job, batch: Batch, step: int, clock: Clock) -> Tensor:
 
     def again() -> Tensor:
         made = kept if keeps else (x for x, _ in parts(job, batch, torch.Generator().manual_seed(seed)))
-        return torch.cat([job.model(inputs) for inputs in made])
+        return torch.cat([logits_of(job.model(inputs)) for inputs in made])
 
     job.recipe.optimizer.take(job.precision.stepper(job.optimizer), total, again)
     job.optimizer.zero_grad()
@@ -217,10 +217,15 @@ def loss_of(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     Labels [n, places] of an output [n, places, classes]: a sample's loss is the mean over its places.
     """
     if output.dim() == 3:
-        return loss_of(output.flatten(0, 1), targets.flatten(), smoothing) / output.shape[1]
+        return loss_of(logits_of(output), targets.flatten(), smoothing) / output.shape[1]
     classes = output.shape[1]
     spread = smoothing * classes / max(classes - 1, 1)  # torch spreads it over all classes, the label's own too
     return F.cross_entropy(output, targets, reduction="sum", label_smoothing=min(spread, 1.0))
+
+
+def logits_of(output: Tensor) -> Tensor:
+    """Rows of logits [predictions, classes] of an output [n, classes] or [n, places, classes]."""
+    return output.flatten(0, -2)
 
 
 def parts(job: Job, batch: Batch, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
