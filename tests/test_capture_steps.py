@@ -110,7 +110,7 @@ def test_a_second_optimizer_on_the_same_model_takes_over():
     train(opt, model, [points(12, 1)])
     assert float(statistic(opt, "0", "A_damping")) == 0.5
     forget()
-    assert hooks(model) == 2
+    assert hooks(model) == 3
 
 
 def test_the_number_of_samples_is_what_most_layers_saw():

@@ -41,6 +41,7 @@ def step(layer, x, optimizer=natgrad.SPNGD, **options):
         "samples": None,
         "decay": 0.0,
         "length": natgrad.plain,
+        "predictions": 1,  # the head mixes the places of a sample
         **options,
     }
     opt = optimizer(model, **options)

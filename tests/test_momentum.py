@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import natgrad
-from helpers import backward, clone, weights
+from helpers import Net, backward, clone, train, weights
 from multi import check
 
 LR, DAMPING = (0.1, 0.07, 0.02), 0.05
@@ -136,3 +136,27 @@ def test_a_full_block_that_is_too_large_is_unit_wise():
     for limit, name in ((80, "full"), (79, "unit-wise")):
         opt = natgrad.SPNGD(net, lr=0.1, curvature=natgrad.LayerBlocks(norm=natgrad.Full), max_size=limit)
         assert [row.curvature for row in opt.coverage()][1] == name
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_predicted_change_of_repeated_directions(before):
+    """While curvature stands still, the summed gradients are what the direction undoes, so d . h = d^T (F + l I) d."""
+    net = Net().double()
+    rule = natgrad.Momentum(before=before)
+    length = natgrad.PredictedChange(1e-3)
+    opt = natgrad.SPNGD(net, lr=0.5, momentum=0.8, samples=None, refresh=100, rule=rule, length=length)
+    for k in range(4):
+        start = weights(net)
+        train(opt, net, [Net.batch(8, k)])
+    change = 0.0
+    for cell in opt.cells:
+        state = cell.state()
+        direction = cell.precondition(state["gradients"], 1e-3)
+        if not before:
+            assert_close(state["momentum"], direction, rtol=1e-9, atol=1e-12)
+        change += 0.25 * float((direction * state["gradients"]).sum())
+    assert change > 1e-3  # it was shortened, by this factor
+    taken = torch.cat(
+        [t.flatten() for c in opt.cells for t in c.layer.unpack(c.precondition(c.state()["gradients"], 1e-3))]
+    )
+    assert_close(start - weights(net), 0.5 * taken * math.sqrt(1e-3 / change), rtol=1e-7, atol=1e-12)

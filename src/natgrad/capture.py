@@ -146,7 +146,7 @@ class Capture:
 
     def predicted(self, rows: int, task: int) -> None:
         """So many rows have a gradient in backward pass `task`. The first to say so are nearest to the loss: the logits
-        of the model, where they are a matrix, or the outputs of its last layer.
+        of the model, where they are a vector or a matrix, or the outputs of its last layer.
         """
         now = self._pass(task)
         if now.predictions is None:
@@ -217,7 +217,7 @@ def samples_of(counts: Iterable[int]) -> int:
     return max(frequency, key=lambda n: (frequency[n], last[n]), default=0)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # collecting garbage inside may remove the hooks of a forgotten capture
 _watching = 0
 
 

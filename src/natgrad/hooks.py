@@ -84,7 +84,10 @@ class LogitsHook:
         self.capture = weakref.ref(capture)
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        capture, logits = self.capture(), logits_of(output)
+        capture = self.capture()
+        logits = logits_of(output)
+        if logits is None:
+            logits = logits_of(output, 1)  # one number a sample
         if capture is None or logits is None:
             return
 
@@ -92,9 +95,9 @@ class LogitsHook:
             if capture.edges is not None and not capture.inside:
                 return
             task = torch._C._current_graph_task_id()
-            if dy.dim() == 2:
+            if dy.dim() < 3:
                 capture.predicted(len(dy), task)
-            if capture.judged is not None:
+            if capture.judged is not None and dy.dim() > 1:
                 squares = dy.detach().float() if dy.dtype in (torch.float16, torch.bfloat16) else dy.detach()
                 capture.sharp(squares.flatten(1).square().sum(1), task)
 
@@ -107,14 +110,14 @@ class LogitsHook:
         return Inert, ()
 
 
-def logits_of(output: Any) -> Tensor | None:
-    """The tensor of logits [n, classes, ...] among a model's outputs: `logits` of a dictionary, or the first."""
+def logits_of(output: Any, dims: int = 2) -> Tensor | None:
+    """The tensor of logits, of at least so many dimensions, in a model's output: its `logits`, or the first."""
     if isinstance(output, Tensor):
-        return output if output.requires_grad and output.dim() > 1 else None
+        return output if output.requires_grad and output.dim() >= dims else None
     if isinstance(output, Mapping):
-        return logits_of(output["logits"]) if "logits" in output else logits_of(tuple(output.values()))
+        output = [output["logits"]] if "logits" in output else list(output.values())
     if isinstance(output, (tuple, list)):
-        return next((found for item in output if (found := logits_of(item)) is not None), None)
+        return next((found for item in output if (found := logits_of(item, dims)) is not None), None)
     return None
 
 

@@ -23,7 +23,7 @@ from natgrad.optim import checks
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
-from natgrad.optim.lengths import Length, layerwise
+from natgrad.optim.lengths import Keeps, Length, layerwise
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule, takes_loose
@@ -144,16 +144,15 @@ class SecondOrder(Views, Optimizer):
     def fresh_state(self, cell: Cell, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
         """What a rank holds of a cell at the start, by parameter; None: what any rank holds."""
         mine = rank in (None, cell.owner)
-        states: dict[nn.Parameter, dict[str, Any]] = {
-            p: {"step": torch.tensor(0.0), **(master(p, self.narrow) if mine or self.gather == "directions" else {})}
-            for p in cell.layer.parameters
-        }
-        own = states[cell.layer.parameters[0]]
-        cell.allocate(own, rank)
+        kept = partial(master, narrow=self.narrow) if mine or self.gather == "directions" else lambda p: {}
+        states: dict = {p: {"step": torch.tensor(0.0), **kept(p)} for p in cell.layer.parameters}
+        cell.allocate(own := states[cell.layer.parameters[0]], rank)
         if mine and isinstance(cell.layer, Loose) and not takes_loose(self.rule):
             self.fallback.allocate(cell.layer, own)
         elif mine:
             self.rule.allocate(cell.layer, own)
+            if isinstance(self.length, Keeps):
+                self.length.allocate(cell.layer, own)
         return states
 
     def _steps(self) -> int:

@@ -27,8 +27,8 @@ class Coverage:
     owner: int
 
 
-def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str) -> list[Coverage]:
-    """A row for every layer, in the model's order."""
+def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str, vectors: int) -> list[Coverage]:
+    """A row for every layer, in the model's order. `vectors`: what is kept beside curvature, as often as weights."""
     rows = []
     for cell, why in zip(cells, whys):
         loose = isinstance(cell.layer, Loose)
@@ -37,7 +37,7 @@ def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str) -> list[
             numbers, flops = 2 * weight.numel(), 0.0
         else:
             cost = cell.curvature.cost(cell.layer, REFERENCE_ROWS)
-            numbers = held(cell, cost) + cell.layer.shape.numel
+            numbers = held(cell, cost) + vectors * cell.layer.shape.numel
             flops = 2 * (cost.measure + cost.work)
         rows.append(
             Coverage(

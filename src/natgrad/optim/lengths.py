@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer
+from natgrad.layers.base import Layer, promote
 from natgrad.parallel import World
 
 LEAST_WEIGHT = 0.1  # of a healthy weight: a layer that starts at zero must be able to leave it
@@ -31,6 +31,7 @@ class Step:
     direction: Tensor
     curved: bool = True  # False: the fallback's direction, which has no natural length
     cell: Any = None
+    kept: float = 0.0  # by this the rule has multiplied its past directions before it added this step's
     fresh: bool = False  # the gradient is the mean of rows that were measured in this very step
 
     @property
@@ -52,6 +53,15 @@ def layerwise(steps: Sequence[Step], gradients: Sequence[Tensor]) -> list[Tensor
 
 
 Length = Callable[[Sequence[Step], World], "list[Tensor | float]"]
+"""length(steps, world) -> a factor a layer."""
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """A length that keeps tensors in the state of each layer's weight."""
+
+    def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Make them for one layer."""
 
 
 def plain(steps: Sequence[Step], world: World) -> list[Tensor | float]:
@@ -74,10 +84,12 @@ def trust_ratio(step: Step) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictedChange:
-    """All layers together shortened so that lr^2 d . g, the predicted change of the output (KL), stays below `limit`.
+    """All layers together shortened so that lr^2 d^T F d, twice the change of the output (KL), is at most `limit`.
 
-    d . g = d^T F d for an exact natural gradient, so this is the KL clip of Ba, Grosse and Martens (2017, section
-    5.3). One number travels.
+    The KL clip of Ba, Grosse and Martens (2017, section 5.3) takes d . g for d^T F d, which holds for one natural
+    gradient. A direction that repeats others, d = sum m^k F^-1 g_k, has F d = h = sum m^k g_k as long as F stands
+    still: gradients are summed as their directions are, and d . h is taken (ours). d . g is by 1/(1 - m) too small
+    while gradients agree, and nothing once d has overshot, just when a step should be held back. One number travels.
     """
 
     limit: float = 1e-2
@@ -86,10 +98,16 @@ class PredictedChange:
         if not self.limit > 0:
             raise ValueError(f"PredictedChange(limit={self.limit}): give a change above 0")
 
+    def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Make room for the sum of gradients of one layer."""
+        weight = layer.parameters[0]
+        state["gradients"] = torch.zeros(layer.shape, dtype=promote(weight).dtype, device=weight.device)
+
     def __call__(self, steps: Sequence[Step], world: World) -> list[Tensor | float]:
         change = torch.zeros(1, dtype=torch.float64)
         if steps:  # one wait for the device
-            squares = [step.lr**2 * torch.sum(step.direction * step.gradient, dtype=torch.float64) for step in steps]
+            sums = [step.state["gradients"].mul_(step.kept).add_(step.gradient) for step in steps]
+            squares = [s.lr**2 * torch.sum(s.direction * h, dtype=torch.float64) for s, h in zip(steps, sums)]
             change += torch.stack(squares).sum().cpu()
         world.over_owners([change], "scalars")
         factor = min(1.0, math.sqrt(self.limit / max(abs(change.item()), 1e-300)))

@@ -83,6 +83,7 @@ class Momentum:
             keep = self.coefficient(
                 group["momentum"], lr, group.get("lr_last", lr), group.get("initial_lr", group.get("lr_first", lr))
             )
+            step.kept = keep
             step.state["momentum"].mul_(keep)
             if self.before:
                 step.state["momentum"].add_(step.gradient)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from natgrad.cell import Cell
 from natgrad.optim.coverage import Coverage, coverage
 from natgrad.optim.fallback import Fallback
+from natgrad.optim.lengths import Keeps, Length
 from natgrad.parallel import World
 from natgrad.preconditioner import Preconditioner
 
@@ -19,6 +20,7 @@ class Views:
     engine: Preconditioner
     world: World
     fallback: Fallback
+    length: Length
     whys: list[str]
     probe: Callable[[dict[nn.Parameter, Tensor]], None] | None = None  # makes directions as long as they should be
     skipped: int  # steps given up because a gradient was not finite
@@ -30,7 +32,8 @@ class Views:
 
     def coverage(self) -> list[Coverage]:
         """A row for every layer: its curvature, why, its size and cost."""
-        return coverage(self.cells, self.whys, self.fallback.name)
+        vectors = 1 + isinstance(self.length, Keeps)  # the rule's, the length's
+        return coverage(self.cells, self.whys, self.fallback.name, vectors)
 
     def intervals(self) -> dict[str, int]:
         """The present refresh interval of every statistic, by layer and statistic."""

@@ -58,18 +58,20 @@ class Contender:
         return edges(self.all_of(), values)
 
 
-MOMENTUM = Choice((0.8, 0.9, 0.95, 0.98))
-PENALTY = Choice((0.0, 1e-4, 1e-3))
-DECOUPLED = Choice((0.0, 0.01, 0.1))
+MOMENTUM = Choice((0.5, 0.7, 0.9, 0.95))
+PENALTY = Choice((0.0, 1e-4, 1e-3, 1e-2))
+DECOUPLED = Choice((0.0, 0.01, 0.1, 1.0))
+BESIDE = Choice((0.0, 0.03, 0.1, 0.3))
+"""Weight decay: in the gradient; on the scale of Adam's steps; beside natural gradients, on the scale of theirs."""
 DAMPING = LogUniform(1e-4, 1e-1)
 BETAS = Choice(((0.9, 0.999), (0.9, 0.95), (0.8, 0.95), (0.95, 0.99)))
-CURVED: Space = {"lr": LogUniform(3e-3, 0.3), "damping": DAMPING, "momentum": MOMENTUM, "weight_decay": PENALTY}
+CURVED: Space = {"lr": LogUniform(3e-3, 0.3), "damping": DAMPING, "momentum": MOMENTUM, "weight_decay": BESIDE}
 SKETCHED: Space = {
-    "ratio": LogUniform(0.1, 10.0),
-    "damping": LogUniform(0.03, 3.0),
+    "ratio": LogUniform(0.03, 10.0),
+    "damping": LogUniform(0.01, 3.0),
     "momentum": MOMENTUM,
     "refresh": Choice((1, 4, 16)),
-    "weight_decay": PENALTY,
+    "weight_decay": BESIDE,
 }
 
 CONTENDERS = (
@@ -141,8 +143,8 @@ CONTENDERS = (
             "weight_decay": DECOUPLED,
         },
     ),
-    Contender("SPNGD", "natgrad", SpNgd(lr=0.03), CURVED),
-    Contender("KFAC", "natgrad", KFac(lr=0.03), {**CURVED, "refresh": Choice((2, 5, 10))}),
+    Contender("SPNGD", "natgrad", SpNgd(lr=0.03), {**CURVED, "rescale": Choice((None, "always"))}),
+    Contender("KFAC", "natgrad", KFac(lr=0.03), {**CURVED, "refresh": Choice((1, 3, 10))}),
     Contender("SENG", "natgrad", Seng(lr=1.0, refresh=4), SKETCHED, {"ratio": 1.0}),
     Contender("SENG-improved", "natgrad", Seng(lr=1.0, columns="improved", refresh=4), SKETCHED, {"ratio": 1.0}),
     Contender(

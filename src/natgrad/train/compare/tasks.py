@@ -20,7 +20,7 @@ from natgrad.train.recipe import Recipe
 
 Batch = int | Literal["full"]
 EVERYONE = tuple(contender.name for contender in CONTENDERS)
-STRONGEST = ("AdamW", "Muon", "SOAP", "SPNGD", "KFAC", "SENG-improved")
+STRONGEST = ("AdamW", "Muon", "SOAP", "SPNGD", "KFAC", "NLCG-K-FAC")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ CIFAR100_SMALL = Task(
     held_out=0.25,
     points=20,
     profiles={
-        "cpu": Profile(STRONGEST, (500, "full"), trials=10),
+        "cpu": Profile(STRONGEST, ("full",), trials=10),
         "full": Profile(EVERYONE, (500, "full"), trials=12),
     },
 )
@@ -149,7 +149,7 @@ CHARLM = Task(
     name="charlm",
     about="the next character of python's help topics, windows of 64, on a transformer of two blocks of width 64",
     recipe=Recipe(Charlm(), Transformer(), Sgd()),
-    steps=((64, 240), (128, 160), (512, 64)),
+    steps=((64, 240), (128, 160), (512, 48)),
     full=24,
     targets=(2.8, 2.6, 2.4),
     metric="loss",
