@@ -6,7 +6,8 @@
     python benchmarks/bench.py --only scaling charlm
 
 Each part is a command of its own that remembers what it has done for this commit; what it writes are the JSON files in
-benchmarks/results and, at the end, the tables in the docs. A part that fails does not keep the others from running.
+benchmarks/results, a comparison's pictures in docs and, at the end, the tables in the docs. A part that fails does not
+keep the others from running.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from record import git
 
+from natgrad.report.compare_curves import curves
+from natgrad.report.compare_plots import scaling
 from natgrad.report.compare_read import KINDS, Comparison, read_comparison
 from natgrad.report.compare_table import findings, headings, rows, verdicts
+from natgrad.report.style import look
 from natgrad.train.log import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -75,11 +80,19 @@ def run(part: Part) -> bool:
         print(f"{part.name} failed with exit code {code}", file=sys.stderr)
         return False
     if part.name in COMPARISONS:
-        write_json(
-            HERE / "results" / f"compare-{part.name}.json", digest(read_comparison(folder_of(part.name)), part.name)
-        )
+        keep(read_comparison(folder_of(part.name)), part.name)
     print(f"{part.name}: {(time.monotonic() - began) / 60:.0f} minutes", flush=True)
     return True
+
+
+def keep(found: Comparison, task: str) -> None:
+    """Write what the docs show of a comparison: its numbers and its pictures."""
+    write_json(HERE / "results" / f"compare-{task}.json", digest(found, task))
+    metadata: Any = {"Date": None}
+    with look():
+        for name, figure in {"steps": scaling(found), "curves": curves(found, found.batches[-1])}.items():
+            if figure is not None:
+                figure.savefig(HERE.parent / "docs" / f"compare-{task}-{name}.svg", metadata=metadata)
 
 
 def digest(found: Comparison, task: str) -> dict[str, object]:

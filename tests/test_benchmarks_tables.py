@@ -51,6 +51,19 @@ def test_a_comparison_keeps_its_tables_choices_and_seeds(tmp_path):
         tables.filled(PAGE.format("compare-digits 7"), tmp_path)
 
 
+def test_a_comparison_keeps_its_pictures_always_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "HERE", tmp_path / "benchmarks")
+    for folder in ("benchmarks/results", "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+    found = comparison_of(compared())
+    bench.keep(found, "digits")
+    pictures = {path.name: path.read_text() for path in (tmp_path / "docs").iterdir()}
+    assert set(pictures) == {"compare-digits-steps.svg", "compare-digits-curves.svg"}
+    bench.keep(found, "digits")
+    assert pictures == {path.name: path.read_text() for path in (tmp_path / "docs").iterdir()}
+    assert (tmp_path / "benchmarks/results/compare-digits.json").exists()
+
+
 def test_the_docs_are_as_the_results_are():
     for page in sorted((tables.ROOT / "docs").glob("*.md")):
         text = page.read_text()
