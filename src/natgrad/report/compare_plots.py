@@ -46,7 +46,7 @@ def scaling(results: Comparison) -> Figure | None:
     if len(results.batches) < 2:
         return None
     targets: list[tuple[str, Callable[[str], float | None]]] = [
-        ("the best first-order end at that batch", results.goal),
+        ("the best first-order end", results.goal),
         *((f"{results.metric} {results.text(target)}", lambda batch, t=target: t) for target in results.targets),
     ]
     targets = targets[:1] + [one for one in targets[1:] if _anybody(results, one[1])]
