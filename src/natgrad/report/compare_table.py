@@ -104,7 +104,9 @@ def spread(line: Line, results: Comparison) -> str:
         return "diverged"
 
     def text(value: float) -> str:
-        return f"{100 * value:.1f}" if results.metric == "accuracy" else f"{value:.3f}"
+        if results.metric == "accuracy":
+            return f"{100 * value:.1f}"
+        return f"{value:.3f}" if value < 100 else f"{value:.0e}"
 
     gone = f", {lost} diverged" if lost else ""
     return f"{text(median(ends))} ({text(min(ends))}-{text(max(ends))}{gone})"
