@@ -1,6 +1,9 @@
 """Which passes count for a step: those whose gradients it uses, and no others."""
 
+import weakref
+
 import torch
+from torch import nn
 
 import natgrad
 from helpers import backward, clone, forget, hooks, mlp, points, statistic, train, weights
@@ -120,3 +123,24 @@ def test_the_number_of_samples_is_what_most_layers_saw():
     assert samples_of([32, 8, 8]) == 8
     assert samples_of([16, 8, 8, 16]) == 16  # a tie: the earlier layer's
     assert samples_of([8, 16]) == 16
+
+
+def test_a_model_that_keeps_its_output_is_forgotten_with_its_optimizer():
+    """The output holds the graph, the graph our hooks: nothing of that may lead back to the model."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x):
+            self.output = self.inner(x)
+            return self.output
+
+    model = Keeps()
+    opt = spngd(model)
+    train(opt, model, [points(12, 0)])
+    gone = weakref.ref(model)
+    del opt, model
+    forget()
+    assert gone() is None

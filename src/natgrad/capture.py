@@ -62,7 +62,8 @@ class Capture:
 
     def __init__(self, layers: Sequence[Layer], model: nn.Module | None = None):
         self.layers = list(layers)
-        self.model = model  # whose outputs are logits
+        # weakly: an output that a model keeps holds its graph, that our hooks, and these the capture
+        self.model = (lambda: None) if model is None else weakref.ref(model)  # whose outputs are logits
         self.watches: dict[int, Watch] = {}
         self.sampler = Sampler(0, 0, 0, 1.0)
         self.calls: Counter[int] = Counter()
@@ -96,8 +97,8 @@ class Capture:
             if isinstance(layer, Loose):
                 continue  # nothing to read, and its module may take what it likes
             self._handles.append(layer.module.register_forward_hook(LayerHook(self, index), with_kwargs=True))
-        if self.model is not None:
-            self._handles.append(self.model.register_forward_hook(LogitsHook(self)))
+        if (model := self.model()) is not None:
+            self._handles.append(model.register_forward_hook(LogitsHook(self)))
         _eager(+1)  # a compiled graph has no place for these hooks
 
     def disarm(self) -> None:
