@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import defaults
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- table ([\w.-]+)(?: ([\w.-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -87,11 +89,17 @@ def overhead(results: dict[str, Any], which: str | None) -> str:
     return "\n\n".join(parts)
 
 
+def settings(results: dict[str, Any], which: str | None) -> str:
+    """What every choice of settings reaches on every task."""
+    return defaults.table(results)
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "compare": compared,
     "scaling": scaling,
     "micro": micro,
     "overhead": overhead,
+    "defaults": settings,
 }
 
 

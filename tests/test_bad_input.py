@@ -158,6 +158,8 @@ def test_schedules_may_take_lr_to_zero_later():
 def test_lengths_and_staleness(value):
     with pytest.raises(ValueError, match=f"limit={value}"):
         PredictedChange(value)
+    with pytest.raises(ValueError, match=f"per_sample={value}"):
+        PredictedChange(per_sample=value)
     with pytest.raises(ValueError, match=f"tolerance={value}"):
         natgrad.Adaptive(tolerance=value)
     if not math.isnan(value):

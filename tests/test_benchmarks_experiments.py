@@ -6,35 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from natgrad.train.optimizers import Sgd
+from natgrad.train.optimizers import Sgd, SpNgd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import lengths
+import defaults
 import longrun
 import study
-from grid import Contender
-
-GRID = Contender("SGD", Sgd(), {"lr": (0.03, 0.1, 0.3, 1.0), "momentum": (0.8, 0.9, 0.95)})
 
 
 def trial(accuracy, lr=0.1, loss=1.0, seed=1):
     numbers = {"accuracy": accuracy, "loss": loss, "train_loss": 0.5, "refreshed": 0.25}
     return {"values": {"lr": lr}, "seed": seed, "step_ms": 10.0, "mean_step_ms": 12.0, **numbers}
-
-
-class Told:
-    """A study whose validation loss is smallest at one learning rate, and that remembers what it was asked."""
-
-    def __init__(self, best):
-        self.task, self.best, self.asked = study.tasks("")["digits"], best, []
-
-    def trial(self, optimizer, seed, judged_on, length):
-        self.asked.append((optimizer.lr, optimizer.momentum, seed, judged_on, length))
-        return {**trial(0.5, loss=abs(optimizer.lr - self.best) + abs(optimizer.momentum - 0.9))}
-
-    def say(self, text):
-        pass
 
 
 def test_a_trial_is_made_once_and_remembered_by_its_settings(tmp_path, monkeypatch):
@@ -84,55 +67,37 @@ def test_digits_for_choosing_are_not_those_for_the_report():
     assert len(task.splits("validation").train) + len(task.splits("validation").test) == 1437
 
 
-def test_tuning_goes_past_an_end_that_was_chosen_and_stops_there():
-    work = Told(best=3.0)
-    early, late = lengths.tune(work, GRID)
-    assert min(late, key=study.merit)["values"] == {"lr": 3.0, "momentum": 0.9}
-    assert {trial["values"]["lr"] for trial in early} == {0.03, 0.1, 0.3, 1.0, 3.0, 9.0}
-    assert {asked[3:] for asked in work.asked} == {("validation", 12), ("validation", 24)}
+def told(*accuracies):
+    """A case's rows: two choices at two rates."""
+    names = ("one", "two")
+    rows = [
+        {"choice": name, "lr": lr, "accuracy": accuracies[2 * k + j], "loss": 1.0}
+        for k, name in enumerate(names)
+        for j, lr in enumerate((0.03, 0.1))
+    ]
+    return {"rows": rows}
 
 
-def test_a_choice_within_its_range_is_not_widened():
-    early, late = lengths.tune(Told(best=0.3), GRID)
-    assert (len(early), len(late)) == (12, lengths.FINALISTS)
+def test_what_is_least_behind_at_one_rate_for_all_cases_comes_first():
+    cases = [{"case": "a", **told(0.5, 0.6, 0.55, 0.7)}, {"case": "b", **told(0.9, 0.8, 0.85, 0.65)}]
+    assert defaults.behind(cases)["two", 0.1] == pytest.approx([0.0, 25.0])
+    lines = defaults.table({"cases": cases}).splitlines()
+    assert lines[0] == "| choice | a | b | mean behind, at lr | worst |"
+    assert lines[2] == "| one | 50.0 / 60.0 | 90.0 / 80.0 | 10.0, 0.03 or 0.1 | 20.0, 10.0 |"
+    assert lines[3] == "| two | 55.0 / 70.0 | 85.0 / 65.0 | 10.0, 0.03 | 15.0 |"
 
 
-def test_a_range_has_two_ends():
-    known = [{"lr": lr, "damping": damping} for lr in (0.01, 0.03) for damping in (1e-4, 1e-3)]
-    assert lengths.beyond(GRID, {"lr": 0.01, "damping": 1e-3}, known) == {
-        "lr": {"lr": 0.00333, "damping": 1e-3},
-        "damping": {"lr": 0.01, "damping": 1e-2},
-    }
-
-
-def test_width_is_the_range_of_rates_within_two_points_of_the_best():
-    trials = [trial(0.60, 0.01), trial(0.69, 0.03), trial(0.40, 0.03), trial(0.70, 0.1), trial(0.67, 0.3)]
-    by_rate = lengths.margin(trials, "lr")
-    assert by_rate == {0.01: 0.60, 0.03: 0.69, 0.1: 0.70, 0.3: 0.67}
-    assert lengths.width(by_rate) == "0.03 to 0.1 (3x)"
-    assert lengths.margin(trials, "damping") == {}
-
-
-def test_the_table_of_lengths_puts_the_best_first_and_a_loss_that_is_no_number_as_none():
-    def entry(name, *accuracies):
-        finals = [trial(accuracy) for accuracy in accuracies]
-        return {"name": name, "chosen": {"lr": 0.1}, "at_edge": ["lr"], "early": [trial(0.5)], "finals": finals}
-
-    worse, better = entry("worse", 0.5, 0.6), entry("better", 0.7, 0.8)
-    worse["finals"][0]["train_loss"] = None
-    told = lengths.table({"contenders": [worse, better]}).splitlines()
-    assert told[2].startswith("| better | 0.700 0.800 | 0.750 | 0.5 0.5 | lr 0.1 | lr |")
-    assert "| - 0.5 |" in told[3]
-
-
-def test_one_setting_for_all_tasks_is_the_least_behind_on_the_mean():
-    def result(task, **accuracies):
-        early = [trial(accuracies["low"], 0.1), trial(accuracies["high"], 0.3), trial(0.1, accuracies["own"])]
-        return {"task": task, "contenders": [{"name": "one", "early": early}]}
-
-    told = lengths.together([result("a", low=0.9, high=0.8, own=1.0), result("b", low=0.5, high=0.7, own=2.0)])
-    assert told.splitlines()[0] == "| | setting | points behind on a, b | mean |"
-    assert told.splitlines()[2:] == ["| one | lr 0.3 | 10.0, 0.0 | 5.0 |"]
+def test_a_choice_runs_as_natgrad_compare_would_run_it(tmp_path, monkeypatch):
+    """The trials are the comparison's own, made once, and judged on samples held out of training."""
+    monkeypatch.setattr(defaults, "CHOICES", {"one": SpNgd(refresh=1)})
+    monkeypatch.setattr(defaults, "steps_of", lambda task, batch: 2)
+    rows = defaults.make("digits", 64, "", tmp_path, workers=1)
+    assert [(row["choice"], row["lr"]) for row in rows] == [("one", lr) for lr in defaults.RATES]
+    (path, *_), count = sorted((tmp_path / "trials").iterdir()), len(defaults.RATES)
+    assert len(list((tmp_path / "trials").iterdir())) == count
+    assert json.loads(path.read_text())["of"] == 1197  # of 1,437
+    monkeypatch.setattr(defaults.Workers, "submit", lambda *_: pytest.fail("made twice"))
+    assert defaults.make("digits", 64, "", tmp_path, workers=1) == rows
 
 
 def test_the_table_of_the_long_run_compares_seed_by_seed():
@@ -145,9 +110,3 @@ def test_the_table_of_the_long_run_compares_seed_by_seed():
     assert "8 steps, damping 0.001, length plain, seeds 1 2" in told
     assert "| default | 0.1 | 0.7500 (0.7000 to 0.8000) | 0 |" in told
     assert "| +1.00 ± 1.00 | 0.5 (0.5 to 0.5) | 10 | 12 | 25% |" in told
-
-
-@pytest.mark.parametrize("task", ["digits", "cifar100-small"])
-def test_all_contenders_of_lengths_have_grids_of_the_same_size(task):
-    assert {len(contender.points(12)) for contender in lengths.contenders(task)} == {12}
-    assert len({contender.name for contender in lengths.contenders(task)}) == len(lengths.contenders(task))

@@ -102,7 +102,7 @@ def test_names_become_what_they_say(monkeypatch):
     given = handed_over(settings, monkeypatch)
     assert given["refresh"] == Adaptive(0.2, 7, 5)
     assert given["curvature"] == (natgrad.Kronecker, natgrad.Identity())
-    assert given["length"] == lengths.PredictedChange(0.5)
+    assert given["length"] == lengths.PredictedChange(0.5, per_sample=None)
     assert given["world"] == (torch.bfloat16, None, False)
     assert handed_over(KFac(), monkeypatch)["refresh"] == 10
 

@@ -115,7 +115,7 @@ def test_names_become_what_they_say(monkeypatch):
     given = handed_over(settings, monkeypatch)
     assert given["sketch"] == natgrad.RowNorm(9)
     assert given["legacy"] == natgrad.Legacy(128, 10)
-    assert given["length"] == lengths.PredictedChange(0.5)
+    assert given["length"] == lengths.PredictedChange(0.5, per_sample=None)
     assert given["rule"] == Momentum(False, tied, False)
     assert given["world"] == (torch.bfloat16, None, False, False)
     assert handed_over(Seng(), monkeypatch)["legacy"] is None

@@ -47,6 +47,7 @@ class Preconditioner:
         self.retries = 0  # factorisations that needed more damping
         self.dropped = 0  # statistics that were not finite
         self.share = 0.0  # of the statistics, measured in the last step
+        self.samples = 0  # in the last step that measured, on all ranks
 
     def replace(self, cells: Sequence[Cell]) -> None:
         """Take these cells from now on, unwatched until `arm`."""
@@ -93,6 +94,7 @@ class Preconditioner:
             counts = torch.tensor([measured.samples, measured.predictions, *seen_here], dtype=torch.float64)
             self.world.sum([counts], "scalars")
             samples, predictions, *ranks = counts.tolist()
+            self.samples = round(samples)
             if self.sampled and not samples:
                 raise ValueError('fisher="sampled": call sample(output) before backward(), so that labels can be drawn')
             seen = [(key, n) for key, n in zip(plan, ranks) if n > 0]

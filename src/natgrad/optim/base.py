@@ -82,7 +82,7 @@ class SecondOrder(Views, Optimizer):
         checks.between("decay", decay, 0, 1)
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
             checks.above(name, 1 if value is None else value, 0)
-        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
         super().__init__(groups, defaults)
         for group in self.param_groups:
             checks.check_group(group)
@@ -220,6 +220,8 @@ class SecondOrder(Views, Optimizer):
         with self.engine.timed("messages"):
             gradients = self.gradients.to_owners(self.cells, present, scale)
         unseen = self.engine.refresh(step, sent_scale, self.reduction)
+        for group in self.param_groups if self.engine.samples else ():
+            group["batch"] = self.engine.samples  # a group's number, so that a resumed run knows it
         self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
         update(self, present, gradients)
         look_after(self, unseen, present, step)

@@ -10,12 +10,15 @@ from natgrad.optim.base import SecondOrder
 from natgrad.optim.blocks import Blocks, kfac_blocks
 from natgrad.optim.lengths import Length, predicted_change
 from natgrad.optim.rules import Momentum, Rule
-from natgrad.staleness import Staleness
+from natgrad.staleness import Adaptive, Staleness
 
 
 class KFAC(SecondOrder):
-    """Natural gradients with Kronecker factors averaged over time and measured every `refresh` steps.
+    """Natural gradients with Kronecker factors that are averaged over measurements.
 
+    Papers measure every k steps with a decay of 0.95: `refresh=10, decay=0.95`. In runs of some hundred steps that
+    remembers networks long gone, so by default a statistic is measured when it has changed, and half of the old
+    average is kept (docs/settings.md).
     Normalisations take the plain gradient; pass `curvature=spngd_blocks` for unit-wise blocks. `gather` says what
     owners send to everyone: new weights, or "directions" for every rank to apply, as in the paper of 2019. The other
     arguments are those of SPNGD.
@@ -26,12 +29,12 @@ class KFAC(SecondOrder):
         model: nn.Module,
         lr: float,
         *,
-        momentum: float = 0.9,
+        momentum: float = 0.7,
         damping: float = 1e-3,
         weight_decay: float = 0.0,
-        refresh: int | Staleness = 10,
+        refresh: int | Staleness = Adaptive(),  # noqa: B008  (frozen)
         samples: int | None = 8,
-        decay: float = 0.95,
+        decay: float = 0.5,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = kfac_blocks,
         length: Length = predicted_change,

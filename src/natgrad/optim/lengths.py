@@ -84,19 +84,33 @@ def trust_ratio(step: Step) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictedChange:
-    """All layers together shortened so that lr^2 d^T F d, twice the change of the output (KL), is at most `limit`.
+    """All layers together shortened so that lr^2 d^T F d, twice the change of the output (KL), is at most
+    min(limit, per_sample * n), with n the samples of a step on all ranks, as they were last counted.
 
     The KL clip of Ba, Grosse and Martens (2017, section 5.3) takes d . g for d^T F d, which holds for one natural
     gradient. A direction that repeats others, d = sum m^k F^-1 g_k, has F d = h = sum m^k g_k as long as F stands
     still: gradients are summed as their directions are, and d . h is taken (ours). d . g is by 1/(1 - m) too small
     while gradients agree, and nothing once d has overshot, just when a step should be held back. One number travels.
+
+    The bound that grows with the batch is ours too: the noise of a mean over n samples has the covariance F / n, so
+    its share of d^T F d falls as 1/n, and a larger batch may go as much further as it is surer. `limit` is how far the
+    quadratic model is trusted whatever the batch. per_sample None: `limit` alone.
     """
 
-    limit: float = 1e-2
+    limit: float = 0.1
+    per_sample: float | None = 4e-5
 
     def __post_init__(self):
         if not self.limit > 0:
             raise ValueError(f"PredictedChange(limit={self.limit}): give a change above 0")
+        if self.per_sample is not None and not self.per_sample > 0:
+            raise ValueError(
+                f"PredictedChange(per_sample={self.per_sample}): give a change above 0, or None for `limit` alone"
+            )
+
+    def bound(self, samples: float) -> float:
+        """The largest lr^2 d^T F d for a step of so many samples; 0 of them: their number is not known."""
+        return self.limit if self.per_sample is None or not samples else min(self.limit, self.per_sample * samples)
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         """Make room for the sum of gradients of one layer."""
@@ -110,7 +124,8 @@ class PredictedChange:
             squares = [s.lr**2 * torch.sum(s.direction * h, dtype=torch.float64) for s, h in zip(steps, sums)]
             change += torch.stack(squares).sum().cpu()
         world.over_owners([change], "scalars")
-        factor = min(1.0, math.sqrt(self.limit / max(abs(change.item()), 1e-300)))
+        bound = self.bound(steps[0].groups[0]["batch"]) if steps else 1.0
+        factor = min(1.0, math.sqrt(bound / max(abs(change.item()), 1e-300)))
         return [factor] * len(steps)
 
 

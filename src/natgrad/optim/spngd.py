@@ -49,7 +49,7 @@ class SPNGD(SecondOrder):
         model: nn.Module,
         lr: float,
         *,
-        momentum: float = 0.9,
+        momentum: float = 0.7,
         damping: float = 1e-3,
         weight_decay: float = 0.0,
         refresh: int | Staleness = Adaptive(),  # noqa: B008  (frozen)

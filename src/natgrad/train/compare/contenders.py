@@ -144,7 +144,9 @@ CONTENDERS = (
         },
     ),
     Contender("SPNGD", "natgrad", SpNgd(lr=0.03), {**CURVED, "rescale": Choice((None, "always"))}),
-    Contender("KFAC", "natgrad", KFac(lr=0.03), {**CURVED, "refresh": Choice((1, 3, 10))}),
+    Contender(
+        "KFAC", "natgrad", KFac(lr=0.03), {**CURVED, "refresh": Choice((None, 1, 3)), "decay": Choice((0.0, 0.5, 0.9))}
+    ),
     Contender("SENG", "natgrad", Seng(lr=1.0, refresh=4), SKETCHED, {"ratio": 1.0}),
     Contender("SENG-improved", "natgrad", Seng(lr=1.0, columns="improved", refresh=4), SKETCHED, {"ratio": 1.0}),
     Contender(

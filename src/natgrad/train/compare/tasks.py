@@ -107,12 +107,12 @@ DIGITS = Task(
     name="digits",
     about="scikit-learn's digits, 1,437 images of 8x8 for training, on ResNet-8",
     recipe=Recipe(Digits(), SMALL, Sgd(), norm_samples=1024),
-    steps=((64, 96), (128, 72), (256, 48), (479, 32)),
-    full=20,
+    steps=((64, 48), (128, 36), (256, 24), (479, 16)),
+    full=10,
     targets=(0.95, 0.97),
     profiles={
         "demo": Profile(("Nesterov", "SPNGD"), (479,), trials=24, finalists=3),
-        "full": Profile(EVERYONE, (64, 128, 256, 479, "full"), trials=10),
+        "full": Profile(EVERYONE, (64, 128, 256, 479, "full"), trials=12, seeds=5),
     },
 )
 

@@ -32,14 +32,14 @@ def how_far(length: str, largest_change: float | None) -> lengths.Length:
             f"largest_change={largest_change:g} says nothing to length={length}; "
             "set --optimizer.length predicted_change"
         )
-    return lengths.PredictedChange(largest_change)
+    return lengths.PredictedChange(largest_change, per_sample=None)
 
 
 @dataclass(frozen=True)
 class Curved(Settings):
     """What SP-NGD and K-FAC have in common."""
 
-    momentum: float = 0.9
+    momentum: float = 0.7
     """Share of the last direction that is repeated."""
     damping: float = 1e-3
     """Added to the curvature before it is inverted, split between the two factors."""
@@ -70,7 +70,8 @@ class Curved(Settings):
     length: Literal["plain", "trust", "predicted_change"] = "predicted_change"
     """How far a step goes along its direction."""
     largest_change: float | None = None
-    """With length predicted_change: the change of the output (KL) above which a step is shortened; None: 0.01."""
+    """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 4e-5
+    for each sample of a batch, at most 0.1."""
     coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike (the paper)."""
     before: bool = False
@@ -155,11 +156,9 @@ class SpNgd(Curved):
 
 @dataclass(frozen=True)
 class KFac(Curved):
-    """K-FAC: Kronecker factors averaged over time, refreshed every k steps."""
+    """K-FAC: Kronecker factors averaged over measurements."""
 
-    refresh: int | None = 10
-    """Measure every so many steps; None: each statistic when it has changed by more than `tolerance`."""
-    decay: float = 0.95
+    decay: float = 0.5
     """Share of the old average that a refresh keeps."""
     norms: Literal["unitwise", "full", "plain"] = "plain"
     """Curvature of normalisations: a 2x2 block for each channel, one block for all of a layer, or none."""

@@ -60,7 +60,8 @@ class Seng(Settings):
     length: Literal["plain", "trust", "predicted_change"] = "plain"
     """How far a step goes along its direction."""
     largest_change: float | None = None
-    """With length predicted_change: the change of the output (KL) above which a step is shortened; None: 0.01."""
+    """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 4e-5
+    for each sample of a batch, at most 0.1."""
     coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike."""
     before: bool = False
