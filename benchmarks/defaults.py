@@ -4,8 +4,8 @@
     python benchmarks/defaults.py --show                 (the tables of the committed results)
 
 A user gives a learning rate and nothing else. So every choice runs at a few learning rates on the tasks of the
-comparison, with a cosine and one seed, and is judged by accuracy on held-out samples (of characters too). What counts is
-how far it is behind the best of all on each task, at one learning rate for all tasks.
+comparison, with a cosine and one seed, and is judged by accuracy on held-out samples (of characters too). What counts
+is how far it is behind the best of all on each task, at one learning rate for all tasks.
 """
 
 from __future__ import annotations

@@ -68,6 +68,40 @@ def test_a_curvature_step_that_cannot_see_stands_still():
     assert torch.equal(weights(model), before)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("change", [1e-4, None])
+def test_outputs_change_by_so_much_at_most(change, reduction):
+    """The model's own t^2 d.G d, found here by differentiation, is what `change` bounds."""
+    model, (x, y) = mlp().double(), points(64, 0, torch.float64)
+    search = natgrad.CurvatureStep(mu=0.0, change=change)
+    opt = natgrad.NLCG(model, lr=1.0, preconditioner=None, step=search, reduction=reduction)
+    names = [name for name, _ in model.named_parameters()]
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    backward(model, (x, y), reduction=reduction)
+    opt.step(forward=lambda: model(x))
+    moved = {name: p.detach() - start[name] for name, p in model.named_parameters()}
+    logits, tangent = torch.func.jvp(
+        lambda *w: torch.func.functional_call(model, dict(zip(names, w)), (x,)),
+        tuple(start.values()),
+        tuple(moved[name] for name in names),
+    )
+    p = logits.softmax(1)
+    found = float(((p * tangent.square()).sum(1) - (p * tangent).sum(1).square()).mean())
+    if change is None:
+        assert found > 1e-3
+    else:
+        assert found == pytest.approx(change, rel=1e-3)
+
+
+def test_squared_errors_have_no_such_bound():
+    search = natgrad.CurvatureStep(output="squared", change=1e-6)
+    assert search.longest(1.0) == search.limit
+    assert natgrad.CurvatureStep(change=0.04).longest(4.0) == pytest.approx(0.1)
+    assert natgrad.CurvatureStep().longest(0.0) == search.limit
+    with pytest.raises(ValueError, match="change=0"):
+        natgrad.CurvatureStep(change=0.0)
+
+
 def test_half_precision_weights_have_no_curvature_step():
     model = mlp().bfloat16()
     opt = natgrad.NLCG(model, step=natgrad.CurvatureStep())

@@ -82,7 +82,7 @@ def test_the_curvature_step_is_the_minimum_of_the_model(reduction, double):
     z, J = torch.func.jvp(call, ({k: v.detach() for k, v in params.items()},), (pieces,))
     scale = 1 if reduction == "sum" else 1 / 12
     expected = float(g.dot(g) / (quadratic("softmax", z.detach(), J.detach()) * scale + 1e-3 * g.dot(g)))
-    opt = natgrad.NLCG(model, preconditioner=None, step=natgrad.CurvatureStep(), reduction=reduction)
+    opt = natgrad.NLCG(model, preconditioner=None, step=natgrad.CurvatureStep(change=None), reduction=reduction)
     opt.step(forward=lambda: model(batch[0]))
     assert_close(before - weights(model), expected * g, rtol=1e-5, atol=1e-9)
     assert F.cross_entropy(model(batch[0]), batch[1], reduction=reduction) < loss

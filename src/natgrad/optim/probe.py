@@ -56,10 +56,11 @@ def minimum(
         )
     world.sum([bent], "scalars")
     total, samples, ridge = bent.tolist()
-    curvature = total / (world.size if summed else max(samples, 1.0)) + ridge
+    mean = total / max(samples, 1.0)
+    curvature = (total / world.size if summed else mean) + ridge
     if not (math.isfinite(curvature) and curvature > 0 and fall > 0):
         return 0.0
-    return min(fall / curvature, search.limit)
+    return min(fall / curvature, search.longest(mean))
 
 
 def averaged(search: CurvatureStep, output: Tensor, predictions: float | None) -> float:

@@ -114,13 +114,17 @@ class CurvatureStep:
     It needs no learning rate; lr = 1 takes all of it. d.G d comes from two more forward passes at w +- e d, with
     e = `probe` |w| / |d|: `step(forward=lambda: model(x))`. output: "softmax" for cross entropy of logits [n, classes,
     ...], a mean over n and all places (or over n times `predictions`), "squared" for half the squared error, a mean
-    over n. The step is at most `limit` times the direction.
+    over n. The step is at most `limit` times the direction, and at most so long that the model sees the outputs change
+    by t^2 d.G d = `change` on the mean, twice the KL divergence of softmax outputs (ours): far from w the model says
+    nothing, and a direction that old statistics have made long looks flat at w. None: no such bound, as for squared
+    errors, whose scale is the user's.
     """
 
     output: Literal["softmax", "squared"] = "softmax"
     mu: float = 1e-3
     probe: float = 1e-3
     limit: float = 1e3
+    change: float | None = 0.5
     feedback = None
 
     def __post_init__(self):
@@ -131,6 +135,14 @@ class CurvatureStep:
                 f"CurvatureStep(mu={self.mu}, probe={self.probe}, limit={self.limit}): "
                 "give mu of at least 0, the others above 0"
             )
+        if self.change is not None and not self.change > 0:
+            raise ValueError(f"CurvatureStep(change={self.change}): give a change of the outputs above 0, or None")
+
+    def longest(self, bent: float) -> float:
+        """The longest step along a direction with d.G d = bent."""
+        if self.change is None or self.output == "squared" or not bent > 0:
+            return self.limit
+        return min(self.limit, math.sqrt(self.change / bent))
 
 
 def quadratic(output: str, logits: Tensor, tangent: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class Nlcg(Settings):
     """Per cent by which the loss may grow before steps shrink."""
     mu: float = 1e-3
     """With step curvature, added to the curvature along the direction."""
+    change: float | None = 0.5
+    """With step curvature, twice the change of the outputs (KL) beyond which its model is not trusted; None: no bound."""
     mode: Literal["hardened", "faithful"] = "hardened"
     """Faithful: the authors' release to the letter."""
     prescale: float | None = None
@@ -128,8 +130,8 @@ class Nlcg(Settings):
         """The step size as an object; numbers of the other kind are refused."""
         if self.step == "curvature":
             self._unheard(("feedback", "period", "tau"), "step=curvature, which looks ahead instead of back")
-            return natgrad.CurvatureStep(mu=self.mu)
-        self._unheard(("mu",), "step=scheduled")
+            return natgrad.CurvatureStep(mu=self.mu, change=self.change)
+        self._unheard(("mu", "change"), "step=scheduled")
         return natgrad.Scheduled(self.feedback, self.period, self.tau)
 
     def metric(self) -> dict[str, Any]:
