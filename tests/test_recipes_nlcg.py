@@ -159,7 +159,8 @@ def test_the_loop_hands_over_the_loss_and_another_forward_pass(splits, shared_st
 
 OTHER = {
     "lr": 0.3, "weight_decay": 0.1, "decay_norms": False, "preconditioner": "identity", "beta": "dai_yuan",
-    "beta_max": 0.5, "step": "curvature", "feedback": None, "period": 3, "tau": 2.0, "mu": 0.1, "change": 0.25, "mode": "faithful",
+    "beta_max": 0.5, "step": "curvature", "feedback": None, "period": 3, "tau": 2.0, "mu": 0.1, "change": 0.25,
+    "mode": "faithful",
     "prescale": 0.01, "damping": 0.1, "refresh": 4, "decay": 0.5, "samples": None, "fisher": "sampled",
     "inverse": "eigen", "norms": "plain", "max_size": 4, "sampling_seed": 3, "max_norm": 2.0, "wire": "float16",
     "weights_wire": "bfloat16", "overlap": True,

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 import natgrad
@@ -185,28 +184,6 @@ def test_the_predicted_change_stays_below_its_limit(limit):
     assert_close(step, full * factor, rtol=1e-7, atol=1e-12)
     assert 0.5 * float(step @ gradient) * factor <= limit * (1 + 1e-6)
     assert (factor == 1.0) == (limit == 1e3)
-
-
-def test_a_larger_batch_may_change_more():
-    """The bound grows with the samples of a step, of all its micro-batches, up to the limit; resumed runs know them."""
-    length = natgrad.PredictedChange(limit=0.02, per_sample=1e-3)
-    assert [length.bound(n) for n in (0, 5, 20, 100)] == [0.02, 0.005, 0.02, 0.02]
-    assert natgrad.PredictedChange(0.02, per_sample=None).bound(5) == 0.02
-    start, moved = Net().double(), []
-    for parts in ([8], [8, 8]):
-        model = clone(start)
-        opt = natgrad.SPNGD(model, lr=0.5, samples=None, refresh=2, length=length)
-        first = weights(model)
-        for size in parts:
-            x, y = Net.batch(size, 0)
-            (F.cross_entropy(model(x), y) / len(parts)).backward()
-        opt.step()
-        moved.append(float((weights(model) - first).norm()))
-        assert opt.param_groups[0]["batch"] == sum(parts)
-    assert moved[1] == pytest.approx(moved[0] * math.sqrt(2), rel=1e-6)  # the same data twice: the bound alone differs
-    resumed = natgrad.SPNGD(clone(start), lr=0.5, samples=None, refresh=2, length=length)
-    resumed.load_state_dict(opt.state_dict())
-    assert resumed.param_groups[0]["batch"] == 16
 
 
 def test_he_norm_is_that_of_hes_initialisation():

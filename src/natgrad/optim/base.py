@@ -220,8 +220,6 @@ class SecondOrder(Views, Optimizer):
         with self.engine.timed("messages"):
             gradients = self.gradients.to_owners(self.cells, present, scale)
         unseen = self.engine.refresh(step, sent_scale, self.reduction)
-        for group in self.param_groups if self.engine.samples else ():
-            group["batch"] = self.engine.samples  # a group's number, so that a resumed run knows it
         self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
         update(self, present, gradients)
         look_after(self, unseen, present, step)

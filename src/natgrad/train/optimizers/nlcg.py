@@ -49,7 +49,7 @@ class Nlcg(Settings):
     mu: float = 1e-3
     """With step curvature, added to the curvature along the direction."""
     change: float | None = 0.5
-    """With step curvature, twice the change of the outputs (KL) beyond which its model is not trusted; None: no bound."""
+    """With step curvature, twice the change of the outputs (KL) beyond which no step goes; None: no bound."""
     mode: Literal["hardened", "faithful"] = "hardened"
     """Faithful: the authors' release to the letter."""
     prescale: float | None = None
