@@ -4,7 +4,7 @@
     python benchmarks/tables.py --check   (say which pages are not as the results are; exit code 1)
 
 A mark is a comment `<!-- table NAME -->`, and the table ends at `<!-- end -->`. NAME is a file of results without
-.json; `compare-TASK` may be followed by a size of batch, or by `wins`.
+.json; `compare-TASK` may be followed by a size of batch, or by `wins`. `largest` has all comparisons' largest batches.
 """
 
 from __future__ import annotations
@@ -103,8 +103,23 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
 }
 
 
+def largest(results: Path) -> str:
+    """Who wins at the largest batch of each comparison that has been made."""
+    rows = []
+    for path in sorted(results.glob("compare-*.json"), key=lambda path: "digits" in path.stem):
+        told = json.loads(path.read_text())
+        batch = told["wins"][-1][0]
+        goal = told["batches"][0]["title"].partition("goal ")[2].rstrip(":")
+        task = f"{path.stem.removeprefix('compare-')}, {batch}: {goal}"
+        rows += [[task, *row[1:]] for row in told["wins"] if row[0] == batch]
+    head = ["task, batch: goal", "by", "first-order", "Muon, Shampoo, SOAP", "natgrad", "ahead"]
+    return table(head, rows)
+
+
 def made(name: str, which: str | None, results: Path = RESULTS) -> str:
     """The table of a mark; a line that says what to run where there are no results yet."""
+    if name == "largest":
+        return largest(results)
     path = results / f"{name}.json"
     if not path.exists():
         return f"*Not measured yet: `make bench` writes `benchmarks/results/{name}.json`.*"

@@ -47,6 +47,9 @@ def test_a_comparison_keeps_its_tables_choices_and_seeds(tmp_path):
     assert "| 10 | seconds | Nesterov 4 | - | SPNGD 6 | first-order |" in tables.filled(
         PAGE.format("compare-digits wins"), tmp_path
     )
+    first, *rest = [line for line in tables.filled(PAGE.format("largest"), tmp_path).splitlines() if "digits" in line]
+    assert first == "| digits, full: 82.00 % | end | Nesterov 82.00 % | SOAP 90.00 % | never | matrix |"
+    assert len(rest) == 2  # by steps, by seconds
     with pytest.raises(ValueError, match="no batch 7"):
         tables.filled(PAGE.format("compare-digits 7"), tmp_path)
 

@@ -12,7 +12,7 @@ from natgrad.optim import lengths
 from natgrad.parallel import World
 from natgrad.staleness import Adaptive
 from natgrad.train.optimizers import KFac, SpNgd
-from natgrad.train.optimizers.curved import COEFFICIENTS, INVERSES, LENGTHS, NORMS, WIRES
+from natgrad.train.optimizers.curved import COEFFICIENTS, INVERSES, LENGTHS, NORMS, WIRES, how_far
 
 OTHER = {
     "lr": 0.3,
@@ -29,6 +29,7 @@ OTHER = {
     "max_size": 4,
     "length": "trust",
     "largest_change": 0.5,
+    "change_per_sample": 0.5,
     "coefficient": "tied",
     "before": True,
     "displaced": True,
@@ -45,7 +46,8 @@ OTHER = {
     "gather": "directions",
 }
 ADAPTIVE = {key: {"refresh": None} for key in ("tolerance", "widen_below", "limit")}
-NEEDS = {**ADAPTIVE, "largest_change": {"length": "predicted_change"}, "norm_damping": {"norms": "unitwise"}}
+PREDICTED = {key: {"length": "predicted_change"} for key in ("largest_change", "change_per_sample")}
+NEEDS = {**ADAPTIVE, **PREDICTED, "norm_damping": {"norms": "unitwise"}}
 
 
 def handed_over(settings, monkeypatch):
@@ -104,7 +106,11 @@ def test_names_become_what_they_say(monkeypatch):
     assert given["curvature"] == (natgrad.Kronecker, natgrad.Identity())
     assert given["length"] == lengths.PredictedChange(0.5, per_sample=None)
     assert given["world"] == (torch.bfloat16, None, False)
-    assert handed_over(KFac(), monkeypatch)["refresh"] == 10
+    assert handed_over(KFac(), monkeypatch)["refresh"] == Adaptive()
+    assert handed_over(KFac(refresh=10), monkeypatch)["refresh"] == 10
+    assert how_far("predicted_change", None, None) == lengths.PredictedChange()
+    assert how_far("predicted_change", None, 1e-5) == lengths.PredictedChange(per_sample=1e-5)
+    assert how_far("predicted_change", 0.5, 1e-5) == lengths.PredictedChange(0.5, per_sample=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +118,9 @@ def test_names_become_what_they_say(monkeypatch):
     [
         (SpNgd(refresh=3, tolerance=0.2), "tolerance=0.2 .*refresh=3"),
         (SpNgd(refresh=3, widen_below=1), "widen_below=1 .*refresh=3"),
-        (KFac(limit=4), "limit=4 .*refresh=10.*--optimizer.refresh None"),
+        (KFac(limit=4, refresh=10), "limit=4 .*refresh=10.*--optimizer.refresh None"),
         (SpNgd(length="plain", largest_change=0.1), "largest_change=0.1 .*length=plain"),
+        (SpNgd(length="trust", change_per_sample=0.1), "change_per_sample=0.1 .*length=trust"),
         (SpNgd(limit=0), "limit=0"),
         (KFac(max_norm=-1.0), "max_norm=-1"),
         (KFac(decay=1.0), "decay=1"),

@@ -35,6 +35,7 @@ OTHER = {
     "legacy_local": True,
     "length": "trust",
     "largest_change": 0.5,
+    "change_per_sample": 0.5,
     "coefficient": "tied",
     "before": True,
     "displaced": True,
@@ -50,6 +51,7 @@ OTHER = {
 NEEDS = {
     **{name: {"legacy": True, "replicated": True} for name in LEGACY},
     "largest_change": {"length": "predicted_change"},
+    "change_per_sample": {"length": "predicted_change"},
 }
 
 

@@ -65,7 +65,13 @@ BESIDE = Choice((0.0, 0.03, 0.1, 0.3))
 """Weight decay: in the gradient; on the scale of Adam's steps; beside natural gradients, on the scale of theirs."""
 DAMPING = LogUniform(1e-4, 1e-1)
 BETAS = Choice(((0.9, 0.999), (0.9, 0.95), (0.8, 0.95), (0.95, 0.99)))
-CURVED: Space = {"lr": LogUniform(3e-3, 0.3), "damping": DAMPING, "momentum": MOMENTUM, "weight_decay": BESIDE}
+CURVED: Space = {
+    "lr": LogUniform(0.01, 1.0),
+    "change_per_sample": LogUniform(1e-5, 2e-4),
+    "damping": DAMPING,
+    "weight_decay": BESIDE,
+}
+"""Momentum stays at 0.7: beside a bound on the change it says little, and a space has as many names as others'."""
 SKETCHED: Space = {
     "ratio": LogUniform(0.03, 10.0),
     "damping": LogUniform(0.01, 3.0),
@@ -143,9 +149,14 @@ CONTENDERS = (
             "weight_decay": DECOUPLED,
         },
     ),
-    Contender("SPNGD", "natgrad", SpNgd(lr=0.03), {**CURVED, "rescale": Choice((None, "always"))}),
     Contender(
-        "KFAC", "natgrad", KFac(lr=0.03), {**CURVED, "refresh": Choice((None, 1, 3)), "decay": Choice((0.0, 0.5, 0.9))}
+        "SPNGD", "natgrad", SpNgd(lr=0.1, change_per_sample=4e-5), {**CURVED, "rescale": Choice((None, "always"))}
+    ),
+    Contender(
+        "KFAC",
+        "natgrad",
+        KFac(lr=0.1, change_per_sample=4e-5),
+        {**CURVED, "refresh": Choice((None, 1, 3))},
     ),
     Contender("SENG", "natgrad", Seng(lr=1.0, refresh=4), SKETCHED, {"ratio": 1.0}),
     Contender("SENG-improved", "natgrad", Seng(lr=1.0, columns="improved", refresh=4), SKETCHED, {"ratio": 1.0}),

@@ -23,16 +23,17 @@ INVERSES = {"cholesky": natgrad.Kronecker, "eigen": natgrad.EigenKronecker}
 WIRES = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def how_far(length: str, largest_change: float | None) -> lengths.Length:
+def how_far(length: str, largest_change: float | None, change_per_sample: float | None) -> lengths.Length:
     """The length as a function."""
-    if largest_change is None:
-        return LENGTHS[length]
-    if length != "predicted_change":
-        raise ValueError(
-            f"largest_change={largest_change:g} says nothing to length={length}; "
-            "set --optimizer.length predicted_change"
-        )
-    return lengths.PredictedChange(largest_change, per_sample=None)
+    told = {"largest_change": largest_change, "change_per_sample": change_per_sample}
+    for name, value in told.items():
+        if value is not None and length != "predicted_change":
+            raise ValueError(
+                f"{name}={value:g} says nothing to length={length}; set --optimizer.length predicted_change"
+            )
+    if largest_change is not None:
+        return lengths.PredictedChange(largest_change, change_per_sample)
+    return LENGTHS[length] if change_per_sample is None else lengths.PredictedChange(per_sample=change_per_sample)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ class Curved(Settings):
     length: Literal["plain", "trust", "predicted_change"] = "predicted_change"
     """How far a step goes along its direction."""
     largest_change: float | None = None
-    """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 4e-5
-    for each sample of a batch, at most 0.1."""
+    """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 0.1, or
+    less where a batch is small."""
+    change_per_sample: float | None = None
+    """With length predicted_change: this much of it for each sample of a batch; None: 4e-5, or no such bound where
+    largest_change is set."""
     coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike (the paper)."""
     before: bool = False
@@ -109,7 +113,7 @@ class Curved(Settings):
             "samples": self.samples,
             "curvature": self.blocks(),
             "max_size": self.max_size,
-            "length": how_far(self.length, self.largest_change),
+            "length": how_far(self.length, self.largest_change, self.change_per_sample),
             "rule": Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
             "rescale": self.rescale,
             "max_norm": self.max_norm,

@@ -60,8 +60,11 @@ class Seng(Settings):
     length: Literal["plain", "trust", "predicted_change"] = "plain"
     """How far a step goes along its direction."""
     largest_change: float | None = None
-    """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 4e-5
-    for each sample of a batch, at most 0.1."""
+    """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 0.1, or
+    less where a batch is small."""
+    change_per_sample: float | None = None
+    """With length predicted_change: this much of it for each sample of a batch; None: 4e-5, or no such bound where
+    largest_change is set."""
     coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike."""
     before: bool = False
@@ -101,7 +104,7 @@ class Seng(Settings):
             block=self.block,
             budget=self.budget,
             legacy=self.release(),
-            length=how_far(self.length, self.largest_change),
+            length=how_far(self.length, self.largest_change, self.change_per_sample),
             rule=Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
             rescale=self.rescale,
             max_norm=self.max_norm,
