@@ -129,7 +129,8 @@ def test_bits_are_scaled_only_in_float16(splits):
 
 @pytest.mark.parametrize("optimizer", [OPTIMIZERS[0], *OPTIMIZERS[2:6]], ids=[NAMES[0], *NAMES[2:6]])
 def test_channels_last_is_another_order_in_memory_and_nothing_else(splits, optimizer):
-    recipe = replace(RECIPE, optimizer=optimizer, steps=4)
+    # widths in eights: oneDNN writes past a 1x1 stride-2 convolution of 4 channels last on processors without AVX-512
+    recipe = replace(RECIPE, model=CifarResNet(8, (8, 16, 16)), optimizer=optimizer, steps=4)
     images = splits.train.images + torch.rand(splits.train.images.shape)  # borders of zeros sit on ReLU's kink
     noisy = replace(splits, train=replace(splits.train, images=images))
     plain, _ = trained(recipe, World(), noisy)
