@@ -22,7 +22,7 @@ from natgrad.train.optimizers import SpNgd
 EARLY, FRESH = 100, (1, 2, 3, 4, 5)  # seeds
 STEPS = {"digits": 200, "cifar100-small": 80}
 RATES = {"digits": (0.003, 0.01, 0.03, 0.1), "cifar100-small": (0.03, 0.1, 0.3)}
-BASE = SpNgd(length="predicted_change")  # the rest is the default; this is what lengths.py recommends
+BASE = SpNgd()
 KEPT = ("accuracy", "loss", "train_loss", "step_ms", "mean_step_ms", "refreshed")
 
 
