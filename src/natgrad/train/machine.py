@@ -47,13 +47,20 @@ def installed(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of the source that runs, marked where files differ; None outside of git."""
-    folder = Path(__file__).parent
+    """Return the commit of the source that runs, marked where files of it differ; None outside of git.
+
+    Only the package counts: results that are written beside it change no other results.
+    """
+    folder = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        call = ["git", "-C", str(folder), *words]
+        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        call = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", "machine.py"]
-        subprocess.run(tracked, capture_output=True, timeout=10, check=True)
-        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+        git("ls-files", "--error-unmatch", "train/machine.py")
+        differs = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if differs else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
