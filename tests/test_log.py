@@ -4,6 +4,7 @@ import json
 import math
 import os
 import socket
+import subprocess
 
 import pytest
 import torch
@@ -130,3 +131,21 @@ def test_memory_is_the_gpus_where_one_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12345)
     assert machine.peak_memory() == 12345
+
+
+def test_a_commit_is_marked_where_the_package_differs_and_nowhere_else(tmp_path, monkeypatch):
+    source, notes = tmp_path / "natgrad" / "train" / "machine.py", tmp_path / "results.json"
+    source.parent.mkdir(parents=True)
+    source.write_text("1")
+    notes.write_text("1")
+    monkeypatch.setattr(machine, "__file__", str(source))
+    assert machine.commit() is None  # outside of git
+    name = ["-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+    head = machine.commit()
+    assert len(head) == 12
+    notes.write_text("2")
+    assert machine.commit() == head
+    source.write_text("2")
+    assert machine.commit() == f"{head}-dirty"

@@ -183,3 +183,7 @@ def test_a_larger_batch_may_change_more():
     resumed = natgrad.SPNGD(clone(start), lr=0.5, samples=None, refresh=2, length=length)
     resumed.load_state_dict(opt.state_dict())
     assert resumed.param_groups[0]["batch"] == 16
+    older = opt.state_dict()
+    older["param_groups"] = [{k: v for k, v in group.items() if k != "batch"} for group in older["param_groups"]]
+    resumed.load_state_dict(older)  # of a version that did not count
+    train(resumed, model, [Net.batch(8, 1)])

@@ -124,7 +124,7 @@ class PredictedChange:
             squares = [s.lr**2 * torch.sum(s.direction * h, dtype=torch.float64) for s, h in zip(steps, sums)]
             change += torch.stack(squares).sum().cpu()
         world.over_owners([change], "scalars")
-        bound = self.bound(steps[0].groups[0]["batch"]) if steps else 1.0
+        bound = self.bound(steps[0].groups[0].get("batch", 0)) if steps else 1.0
         factor = min(1.0, math.sqrt(bound / max(abs(change.item()), 1e-300)))
         return [factor] * len(steps)
 

@@ -24,7 +24,7 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
     """One step of every layer whose gradient this rank owns, and all new weights on every rank."""
     cells, timed = optimizer.cells, optimizer.engine.timed
     for group in optimizer.param_groups:  # a number of the groups, so that a resumed run knows it
-        group["batch"] = optimizer.engine.samples or group["batch"]
+        group["batch"] = optimizer.engine.samples or group.get("batch", 0)
     with timed("precondition"):
         steps = [prepare(optimizer, k, g) for k, g in gradients.items() if cells[k].ready]
         curved = [step for step in steps if step.curved]
