@@ -13,7 +13,6 @@ keep the others from running.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -31,7 +30,13 @@ from natgrad.report.style import look
 from natgrad.train.log import write_json
 
 HERE = Path(__file__).resolve().parent
-COMPARISONS = {"digits": "full", "cifar100-small": "cpu", "charlm": "cpu"}
+COMPARISONS = {
+    "demo": ("digits", "--ranks", "2"),
+    "digits": ("digits", "--profile", "full", "--workers", "2"),
+    "charlm": ("charlm", "--profile", "cpu", "--workers", "2"),
+    "cifar100-small": ("cifar100-small", "--profile", "cpu", "--workers", "2"),
+}
+"""What `natgrad compare` is told, by the name of its results; the demo is that of `make demo`."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,17 @@ class Part:
     images: bool = False
 
 
-def folder_of(task: str) -> Path:
+def folder_of(name: str) -> Path:
     """Where a comparison's trials are remembered: a folder for each commit."""
-    return Path("runs") / f"bench-{git('rev-parse', '--short', 'HEAD') or 'nogit'}" / task
+    return Path("runs") / f"bench-{git('rev-parse', '--short', 'HEAD') or 'nogit'}" / name
 
 
-def comparison(task: str, minutes: int, data: str | None) -> Part:
-    """A comparison's part: the task's profile for CPUs, one run a core."""
-    words = ("-m", "natgrad", "compare", task, "--profile", COMPARISONS[task], "--workers", str(os.cpu_count() or 1))
-    images = task.startswith("cifar")
+def comparison(name: str, minutes: int, data: str | None) -> Part:
+    """A comparison's part, with a profile for CPUs; two runs at a time, or one on two ranks."""
+    images = name.startswith("cifar")
     where = ("--data.path", data) if images and data else ()
-    return Part(task, (*words, *where, "--out", str(folder_of(task))), minutes, images)
+    words = ("-m", "natgrad", "compare", *COMPARISONS[name], *where, "--out", str(folder_of(name)))
+    return Part(name, words, minutes, images)
 
 
 def parts(data: str | None) -> list[Part]:
@@ -62,11 +67,13 @@ def parts(data: str | None) -> list[Part]:
     images = ("--images", data) if data else ()
     return [
         Part("micro", (str(HERE / "micro.py"),), 1),
+        Part("published", (str(HERE / "plan_published.py"),), 2),
+        comparison("demo", 4, data),
         Part("scaling", (str(HERE / "scaling.py"),), 5),
         Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 20),
-        comparison("digits", 30, data),
-        comparison("charlm", 25, data),
-        comparison("cifar100-small", 35, data),
+        comparison("digits", 28, data),
+        comparison("charlm", 28, data),
+        comparison("cifar100-small", 25, data),
     ]
 
 
@@ -85,19 +92,21 @@ def run(part: Part) -> bool:
     return True
 
 
-def keep(found: Comparison, task: str) -> None:
-    """Write what the docs show of a comparison: its numbers and its pictures."""
-    write_json(HERE / "results" / f"compare-{task}.json", digest(found, task))
+def keep(found: Comparison, name: str) -> None:
+    """Write what the docs show of a comparison: its numbers and, but for the demo, its pictures."""
+    write_json(HERE / "results" / f"compare-{name}.json", digest(found, name))
+    if name == "demo":
+        return
     metadata: Any = {"Date": None}
     with look():
-        for name, figure in {"steps": scaling(found), "curves": curves(found, found.batches[-1])}.items():
+        for kind, figure in {"steps": scaling(found), "curves": curves(found, found.batches[-1])}.items():
             if figure is not None:
-                figure.savefig(HERE.parent / "docs" / f"compare-{task}-{name}.svg", metadata=metadata)
+                figure.savefig(HERE.parent / "docs" / f"compare-{name}-{kind}.svg", metadata=metadata)
 
 
-def digest(found: Comparison, task: str) -> dict[str, object]:
+def digest(found: Comparison, name: str) -> dict[str, object]:
     """A comparison as the docs show it: tables, who wins, what was chosen, how every seed ended."""
-    machine = {**found.machine, "command": f"natgrad compare {task} --profile {COMPARISONS[task]} --workers 2"}
+    machine = {**found.machine, "command": f"natgrad compare {' '.join(COMPARISONS[name])}"}
     sizes = []
     for batch in reversed(found.batches):
         budgets = " and ".join(str(steps) for steps in dict.fromkeys(line.steps for line in found.at(batch)))
