@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from natgrad.report.compare_read import comparison_of
+from natgrad.train.compare.tasks import find_task
 from test_report_compare import results as compared
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -78,3 +79,9 @@ def test_the_plan_stays_under_two_hours_and_names_what_needs_images():
     assert sum(part.minutes for part in listed) <= 120
     assert [part.name for part in listed if part.images] == ["cifar100-small"]
     assert listed[-1].words[-4:-2] == ("--data.path", "somewhere")
+    for part in listed:
+        if part.name in bench.COMPARISONS:
+            words = bench.COMPARISONS[part.name]
+            assert find_task(words[0]).profile(words[2] if words[1] == "--profile" else None).seeds >= 3
+        else:
+            assert Path(part.words[0]).exists()
