@@ -67,13 +67,13 @@ def parts(data: str | None) -> list[Part]:
     images = ("--images", data) if data else ()
     return [
         Part("micro", (str(HERE / "micro.py"),), 1),
-        Part("published", (str(HERE / "plan_published.py"),), 2),
+        Part("published", (str(HERE / "plan_published.py"),), 1),
         comparison("demo", 4, data),
         Part("scaling", (str(HERE / "scaling.py"),), 5),
-        Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 20),
-        comparison("digits", 28, data),
+        Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 16),
+        comparison("digits", 30, data),
         comparison("charlm", 28, data),
-        comparison("cifar100-small", 25, data),
+        comparison("cifar100-small", 35, data),
     ]
 
 

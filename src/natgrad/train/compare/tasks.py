@@ -21,6 +21,8 @@ from natgrad.train.recipe import Recipe
 Batch = int | Literal["full"]
 EVERYONE = tuple(contender.name for contender in CONTENDERS)
 STRONGEST = ("AdamW", "Muon", "SOAP", "SPNGD", "KFAC", "NLCG-K-FAC")
+IMAGES = ("LARS", *STRONGEST)
+"""On images LARS is the strongest first-order optimizer at large batches (digits, all contenders)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ CIFAR100_SMALL = Task(
     held_out=0.25,
     points=20,
     profiles={
-        "cpu": Profile(STRONGEST, ("full",), trials=10),
+        "cpu": Profile(IMAGES, ("full",), trials=10),
         "full": Profile(EVERYONE, (500, "full"), trials=12),
     },
 )
@@ -140,7 +142,7 @@ CIFAR100 = Task(
     targets=(0.4, 0.5, 0.6),
     held_out=0.1,
     profiles={
-        "gpu": Profile(STRONGEST, (4096, 16384, "full"), trials=12),
+        "gpu": Profile(IMAGES, (4096, 16384, "full"), trials=12),
         "full": Profile(EVERYONE, (1024, 2048, 4096, 8192, 16384, "full"), trials=12),
     },
 )
