@@ -68,8 +68,8 @@ def parts(data: str | None) -> list[Part]:
     return [
         Part("micro", (str(HERE / "micro.py"),), 1),
         Part("published", (str(HERE / "plan_published.py"),), 1),
-        comparison("demo", 4, data),
-        Part("scaling", (str(HERE / "scaling.py"),), 5),
+        comparison("demo", 1, data),
+        Part("scaling", (str(HERE / "scaling.py"),), 8),
         Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 16),
         comparison("digits", 30, data),
         comparison("charlm", 28, data),
