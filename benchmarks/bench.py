@@ -69,11 +69,11 @@ def parts(data: str | None) -> list[Part]:
         Part("micro", (str(HERE / "micro.py"),), 1),
         Part("published", (str(HERE / "plan_published.py"),), 1),
         comparison("demo", 1, data),
-        Part("scaling", (str(HERE / "scaling.py"),), 8),
-        Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 16),
-        comparison("digits", 30, data),
+        Part("scaling", (str(HERE / "scaling.py"),), 6),
+        Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 13),
+        comparison("digits", 31, data),
         comparison("charlm", 28, data),
-        comparison("cifar100-small", 35, data),
+        comparison("cifar100-small", 38, data),
     ]
 
 

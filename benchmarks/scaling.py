@@ -1,6 +1,6 @@
 """What ranks change: time, memory and traffic of a step on 1, 2 and 4 processes that talk over gloo.
 
-    python benchmarks/scaling.py         (8 minutes on two cores; stopped, it goes on where it was)
+    python benchmarks/scaling.py         (6 minutes on two cores; stopped, it goes on where it was)
 
 ResNet-20 on patterns, the same batch of 256 whatever the ranks (strong scaling), one thread a rank. Times need a core a
 rank: with fewer, ranks wait for each other. Traffic is the payload that rank 0 hands over in a step, by kind, the mean
@@ -29,7 +29,7 @@ from natgrad.models import CifarResNet
 from natgrad.parallel import World
 from natgrad.train.optimizers import KFac, Nlcg, Seng, Sgd, SpNgd
 
-BATCH, STEPS, WARM = 256, 24, 4
+BATCH, STEPS, WARM = 256, 16, 4
 RANKS = (1, 2, 4)
 SETTINGS = {
     "SGD": Sgd(lr=0.05, nesterov=True),
