@@ -87,17 +87,26 @@ def test_what_is_least_behind_at_one_rate_for_all_cases_comes_first():
     assert lines[3] == "| two | 55.0 / 70.0 | 85.0 / 65.0 | 10.0, 0.03 | 15.0 |"
 
 
+def test_seeds_of_a_case_are_averaged_in_its_column_and_judged_one_by_one():
+    cases = [{"case": "a", **told(0.5, 0.6, 0.55, 0.7)}, {"case": "a", **told(0.9, 0.8, 0.85, 0.65)}]
+    lines = defaults.table({"cases": cases}).splitlines()
+    assert lines[0] == "| choice | a | mean behind, at lr | worst |"
+    assert lines[2] == "| one | 70.0 / 70.0 | 10.0, 0.03 or 0.1 | 20.0, 10.0 |"
+    assert lines[3] == "| two | 70.0 / 67.5 | 10.0, 0.03 | 15.0 |"
+
+
 def test_a_choice_runs_as_natgrad_compare_would_run_it(tmp_path, monkeypatch):
     """The trials are the comparison's own, made once, and judged on samples held out of training."""
-    monkeypatch.setattr(defaults, "CHOICES", {"one": SpNgd(refresh=1)})
     monkeypatch.setattr(defaults, "steps_of", lambda task, batch: 2)
-    rows = defaults.make("digits", 64, "", tmp_path, workers=1)
+    wanted = defaults.trials({"one": SpNgd(refresh=1)}, "digits", 64, seed=7)
+    assert {trial.seed for trial in wanted} == {7}
+    rows = defaults.make(wanted, "digits", "", tmp_path, workers=1)
     assert [(row["choice"], row["lr"]) for row in rows] == [("one", lr) for lr in defaults.RATES]
     (path, *_), count = sorted((tmp_path / "trials").iterdir()), len(defaults.RATES)
     assert len(list((tmp_path / "trials").iterdir())) == count
     assert json.loads(path.read_text())["of"] == 1197  # of 1,437
     monkeypatch.setattr(defaults.Workers, "submit", lambda *_: pytest.fail("made twice"))
-    assert defaults.make("digits", 64, "", tmp_path, workers=1) == rows
+    assert defaults.make(wanted, "digits", "", tmp_path, workers=1) == rows
 
 
 def test_the_table_of_the_long_run_compares_seed_by_seed():
