@@ -160,6 +160,9 @@ def test_lengths_and_staleness(value):
         PredictedChange(value)
     with pytest.raises(ValueError, match=f"per_sample={value}"):
         PredictedChange(per_sample=value)
+    if value != 0:
+        with pytest.raises(ValueError, match=f"least={value}"):
+            PredictedChange(least=value)
     with pytest.raises(ValueError, match=f"tolerance={value}"):
         natgrad.Adaptive(tolerance=value)
     if not math.isnan(value):

@@ -164,8 +164,9 @@ def test_the_predicted_change_of_repeated_directions(before):
 
 
 def test_a_larger_batch_may_change_more():
-    """The bound grows with the samples of a step, of all its micro-batches, up to the limit; resumed runs know them."""
-    length = natgrad.PredictedChange(limit=0.02, per_sample=1e-3)
+    """The bound grows with the samples of a step, of its micro-batches, from least to limit; resumed runs know them."""
+    assert [natgrad.PredictedChange(0.02, 1e-3, 0.01).bound(n) for n in (0, 5, 15, 100)] == [0.02, 0.01, 0.015, 0.02]
+    length = natgrad.PredictedChange(limit=0.02, per_sample=1e-3, least=0.0)
     assert [length.bound(n) for n in (0, 5, 20, 100)] == [0.02, 0.005, 0.02, 0.02]
     assert natgrad.PredictedChange(0.02, per_sample=None).bound(5) == 0.02
     start, moved = Net().double(), []

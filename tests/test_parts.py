@@ -131,7 +131,9 @@ def test_damping_follows_its_schedule_and_is_told(splits):
 
 def test_damping_warm_up_is_its_recursion_in_a_run(splits):
     warm = DampingWarmUp(100.0, length=0.75, steps=6)
-    _, records = trained(replace(MLP, optimizer=KFac(lr=0.01), damping_schedule=warm, steps=8), World(), splits)
+    _, records = trained(
+        replace(MLP, optimizer=KFac(lr=0.01, damping=1e-3), damping_schedule=warm, steps=8), World(), splits
+    )
     damping, c = 0.1, 4 / 6
     for record in records:
         assert record.second_order["damping"] == pytest.approx(damping, rel=1e-9)

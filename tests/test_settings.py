@@ -30,6 +30,7 @@ OTHER = {
     "length": "trust",
     "largest_change": 0.5,
     "change_per_sample": 0.5,
+    "least_change": 0.5,
     "coefficient": "tied",
     "before": True,
     "displaced": True,
@@ -46,7 +47,7 @@ OTHER = {
     "gather": "directions",
 }
 ADAPTIVE = {key: {"refresh": None} for key in ("tolerance", "widen_below", "limit")}
-PREDICTED = {key: {"length": "predicted_change"} for key in ("largest_change", "change_per_sample")}
+PREDICTED = {key: {"length": "predicted_change"} for key in ("largest_change", "change_per_sample", "least_change")}
 NEEDS = {**ADAPTIVE, **PREDICTED, "norm_damping": {"norms": "unitwise"}}
 
 
@@ -108,7 +109,8 @@ def test_names_become_what_they_say(monkeypatch):
     assert given["world"] == (torch.bfloat16, None, False)
     assert handed_over(KFac(), monkeypatch)["refresh"] == Adaptive()
     assert handed_over(KFac(refresh=10), monkeypatch)["refresh"] == 10
-    assert how_far("predicted_change", None, None) == lengths.PredictedChange()
+    assert how_far("predicted_change") == lengths.PredictedChange()
+    assert how_far("predicted_change", None, None, 0.0) == lengths.PredictedChange(least=0.0)
     assert how_far("predicted_change", None, 1e-5) == lengths.PredictedChange(per_sample=1e-5)
     assert how_far("predicted_change", 0.5, 1e-5) == lengths.PredictedChange(0.5, per_sample=1e-5)
 
@@ -121,6 +123,8 @@ def test_names_become_what_they_say(monkeypatch):
         (KFac(limit=4, refresh=10), "limit=4 .*refresh=10.*--optimizer.refresh None"),
         (SpNgd(length="plain", largest_change=0.1), "largest_change=0.1 .*length=plain"),
         (SpNgd(length="trust", change_per_sample=0.1), "change_per_sample=0.1 .*length=trust"),
+        (SpNgd(length="trust", least_change=0.1), "least_change=0.1 .*length=trust"),
+        (SpNgd(largest_change=0.1, least_change=0.01), "least_change=0.01 .*largest_change=0.1 .*change-per-sample"),
         (SpNgd(limit=0), "limit=0"),
         (KFac(max_norm=-1.0), "max_norm=-1"),
         (KFac(decay=1.0), "decay=1"),

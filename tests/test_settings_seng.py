@@ -36,6 +36,7 @@ OTHER = {
     "length": "trust",
     "largest_change": 0.5,
     "change_per_sample": 0.5,
+    "least_change": 0.5,
     "coefficient": "tied",
     "before": True,
     "displaced": True,
@@ -52,6 +53,7 @@ NEEDS = {
     **{name: {"legacy": True, "replicated": True} for name in LEGACY},
     "largest_change": {"length": "predicted_change"},
     "change_per_sample": {"length": "predicted_change"},
+    "least_change": {"length": "predicted_change"},
 }
 
 

@@ -85,7 +85,8 @@ def trust_ratio(step: Step) -> Tensor:
 @dataclass(frozen=True)
 class PredictedChange:
     """All layers together shortened so that lr^2 d^T F d, twice the change of the output (KL), is at most
-    min(limit, per_sample * n), with n the samples of a step on all ranks, as they were last counted.
+    max(least, per_sample * n) and never more than limit, with n the samples of a step on all ranks, as they were last
+    counted.
 
     The KL clip of Ba, Grosse and Martens (2017, section 5.3) takes d . g for d^T F d, which holds for one natural
     gradient. A direction that repeats others, d = sum m^k F^-1 g_k, has F d = h = sum m^k g_k as long as F stands
@@ -93,12 +94,14 @@ class PredictedChange:
     while gradients agree, and nothing once d has overshot, just when a step should be held back. One number travels.
 
     The bound that grows with the batch is ours too: the noise of a mean over n samples has the covariance F / n, so
-    its share of d^T F d falls as 1/n, and a larger batch may go as much further as it is surer. `limit` is how far the
-    quadratic model is trusted whatever the batch. per_sample None: `limit` alone.
+    its share of d^T F d falls as 1/n, and a larger batch may go as much further as it is surer. `least` is what small
+    batches may change all the same, as their many steps average the noise; `limit` is how far the quadratic model is
+    trusted whatever the batch. per_sample None: `limit` alone.
     """
 
     limit: float = 0.1
-    per_sample: float | None = 4e-5
+    per_sample: float | None = 2e-5
+    least: float = 0.01
 
     def __post_init__(self):
         if not self.limit > 0:
@@ -107,10 +110,14 @@ class PredictedChange:
             raise ValueError(
                 f"PredictedChange(per_sample={self.per_sample}): give a change above 0, or None for `limit` alone"
             )
+        if not self.least >= 0:
+            raise ValueError(f"PredictedChange(least={self.least}): give a change, or 0 for none")
 
     def bound(self, samples: float) -> float:
         """The largest lr^2 d^T F d for a step of so many samples; 0 of them: their number is not known."""
-        return self.limit if self.per_sample is None or not samples else min(self.limit, self.per_sample * samples)
+        if self.per_sample is None or not samples:
+            return self.limit
+        return min(self.limit, max(self.least, self.per_sample * samples))
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         """Make room for the sum of gradients of one layer."""

@@ -50,7 +50,7 @@ class SPNGD(SecondOrder):
         lr: float,
         *,
         momentum: float = 0.7,
-        damping: float = 1e-3,
+        damping: float = 3e-4,
         weight_decay: float = 0.0,
         refresh: int | Staleness = Adaptive(),  # noqa: B008  (frozen)
         samples: int | None = 8,

@@ -150,12 +150,12 @@ CONTENDERS = (
         },
     ),
     Contender(
-        "SPNGD", "natgrad", SpNgd(lr=0.1, change_per_sample=4e-5), {**CURVED, "rescale": Choice((None, "always"))}
+        "SPNGD", "natgrad", SpNgd(lr=0.1, change_per_sample=2e-5), {**CURVED, "rescale": Choice((None, "always"))}
     ),
     Contender(
         "KFAC",
         "natgrad",
-        KFac(lr=0.1, change_per_sample=4e-5),
+        KFac(lr=0.1, change_per_sample=2e-5),
         {**CURVED, "refresh": Choice((None, 1, 3))},
     ),
     Contender("SENG", "natgrad", Seng(lr=1.0, refresh=4), SKETCHED, {"ratio": 1.0}),

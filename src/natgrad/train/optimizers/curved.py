@@ -23,17 +23,29 @@ INVERSES = {"cholesky": natgrad.Kronecker, "eigen": natgrad.EigenKronecker}
 WIRES = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def how_far(length: str, largest_change: float | None, change_per_sample: float | None) -> lengths.Length:
+def how_far(
+    length: str,
+    largest_change: float | None = None,
+    change_per_sample: float | None = None,
+    least_change: float | None = None,
+) -> lengths.Length:
     """The length as a function."""
-    told = {"largest_change": largest_change, "change_per_sample": change_per_sample}
+    told = {"largest_change": largest_change, "change_per_sample": change_per_sample, "least_change": least_change}
     for name, value in told.items():
         if value is not None and length != "predicted_change":
             raise ValueError(
                 f"{name}={value:g} says nothing to length={length}; set --optimizer.length predicted_change"
             )
-    if largest_change is not None:
-        return lengths.PredictedChange(largest_change, change_per_sample)
-    return LENGTHS[length] if change_per_sample is None else lengths.PredictedChange(per_sample=change_per_sample)
+    if largest_change is not None and change_per_sample is None:
+        if least_change is not None:
+            raise ValueError(
+                f"least_change={least_change:g} says nothing where largest_change={largest_change:g} holds for all "
+                "batches; set --optimizer.change-per-sample too"
+            )
+        return lengths.PredictedChange(largest_change, None)
+    named = {"limit": largest_change, "per_sample": change_per_sample, "least": least_change}
+    given = {name: value for name, value in named.items() if value is not None}
+    return lengths.PredictedChange(**given) if given else LENGTHS[length]
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Curved(Settings):
 
     momentum: float = 0.7
     """Share of the last direction that is repeated."""
-    damping: float = 1e-3
+    damping: float = 3e-4
     """Added to the curvature before it is inverted, split between the two factors."""
     weight_decay: float = 0.0
     """Strength of the L2 penalty."""
@@ -74,8 +86,10 @@ class Curved(Settings):
     """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 0.1, or
     less where a batch is small."""
     change_per_sample: float | None = None
-    """With length predicted_change: this much of it for each sample of a batch; None: 4e-5, or no such bound where
+    """With length predicted_change: this much of it for each sample of a batch; None: 2e-5, or no such bound where
     largest_change is set."""
+    least_change: float | None = None
+    """With length predicted_change: what the smallest batch may change; None: 0.01."""
     coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike (the paper)."""
     before: bool = False
@@ -113,7 +127,7 @@ class Curved(Settings):
             "samples": self.samples,
             "curvature": self.blocks(),
             "max_size": self.max_size,
-            "length": how_far(self.length, self.largest_change, self.change_per_sample),
+            "length": how_far(self.length, self.largest_change, self.change_per_sample, self.least_change),
             "rule": Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
             "rescale": self.rescale,
             "max_norm": self.max_norm,

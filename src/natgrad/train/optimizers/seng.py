@@ -63,8 +63,10 @@ class Seng(Settings):
     """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 0.1, or
     less where a batch is small."""
     change_per_sample: float | None = None
-    """With length predicted_change: this much of it for each sample of a batch; None: 4e-5, or no such bound where
+    """With length predicted_change: this much of it for each sample of a batch; None: 2e-5, or no such bound where
     largest_change is set."""
+    least_change: float | None = None
+    """With length predicted_change: what the smallest batch may change; None: 0.01."""
     coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike."""
     before: bool = False
@@ -104,7 +106,7 @@ class Seng(Settings):
             block=self.block,
             budget=self.budget,
             legacy=self.release(),
-            length=how_far(self.length, self.largest_change, self.change_per_sample),
+            length=how_far(self.length, self.largest_change, self.change_per_sample, self.least_change),
             rule=Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
             rescale=self.rescale,
             max_norm=self.max_norm,
