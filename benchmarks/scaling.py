@@ -34,10 +34,11 @@ RANKS = (1, 2, 4)
 SETTINGS = {
     "SGD": Sgd(lr=0.05, nesterov=True),
     "SP-NGD": SpNgd(lr=0.003),
-    "K-FAC, every 10": KFac(lr=0.003, refresh=10),
-    "SENG, every 20": Seng(lr=0.05),
+    "K-FAC, every 8": KFac(lr=0.003, refresh=8),
+    "SENG, every 16": Seng(lr=0.05, refresh=16),
     "NLCG": Nlcg(lr=0.05),
 }
+"""Fixed intervals divide STEPS, so that a mean step is one of a long run."""
 
 
 def work(rank: int, ranks: int, name: str, folder: str) -> None:
