@@ -1,7 +1,7 @@
 """Everything that the docs' tables are made of, one command; stopped, it goes on where it was.
 
     make bench                             (the CPU profile, under two hours on two cores)
-    make bench DATA=path/to/cifar100       (with the parts that need images, two hours and some minutes)
+    make bench DATA=path/to/cifar100       (with the parts that need images, just under two hours)
     python benchmarks/bench.py --plan      (what it would do, and for how long)
     python benchmarks/bench.py --only scaling charlm
 
@@ -70,7 +70,7 @@ def parts(data: str | None) -> list[Part]:
         Part("published", (str(HERE / "plan_published.py"),), 1),
         comparison("demo", 1, data),
         Part("scaling", (str(HERE / "scaling.py"),), 6),
-        Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 14),
+        Part("overhead", (str(HERE / "overhead.py"), "--profile", "cpu", *images), 10),
         comparison("digits", 32, data),
         comparison("charlm", 33, data),
         comparison("cifar100-small", 35, data),

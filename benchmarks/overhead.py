@@ -56,7 +56,7 @@ class Case:
 PROFILES = {
     "cpu": [
         Case(20, 128, 9, 200, channels_last=True),
-        Case(20, 128, 9, 200, channels_last=False),
+        Case(20, 128, 9, 0, channels_last=False),
         Case(32, 128, 9, 0, channels_last=True),
         Case(20, 1024, 3, 0, channels_last=True),
     ],
