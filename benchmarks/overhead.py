@@ -1,6 +1,6 @@
 """What a step costs beside SGD's, as ratios in one interleaved run.
 
-    python benchmarks/overhead.py --profile cpu --images data/cifar100  (13 minutes; stopped, it goes on)
+    python benchmarks/overhead.py --profile cpu --images data/cifar100  (10 minutes; stopped, it goes on)
     python benchmarks/overhead.py --depth 32 --batch 512 --rounds 9 --no-channels-last
 
 Machines are shared and noisy, so nothing is compared across runs: in every round each contender takes one step, in
