@@ -63,9 +63,11 @@ def test_attention_is_known_to_use_its_weights_itself():
         def __init__(self):
             super().__init__()
             self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+            self.body = nn.Linear(4, 20)  # so that most weights have curvature, of which the rest would be warned
+            self.back = nn.Linear(20, 4)
 
         def forward(self, x):
-            x = x.unsqueeze(1).expand(-1, 3, -1)
+            x = self.back(torch.tanh(self.body(x))).unsqueeze(1).expand(-1, 3, -1)
             return self.head(self.attention(x, x, x)[0].mean(1))
 
     model = Attention()

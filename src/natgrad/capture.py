@@ -1,8 +1,16 @@
 """Watches the forward and backward passes of an unmodified model, and only while something is to be measured.
 
-A forward hook looks at a layer's input and hangs a hook on its output; that one fires once when the output's
-gradient is known, and only then does the call count. So a forward pass without a backward pass (evaluation, the first
-of activation checkpointing's two) leaves nothing behind, and an in-place activation after the layer changes nothing.
+A forward hook looks at a layer's input and hangs a hook on its output; that one fires when the output's gradient is
+known, and only then does the call count. So a forward pass without a backward pass (evaluation, the first of activation
+checkpointing's two) leaves nothing behind, and an in-place activation after the layer changes nothing.
+
+Samples belong to forward passes. An `Episode` is one call of the whole model: its layers' calls see the same samples.
+Several episodes before a step (micro-batches, the steps of a rollout, real and generated images) are a larger batch.
+Several backward passes through one episode (several losses, `retain_graph`) add up as their gradients do: while a graph
+is kept, a call waits for more.
+
+A backward pass counts for a layer only if it adds to the gradient of the layer's weight. If a gradient is cleared before
+the step, what had been measured of it goes too.
 
 Everything is kept as sums over this rank; turning sums into means needs all samples of the step, known in `collect`.
 """
@@ -12,21 +20,26 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature.base import Moment, Statistic
-from natgrad.curvature.rows import Rows, Sample, count, places_of, stacked, thinned
-from natgrad.hooks import TOGETHER, Judge, LayerHook, LogitsHook
+from natgrad.checksum import Checksum
+from natgrad.curvature.base import Draw, Moment, Statistic
+from natgrad.curvature.rows import Rows, Sample, count, longer, places_of, stacked, thinned
+from natgrad.hooks import Begin, Deposit, End, Judge, LayerHook, deposits
 from natgrad.layers import Layer, Loose
 from natgrad.layers.base import promote
-from natgrad.sampling import Sampler
+from natgrad.sampling import Aligned, Sampler, Window
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
+
+TOGETHER = -2  # the "layer" by which all layers draw the same samples
+LOGITS = -1  # the "layer" whose output is the model's
 
 
 class Watch(NamedTuple):
@@ -36,52 +49,110 @@ class Watch(NamedTuple):
     moments: tuple[Statistic, ...]
 
 
+@dataclass
+class Seen:
+    """What the passes of a step showed of one layer on this rank."""
+
+    calls: int = 0  # that a backward pass has reached
+    passes: int = 0  # deposits in the gradient of the weight
+    agrees: bool = True  # the checksum
+    twice: bool = False  # a pass that can be differentiated again went through it
+    samples: int = 0  # the leading dimensions of its calls, added up over episodes
+    once: bool = False  # it was called with one sample in an episode of many
+    grown: bool = False  # its calls saw ever more samples, of which some are to be chosen
+
+
 class Measured(NamedTuple):
-    """What one step's passes left on this rank: sums and rows, the samples behind each, and all samples of the step."""
+    """What one step's passes left on this rank: sums and rows, the weight of each, and all samples of the step."""
 
     sums: dict[Key, Tensor]
-    weights: dict[Key, int]
+    weights: dict[Key, int]  # rows of a moment, samples of rows
     samples: int
     rows: dict[Key, Sample]
     predictions: float  # of all these samples
+    by: int | None  # who told the predictions: a layer, the model's output (LOGITS), or nobody
+    steepness: float  # the largest sum of absolute gradients of one prediction's logits, of a softmax; 0 of others
+    seen: dict[int, Seen]
 
 
-@dataclass
-class _Pass:
-    """One backward pass: the parts that its calls handed in, and the number of samples each layer saw."""
+@dataclass(eq=False)
+class Episode:
+    """One forward pass: what its layers' calls handed in, and how many samples each layer saw."""
 
+    number: int
+    first: int = 0  # samples of the first call
+    aligned: dict[int, dict[str, Aligned]] = field(default_factory=dict)  # draws of each layer's calls
+    made: Counter[int] = field(default_factory=Counter)  # calls
+    counts: dict[int, int] = field(default_factory=dict)  # samples of the calls that were reached, last layer first
     parts: dict[Key, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    weights: dict[Key, list[int]] = field(default_factory=lambda: defaultdict(list))
-    counts: dict[int, int] = field(default_factory=dict)
+    nearest: Call | None = None  # the first call that a backward pass reached
+    predictions: Any = None  # rows of logits with a gradient: what a mean loss is a mean over
+    steepness: Any = 0.0
     sharpness: Tensor | None = None  # squared norms of the logits' gradients [n]
-    predictions: float | None = None  # rows of logits: what a mean loss is a mean over
+
+    def forget(self) -> None:
+        """Nothing of it counts any more."""
+        self.counts.clear()
+        self.parts.clear()
+        self.nearest = self.predictions = self.sharpness = None
+        self.steepness = 0.0
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one layer on the `own` samples of `samples` that begin at `offset`.
+
+    `task` is the backward pass within which it was made, -1 for none.
+    """
+
+    index: int
+    episode: Episode | None  # None until the pass around it tells
+    own: int
+    places: int
+    samples: int = 0
+    offset: int = 0
+    dim: int = 0  # of the samples
+    task: int = -1
+    kept: list[tuple[Statistic, Any, Draw]] = field(default_factory=list)
+    looked: Any = None
+    dy: Tensor | None = None
 
 
 class Capture:
-    """Hooks on the layers of a model, attached by `arm`, gone after `disarm`."""
+    """Hooks on the layers of a model, attached by `arm`, gone after `disarm`.
 
-    def __init__(self, layers: Sequence[Layer], model: nn.Module | None = None):
+    dims: for each layer the dimension of its samples, where its input has more than one that is not features.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], model: nn.Module | None = None, dims: Sequence[int] | None = None, seed: int = 0
+    ):
         self.layers = list(layers)
+        self.dims = [0] * len(self.layers) if dims is None else list(dims)
         # weakly: an output that a model keeps holds its graph, that our hooks, and these the capture
         self.model = (lambda: None) if model is None else weakref.ref(model)  # whose outputs are logits
         self.watches: dict[int, Watch] = {}
         self.sampler = Sampler(0, 0, 0, 1.0)
-        self.calls: Counter[int] = Counter()
+        self.seed = seed
         self.seconds = 0.0
         self.edges: list[Any] | None = None  # with sampled labels: where watched outputs enter the graph
         self.inside = False  # the backward pass of sampled labels is running
         self.drawn: float | None = None  # the predictions in it
-        self.seen: dict[int, int] = {}  # samples of each layer in the forward pass
+        self.drew = False  # labels were drawn, and no gradient has come since
+        self.forward: dict[int, int] = {}  # samples of each layer in the forward pass
+        self.judged: Judge | None = None  # where rows are weighed by the gradients of the logits
+        self._checks: dict[int, Checksum] = {}
         self._handles: list[Any] = []
         self._finalizer = weakref.finalize(self, _remove, self._handles)
-        self._passes: dict[int, _Pass] = {}
-        self._ended = 0  # backward passes of this step that are over
-        self._closed = self._nothing()
-        self.judged: Judge | None = None  # where rows are weighed by the gradients of the logits
-
-    @staticmethod
-    def _nothing() -> Measured:
-        return Measured({}, {}, 0, {}, 0.0)
+        self._depth = 0  # calls of the model within each other
+        self._inner: Episode | None = None  # of the model's call that is under way
+        self._outer: Episode | None = None  # of layers that are called outside of the model
+        self._task = -1  # the last backward pass that counted
+        self._episodes: list[Episode] = []  # reached by a backward pass
+        self._waiting: dict[Call, None] = {}  # reached by a pass that keeps its graph, so more may come
+        self._told: dict[Episode, tuple[int, Call, Tensor]] = {}  # gradients of outputs, by the pass they came with
+        self._within: dict[int, int] = {}  # backward passes that run within others (reentrant checkpointing)
+        self.discard()
 
     @property
     def armed(self) -> bool:
@@ -90,120 +161,385 @@ class Capture:
     def arm(self, watches: Mapping[int, Watch], sampler: Sampler) -> None:
         """Watch until `disarm`. All layers count samples; those in `watches` are measured."""
         self.watches, self.sampler = dict(watches), sampler
-        self.calls.clear()
         if self.armed:
             return
         for index, layer in enumerate(self.layers):
             if isinstance(layer, Loose):
                 continue  # nothing to read, and its module may take what it likes
-            self._handles.append(layer.module.register_forward_hook(LayerHook(self, index), with_kwargs=True))
+            hook = LayerHook(self, index)  # before the user's own, which may change the output
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            for place, parameter in enumerate(layer.parameters):
+                if parameter.requires_grad:
+                    self._handles.append(parameter.register_hook(Deposit(self, index, place)))
         if (model := self.model()) is not None:
-            self._handles.append(model.register_forward_hook(LogitsHook(self)))
+            self._handles.append(model.register_forward_pre_hook(Begin(self), prepend=True))
+            self._handles.append(model.register_forward_hook(End(self), always_call=True))
         _eager(+1)  # a compiled graph has no place for these hooks
 
     def disarm(self) -> None:
         """Remove every hook."""
         _remove(self._handles)
+        self._depth, self._inner = 0, None
 
     def discard(self) -> None:
         """Forget what has been measured."""
-        self._passes.clear()
-        if self.edges is not None:
-            self.edges.clear()
-        self._closed = self._nothing()
-        self._ended = 0
+        for call in self._waiting:
+            call.dy = None
+        for episode in self._episodes:
+            episode.forget()
+        self._episodes, self._waiting, self._told, self._within = [], {}, {}, {}
+        self._sums: dict[Key, Tensor] = {}
+        self._weights: dict[Key, int] = {}
+        self._rows: dict[Key, Sample] = {}
+        self._seen: dict[int, Seen] = defaultdict(Seen)
+        for check in self._checks.values():
+            check.reset()
+        self._task = -1
+        self._outer = None
+        self.drew = False
 
-    def sample(self, output: Tensor, predictions: float | None = None) -> None:
+    def clear(self) -> None:
+        """The gradients are cleared: forget what was measured of them, but not of labels drawn for the next ones."""
+        if not self.drew:
+            return self.discard()
+        for index, check in self._checks.items():
+            check.reset()
+            self._seen[index].passes = 0
+        self._task = -1
+        return None
+
+    # --- forward ---
+
+    def begin(self) -> None:
+        """The model is called."""
+        if self._depth == 0:
+            self._inner = Episode(len(self._episodes))
+            self.forward.clear()
+        self._depth += 1
+
+    def end(self, logits: Tensor | None) -> Call | None:
+        """The model returns. Its output is taken for a layer's call that is nearest to the loss."""
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
+            return None
+        episode, self._inner = self._inner, None
+        if episode is None or logits is None:
+            return None
+        return Call(LOGITS, episode, len(logits), 1, len(logits))
+
+    def called(self, index: int, x: Tensor, output: Tensor) -> Call:
+        """A layer is called on x."""
+        layer, watch = self.layers[index], self.watches.get(index)
+        episode = self._episode()
+        dim = self.dims[index] if layer.free is not None and x.dim() - layer.free > self.dims[index] else 0
+        with calm(x.device):
+            own, places = layer.count(x.movedim(dim, 0))
+            episode.first = episode.first or own
+            offset, samples = (0, own) if dim else part_of_batch(x, own, episode.first)
+            call = Call(index, episode, own, places, samples, offset, dim, torch._C._current_graph_task_id())
+            call.episode = episode if call.task < 0 else None
+            x = x.detach()
+            if watch:
+                call.looked = self._checksum(index).look(x, output)
+                draws = self._draws(index, episode, call, x.device)
+                moved = x.movedim(dim, 0)
+                kept = output if dim == 0 else None
+                call.kept = [(m, m.before(layer, moved, draws[m.draws], kept), draws[m.draws]) for m in watch.moments]
+        if self.edges is not None:
+            self.edges.append(torch.autograd.graph.get_gradient_edge(output))
+            self.forward[index] = max(call.samples, self.forward.get(index, 0))
+        return call
+
+    def _episode(self) -> Episode:
+        """The one that a call belongs to: the model's, or that of layers called on their own."""
+        if self._inner is not None:
+            return self._inner
+        if self._outer is None or self._outer.counts:
+            self._outer = Episode(len(self._episodes))
+        return self._outer
+
+    def _draws(self, index: int, episode: Episode, call: Call, device: torch.device) -> dict[str, Draw]:
+        """The draws of one call: of its own, of the layer in this episode, and of all layers in this episode."""
+        number = episode.made[index]
+        episode.made[index] += 1
+
+        if index not in episode.aligned:
+            common = self.sampler.draw(TOGETHER, episode.number, device)
+            layers = self.sampler.draw(index, episode.number << 20, device)
+            episode.aligned[index] = {"layer": Aligned(layers), "all": Aligned(common)}
+        own = self.sampler.draw(index, (episode.number << 20) + number, device)
+        windows = {kind: draw.at(call.offset, call.samples) for kind, draw in episode.aligned[index].items()}
+        return {"call": own, **windows}
+
+    # --- backward ---
+
+    def arrived(self, call: Call, dy: Tensor) -> None:
+        """The gradient of a call's output is known."""
+        counts = self.inside or self.edges is None
+        if call.index == LOGITS:
+            if counts and call.episode is not None:  # whether the pass counts is known at the first layer
+                self._told[call.episode] = self._pass(), call, dy.detach()
+            return
+        layer, seen = self.layers[call.index], self._seen[call.index]
+        if not self.inside:
+            if not deposits(layer.parameters[0]):
+                seen.twice |= torch.is_grad_enabled()  # with create_graph: a loss of these gradients may follow
+                return
+            if call.task >= 0 and call.task != (inner := torch._C._current_graph_task_id()):
+                self._within[inner] = call.task
+            task = self._pass()
+            if call.episode is None:  # recomputed within this pass, so of the episode that the pass goes through
+                call.episode = self._episodes[-1] if self._episodes and task == self._task else self._episode()
+            self._turn(task, call.episode)
+            if call.looked is not None:
+                with calm(dy.device):
+                    self._checks[call.index].claim(call.looked, dy.detach(), call.own * call.places)
+        seen = self._seen[call.index]
+        seen.calls += 1
+        if counts:
+            episode = call.episode if call.episode is not None else self._episode()
+            call.episode = episode
+            told = self._told.pop(episode, None)
+            if told is not None and told[0] == self._pass():
+                self._reach(told[1], told[2])
+            seen.grown |= any(draw.grown for draw in episode.aligned.get(call.index, {}).values())
+            self._reach(call, dy.detach())
+
+    def _pass(self) -> int:
+        """The backward pass that runs now, the outermost one."""
+        task = torch._C._current_graph_task_id()
+        while task in self._within:
+            task = self._within[task]
+        return task
+
+    def deposited(self, index: int, place: int, gradient: Tensor) -> None:
+        """Autograd is about to add to a parameter's gradient."""
+        if self.inside or index not in self.watches or not deposits(self.layers[index].parameters[place]):
+            return
+        self.drew = False
+        self._turn(self._pass(), None)
+        self._seen[index].passes += place == 0
+        with calm(gradient.device):
+            self._checksum(index).deposit(place, gradient.detach())
+
+    def _checksum(self, index: int) -> Checksum:
+        if index not in self._checks:
+            self._checks[index] = Checksum(self.layers[index], Sampler(self.seed, 0, 0, 1.0).mix(index))
+        return self._checks[index]
+
+    def _turn(self, task: int, episode: Episode | None) -> None:
+        """If another backward pass begins: what was cleared since the last goes, what is complete is summed up."""
+        if task == self._task:
+            return
+        if self._task >= 0:
+            self._drop_cleared()
+            waiting = {call.episode for call in self._waiting}
+            for done in self._episodes:
+                if done is not episode and done not in waiting:
+                    self._close(done)
+        self._task = task
+
+    def _drop_cleared(self) -> None:
+        """Forget everything if a gradient that had been added to is gone."""
+        grads = [(check, check.layer.parameters[0].grad) for check in self._checks.values()]
+        if any(g is None and self._seen[k].passes for k, (_, g) in zip(self._checks, grads)):
+            return self.discard()
+        there = [(check, g) for check, g in grads if g is not None and not g.is_sparse]
+        if there:
+            norms = torch._foreach_norm([g for _, g in there])
+            zero = [(n == 0) & (check.squares > 0) for n, (check, _) in zip(norms, there)]
+            if bool(torch.stack([z.cpu() for z in zero]).any()):
+                self.discard()
+        return None
+
+    def _reach(self, call: Call, dy: Tensor) -> None:
+        """A pass with a call's gradient. While the graph is kept, another one may bring more of it."""
+        episode = call.episode
+        assert episode is not None
+        if episode not in self._episodes:
+            self._episodes.append(episode)
+        if episode.nearest is None and (call.index != LOGITS or dy.dim() < 3):
+            episode.nearest = call
+        if call.dy is not None:
+            dy = call.dy + dy
+        if keeps_graph() and not self.inside:
+            call.dy = dy
+            self._waiting[call] = None
+            return
+        call.dy = None
+        self._waiting.pop(call, None)
+        self._finish(call, dy)
+
+    def _finish(self, call: Call, dy: Tensor) -> None:
+        """A call's gradient is complete."""
+        episode = call.episode
+        assert episode is not None
+        with calm(dy.device):
+            if episode.nearest is call and episode.predictions is None:
+                episode.predictions = self.drawn if self.inside else self._predictions(call, dy)
+            if call.index == LOGITS:
+                if self.judged is not None and dy.dim() > 1:
+                    episode.sharpness = promote(dy).flatten(1).square().sum(1)
+                return
+            index, layer = call.index, self.layers[call.index]
+            episode.counts[index] = max(call.samples, episode.counts.get(index, 0))
+            due = self.watches[index].moments if index in self.watches else ()
+            dy = dy.movedim(call.dim, 0)
+            for moment, kept, draw in call.kept:
+                if moment not in due:
+                    continue  # of an earlier step
+                part = moment.after(layer, kept, dy, draw)
+                key = index, moment.key
+                if isinstance(moment, Moment):
+                    self._weights[key] = self._weights.get(key, 0) + call.own * call.places
+                if isinstance(moment, Moment) and moment.additive:
+                    self._sums[key] = self._sums[key].add_(part) if key in self._sums else part
+                else:
+                    before = draw.before if isinstance(draw, Window) else 0
+                    episode.parts[key].append(moment.shifted(part, before) if before else part)
+            call.kept = []
+
+    def _predictions(self, call: Call, dy: Tensor) -> Any:
+        """How many of the rows of logits have a gradient. Places that all have the same gradient are one prediction, as
+        where a mean over places follows.
+        """
+        if call.index == LOGITS:
+            if not dy.numel():
+                return 0.0
+            call.episode.steepness = steepness(dy.reshape(len(dy), -1))  # type: ignore[union-attr]
+            return (dy.reshape(len(dy), -1).abs().amax(1) > 0).sum(dtype=torch.float64)
+        layer = self.layers[call.index]
+        if call.own * call.places == 0:
+            return 0.0
+        rows = layer.output_rows(dy.movedim(call.dim, 0)).flatten(1)
+        call.episode.steepness = steepness(rows)  # type: ignore[union-attr]
+        there = torch.linalg.vector_norm(rows, torch.inf, 1) > 0
+        every = there.sum(dtype=torch.float64)
+        if call.places == 1:
+            return every
+        rows = rows.unflatten(0, (call.own, -1))
+        alike = (rows == rows[:, :1]).all()
+        return torch.where(alike, there.unflatten(0, (call.own, -1))[:, 0].sum(dtype=torch.float64), every)
+
+    # --- sampled labels ---
+
+    def sample(self, losses: Tensor, predictions: float, samples: int) -> None:
         """Run a backward pass of labels drawn from the model's own prediction, towards the watched outputs only.
 
-        output: logits [n, classes, ...]. A sample's loss is the sum over its places over `predictions` (None: their
-        number, so it is the mean); parts come out with weight 1 a sample.
+        losses: their sum over everything, such that a sample's parts come out with weight 1. `predictions` of
+        `samples` samples are in it.
         """
         if not self.armed or not self.edges:
             return
-        with torch.enable_grad():
-            rows = promote(output).movedim(1, -1).flatten(0, -2)
-            seed = self.sampler.mix(-1, len(self._passes) + self._closed.samples)
-            noise = torch.rand(rows.shape, generator=torch.Generator(rows.device).manual_seed(seed), device=rows.device)
-            labels = (rows.detach() - noise.log().neg().log()).argmax(-1)  # Gumbel's way of drawing from a softmax
-            loss = torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
-            samples = samples_of(reversed(self.seen.values()))
-            self.drawn = len(rows) if predictions is None else predictions * samples
-            loss = loss * (samples / self.drawn)
-            self.inside = True
-            try:
-                torch.autograd.grad(loss, self.edges, retain_graph=True, allow_unused=True)
-            finally:
-                self.inside = False
+        self.drawn, self.inside = predictions, True
+        try:
+            torch.autograd.grad(losses, self.edges, retain_graph=True, allow_unused=True)
+        finally:
+            self.inside = False
+        self.drew = True
         self.edges.clear()
 
-    def saw(self, index: int, samples: int, parts: Mapping[str, Tensor], task: int) -> None:
-        """One call's gradient has arrived, in backward pass `task`."""
-        now = self._pass(task)
-        now.counts[index] = max(samples, now.counts.get(index, 0))
-        for key, part in parts.items():
-            now.parts[index, key].append(part)
-            now.weights[index, key].append(samples)
+    @property
+    def wants_labels(self) -> bool:
+        """Whether something is to be measured on sampled labels."""
+        return self.armed and bool(self.edges)
 
-    def predicted(self, rows: int, task: int) -> None:
-        """So many rows have a gradient in backward pass `task`. The first to say so are nearest to the loss: the logits
-        of the model, where they are a vector or a matrix, or the outputs of its last layer.
-        """
-        now = self._pass(task)
-        if now.predictions is None:
-            now.predictions = self.drawn if self.inside else float(rows)
+    def samples_in_forward(self) -> int:
+        """The samples of the last forward pass."""
+        return samples_of(reversed(self.forward.values()))
 
-    def sharp(self, squares: Tensor, task: int) -> None:
-        """The squared norms [n] of the gradients with respect to each sample's logits, in backward pass `task`."""
-        self._pass(task).sharpness = squares
+    def seed_of_labels(self) -> int:
+        """A seed for drawing labels, another one for every draw of a step."""
+        return self.sampler.mix(-1, len(self._episodes))
 
-    def _pass(self, task: int) -> _Pass:
-        if task not in self._passes:
-            self._close()
-            self._passes[task] = _Pass()
-        return self._passes[task]
+    # --- the step ---
 
-    def _close(self) -> None:
-        """Turn finished backward passes into sums."""
-        sums, weights, samples, rows, predictions = self._closed
-        for done in self._passes.values():
-            self._ended += 1
-            for (index, key), parts in done.parts.items():
-                moment = next(m for m in self.watches[index].moments if m.key == key)
-                if isinstance(moment, Rows):
-                    own = self._rows(index, moment, parts, done, rows.get((index, key)))
-                    rows[index, key] = own
-                    weights[index, key] = count(own)
+    def _close(self, episode: Episode) -> None:
+        """Turn an episode's parts into sums and rows."""
+        parts, episode.parts = episode.parts, defaultdict(list)
+        if not parts:
+            return
+        with calm(self.layers[next(iter(parts))[0]].parameters[0].device):
+            for (index, key), found in parts.items():
+                if index not in self.watches:
                     continue
-                assert isinstance(moment, Moment)
-                value = moment.close(parts)
-                previous = sums.get((index, key))
-                sums[index, key] = value if previous is None else previous + value
-                weights[index, key] = weights.get((index, key), 0) + sum(done.weights[index, key])
-            samples += samples_of(done.counts.values())
-            predictions += done.predictions or 0.0
-        self._passes.clear()
-        self._closed = Measured(sums, weights, samples, rows, predictions)
+                moment = next((m for m in self.watches[index].moments if m.key == key), None)
+                if isinstance(moment, Rows):
+                    own = self._stacked(index, moment, found, episode)
+                    self._rows[index, key] = own
+                    self._weights[index, key] = self._weights.get((index, key), 0) + episode.counts[index]
+                elif isinstance(moment, Moment):
+                    value, before = moment.close(found), self._sums.get((index, key))
+                    self._sums[index, key] = value if before is None else before + value
 
-    def _rows(self, index: int, moment: Rows, parts: list[Sample], done: _Pass, before: Sample | None) -> Sample:
-        """A layer's rows of this step so far, after one more pass."""
-        layer = self.watches[index].layer
+    def _stacked(self, index: int, moment: Rows, parts: list[Sample], episode: Episode) -> Sample:
+        """A layer's rows of this step so far, after one more episode."""
+        layer, before = self.watches[index].layer, self._rows.get((index, moment.key))
         fresh = moment.close(parts, layer.shape)
-        generator = torch.Generator().manual_seed(self.sampler.mix(TOGETHER, self._ended))
-        keys = torch.rand(int(fresh["chosen"].max()) + 1, generator=generator)  # alike in all layers
+        aligned = episode.aligned[index]["all"]
+        if aligned.chosen is None:
+            fresh = longer(fresh, aligned.total)
+            fresh["chosen"] = torch.arange(count(fresh), device=layer.parameters[0].device)
+        elif count(fresh) < len(aligned.chosen):
+            fresh = {**longer(fresh, len(aligned.chosen)), "chosen": aligned.chosen}
+        generator = torch.Generator().manual_seed(self.sampler.mix(TOGETHER, self._episodes.index(episode)))
+        most = max(episode.counts.values())
+        keys = torch.rand(most, generator=generator)  # alike in all layers
         fresh["order"] = keys.to(fresh["chosen"].device)[fresh["chosen"]]
         if self.judged is not None:
-            fresh = self.judged.weigh(fresh, done.sharpness, done.counts[index])
+            fresh = self.judged.weigh(fresh, episode.sharpness, episode.counts[index])
         rows = stacked([fresh] if before is None else [before, fresh], layer.shape)
-        most = moment.most(layer, places_of(rows))
-        return thinned(rows, None if most is None else self.sampler.quota(most))
+        limit = moment.most(layer, places_of(rows))
+        return thinned(rows, None if limit is None else self.sampler.quota(limit))
 
     def collect(self) -> Measured:
         """What was measured since the last `collect` or `discard`."""
-        self._close()
-        measured = self._closed
+        for call in list(self._waiting):
+            dy, call.dy = call.dy, None
+            assert dy is not None
+            self._finish(call, dy)
+        self._waiting.clear()
+        samples, predictions, steepest, by = 0, 0.0, 0.0, None
+        for episode in self._episodes:
+            self._close(episode)
+            n = samples_of(episode.counts.values())
+            samples += n
+            predictions += float(episode.predictions or 0.0)
+            steepest = max(steepest, float(episode.steepness))
+            by = by if episode.nearest is None else episode.nearest.index
+            for index, own in episode.counts.items():
+                seen = self._seen[index]
+                seen.samples += own
+                seen.once = seen.once or (own == 1 and n > 1)
+        self._check()
+        measured = Measured(self._sums, self._weights, samples, self._rows, predictions, by, steepest, dict(self._seen))
         self.discard()
         return measured
+
+    def _check(self) -> None:
+        """Compare the two sides of every layer's checksum; the host waits once."""
+        checks = {k: c for k, c in self._checks.items() if k in self.watches and (self._seen[k].passes or c.rows)}
+        if not checks:
+            return
+        device = next(iter(checks.values())).claimed.device
+        numbers = torch.stack([c.numbers().to(device) for c in checks.values()]).tolist()
+        for (index, check), sides in zip(checks.items(), numbers):
+            self._seen[index].agrees = check.agrees(*sides)
+
+
+def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
+    """Which of how many samples an input has: (the first one, all of them).
+
+    A slice of a tensor of the whole batch, as experts and packed sequences get it, is a view that tells.
+    """
+    base = x._base if x._is_view() else None
+    if base is None or own >= batch or base.dim() < 1 or len(base) != batch or x.dim() < 1:
+        return 0, own
+    stride = base.stride(0)
+    if x.stride(0) != stride or stride != max(base.stride()) or base.storage_offset() > x.storage_offset():
+        return 0, own
+    offset = (x.storage_offset() - base.storage_offset()) // max(stride, 1)
+    return (offset, batch) if offset + own <= batch else (0, own)
 
 
 def samples_of(counts: Iterable[int]) -> int:
@@ -216,6 +552,33 @@ def samples_of(counts: Iterable[int]) -> int:
     frequency = Counter(order)
     last = {n: place for place, n in enumerate(order)}
     return max(frequency, key=lambda n: (frequency[n], last[n]), default=0)
+
+
+def steepness(rows: Tensor, most: int = 256) -> Tensor:
+    """The largest sum of absolute values of some rows of logits' gradients, if they add up to zero as a softmax's do."""
+    some = promote(rows[:: max(1, len(rows) // most)])
+    sizes = some.abs().sum(1)
+    balanced = some.shape[1] > 1 and (some.sum(1).abs() <= 1e-2 * sizes).all()
+    return torch.where(torch.as_tensor(balanced, device=rows.device), sizes.max(), 0)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs now leaves its graph for another one."""
+    found = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
+    return False if found is None else bool(found())
+
+
+@contextmanager
+def calm(*devices: torch.device) -> Iterator[None]:
+    """Inside, torch computes as it is told: without gradients, in the precision of the tensors, on plain tensors."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in {device.type for device in devices}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 _lock = threading.RLock()  # collecting garbage inside may remove the hooks of a forgotten capture

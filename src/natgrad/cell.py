@@ -26,7 +26,7 @@ from torch import Tensor
 
 from natgrad.curvature.base import Curvature, Statistic
 from natgrad.curvature.by_rows import ByRows
-from natgrad.curvature.rows import Rows, Sample
+from natgrad.curvature.rows import Rows, Sample, scaled
 from natgrad.layers.base import Layer
 from natgrad.linalg import mean_eigenvalue
 from natgrad.staleness import Memory, Staleness
@@ -49,6 +49,7 @@ class Cell:
     state: Callable[[], dict]
     staleness: Callable[[], Staleness]
     decay: float = 0.0
+    dim: int = 0  # of the samples in the layer's inputs
 
     @cached_property
     def keys(self) -> list[str]:
@@ -119,9 +120,14 @@ class Cell:
         for key in self.keys:
             self.set_clock(key, [0, 1, 1, 0])
 
-    def keep_rows(self, key: str, rows: Sample, seed: int) -> int:
-        """Take in the rows of all ranks at the owner. Returns the steps until the next ones, 0 if they are unusable."""
+    def keep_rows(self, key: str, rows: Sample, share: float, seed: int) -> int:
+        """Take in the rows of all ranks at the owner. Returns the steps until the next ones, 0 if they are unusable.
+
+        share: how many samples the layer saw of each of the step's; their gradients count as so many samples'.
+        """
         curvature, state = self.curvature, self.state()
+        if share != 1:
+            rows = {**scaled(rows, share**0.5), "mean": rows["mean"] * share**0.5}
         assert isinstance(curvature, ByRows)
         generator = torch.Generator(rows["mean"].device).manual_seed(seed)
         gram, kept = curvature.digest(rows, self.layer.shape, generator)

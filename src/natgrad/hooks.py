@@ -1,4 +1,7 @@
-"""The hooks themselves: what a layer's forward and backward passes hand to the capture that watches them."""
+"""The hooks themselves: what the passes of a watched model hand to its capture.
+
+Every hook keeps the capture weakly, and does nothing in a copy of the model (deepcopy, pickle, an average).
+"""
 
 from __future__ import annotations
 
@@ -13,55 +16,14 @@ from torch import Tensor, nn
 from natgrad.curvature.rows import Sample, scaled
 
 if TYPE_CHECKING:
-    from natgrad.capture import Capture
-
-TOGETHER = -2  # the "layer" by which all layers draw the same samples
+    from natgrad.capture import Call, Capture
 
 
-class LayerHook:
-    """The forward hook of one layer. In a copy of the model (deepcopy, pickle, an average) it does nothing."""
+class Hook:
+    """What all hooks share."""
 
-    def __init__(self, capture: Capture, index: int):
+    def __init__(self, capture: Capture):
         self.capture = weakref.ref(capture)
-        self.index = index
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        capture, index = self.capture(), self.index
-        if capture is None or not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        start = time.perf_counter()
-        layer, watch = capture.layers[index], capture.watches.get(index)
-        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        samples, places = layer.count(x)
-        draw = capture.sampler.draw(index, capture.calls[index], x.device)
-        capture.calls[index] += 1
-        kept = []
-        if watch:
-            common = capture.sampler.draw(TOGETHER, 0, x.device)
-            with torch.no_grad():
-                x = x.detach()
-                kept = [(m, m.before(layer, x, common if m.together else draw, output)) for m in watch.moments]
-        capture.seconds += time.perf_counter() - start
-
-        def arrived(dy: Tensor) -> None:
-            if capture.edges is not None and not capture.inside:
-                return
-            start = time.perf_counter()
-            task = outer if outer >= 0 else torch._C._current_graph_task_id()
-            capture.predicted(samples * places, task)
-            parts = {}
-            if kept:
-                with torch.no_grad():
-                    dy = dy.detach()
-                    parts = {m.key: m.after(layer, k, dy, draw) for m, k in kept}
-            capture.saw(index, samples, parts, task)
-            capture.seconds += time.perf_counter() - start
-
-        outer = torch._C._current_graph_task_id()  # not -1: recomputed within a backward pass, as part of it
-        output.register_hook(arrived)
-        if capture.edges is not None:
-            capture.edges.append(torch.autograd.graph.get_gradient_edge(output))
-            capture.seen[index] = samples
 
     def __deepcopy__(self, memo: dict) -> Inert:
         return Inert()
@@ -77,37 +39,100 @@ class Inert:
         return None
 
 
-class LogitsHook:
-    """The forward hook of the whole model: how many predictions it makes, and how steep the loss is at them."""
+class LayerHook(Hook):
+    """The forward hook of one layer: looks at the input, and hangs a hook on the output."""
 
-    def __init__(self, capture: Capture):
-        self.capture = weakref.ref(capture)
+    def __init__(self, capture: Capture, index: int):
+        super().__init__(capture)
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> None:
+        capture, output = self.capture(), rest[-1]
+        if capture is None or not isinstance(output, Tensor) or not output.requires_grad or transformed():
+            return
+        # without keywords only where garbage collection has removed the hook while torch was calling the hooks
+        named = rest[0].values() if len(rest) > 1 else ()
+        x = next((v for v in (*args, *named) if isinstance(v, Tensor)), None)
+        if x is None:
+            return
+        start = time.perf_counter()
+        call = capture.called(self.index, x, output)
+        capture.seconds += time.perf_counter() - start
+        output.register_hook(Arrival(capture, call))
+
+
+class Arrival(Hook):
+    """The hook of one call's output: its gradient is known."""
+
+    def __init__(self, capture: Capture, call: Call):
+        super().__init__(capture)
+        self.call = call
+
+    def __call__(self, dy: Tensor) -> None:
+        capture = self.capture()
+        if capture is None or transformed():
+            return
+        start = time.perf_counter()
+        capture.arrived(self.call, dy)
+        capture.seconds += time.perf_counter() - start
+
+
+class Deposit(Hook):
+    """The hook of a parameter: autograd is about to add to its gradient."""
+
+    def __init__(self, capture: Capture, index: int, place: int):
+        super().__init__(capture)
+        self.index, self.place = index, place
+
+    def __call__(self, gradient: Tensor) -> None:
+        capture = self.capture()
+        if capture is None or transformed():
+            return
+        start = time.perf_counter()
+        capture.deposited(self.index, self.place, gradient)
+        capture.seconds += time.perf_counter() - start
+
+
+class Begin(Hook):
+    """The forward pre-hook of the whole model."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        capture = self.capture()
+        if capture is not None:
+            capture.begin()
+
+
+class End(Hook):
+    """The forward hook of the whole model, whose output holds the logits."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         capture = self.capture()
-        logits = logits_of(output)
-        if logits is None:
-            logits = logits_of(output, 1)  # one number a sample
-        if capture is None or logits is None:
+        if capture is None:
             return
+        logits = None if transformed() else logits_of(output)
+        if logits is None and not transformed():
+            logits = logits_of(output, 1)  # one number a sample
+        call = capture.end(logits)
+        if logits is not None and call is not None:
+            logits.register_hook(Arrival(capture, call))
 
-        def arrived(dy: Tensor) -> None:
-            if capture.edges is not None and not capture.inside:
-                return
-            task = torch._C._current_graph_task_id()
-            if dy.dim() < 3:
-                capture.predicted(len(dy), task)
-            if capture.judged is not None and dy.dim() > 1:
-                squares = dy.detach().float() if dy.dtype in (torch.float16, torch.bfloat16) else dy.detach()
-                capture.sharp(squares.flatten(1).square().sum(1), task)
 
-        logits.register_hook(arrived)
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, whose tensors are not those of the pass."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
-    def __deepcopy__(self, memo: dict) -> Inert:
-        return Inert()
 
-    def __reduce__(self) -> tuple:
-        return Inert, ()
+def deposits(weight: Tensor) -> bool:
+    """Whether the backward pass that runs now will add to the weight's gradient.
+
+    Gradients of inputs (attacks, physics, saliency) do not, nor does `torch.autograd.grad` of weights.
+    """
+    if not weight.requires_grad:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+    except RuntimeError:  # the gradient is captured for the caller of torch.autograd.grad
+        return False
 
 
 def logits_of(output: Any, dims: int = 2) -> Tensor | None:

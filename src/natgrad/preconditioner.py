@@ -10,22 +10,92 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture import Capture, Key, Measured, Sampler, Watch
+from natgrad.capture import LOGITS, Capture, Key, Measured, Seen, Watch
 from natgrad.cell import DORMANT, Cell
 from natgrad.curvature.rows import Sample
 from natgrad.gathering import bring_rows
 from natgrad.hooks import Judge
 from natgrad.inversion import Inversion
 from natgrad.parallel import Parcel, World
+from natgrad.sampling import Sampler
+
+
+ELSEWHERE = (
+    "its module's calls do not account for its gradient: the weight is changed before its use, used elsewhere too, "
+    "or its module computes more than its kind of layer does"
+)
+TWICE = "the loss holds derivatives of the network, so a second backward pass goes through the first (double backward)"
+NOT_FINITE = "its statistics are not finite (an overflow, or values that are not finite in the passes)"
+ONCE = "it is called once for the whole batch, so gradients of single samples are not seen"
+GROWN = "its calls in one forward pass see ever more samples, which only samples=None can add up"
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """Names, the first few of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class Found(NamedTuple):
+    """What all ranks saw in one step, added up."""
+
+    samples: float
+    predictions: float
+    by: str
+    last: int | None  # the layer whose places were taken for predictions
+    weights: dict[Key, float]
+    layers: dict[int, list[float]]  # calls, passes, disagreements, those with a pass twice, samples, once, grown
+
+    def saw(self, key: Key) -> bool:
+        """Whether any rank has measured a statistic."""
+        return self.weights[key] > 0 and self.called[key[0]]
+
+    @property
+    def astray(self) -> dict[int, str]:
+        """Layers whose gradient the hooks do not account for, and why."""
+        return {k: TWICE if row[3] else ELSEWHERE for k, row in self.layers.items() if row[2]}
+
+    @property
+    def called(self) -> dict[int, bool]:
+        """Whether a backward pass has reached a call of each layer."""
+        return {k: row[0] > 0 for k, row in self.layers.items()}
+
+
+class Step(NamedTuple):
+    """What `refresh` found out about a step."""
+
+    unseen: dict[int, bool]  # cells that were watched but have nothing measured, and whether they were called
+    astray: dict[int, str]  # cells whose gradient is not what their module's calls account for, and why
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What was assumed about the last step that measured, over all ranks.
+
+    samples: of the step. predictions: how many of a sample the loss is a mean of. by: who says so: the rows of the
+    model's output or of a layer's output that have a gradient, or the user.
+    """
+
+    samples: int
+    predictions: float
+    by: str
+
+    def __str__(self) -> str:
+        return f"{self.samples} samples, the loss a mean over {self.predictions:g} predictions of each ({self.by})"
 
 
 class Preconditioner:
-    """The cells of a model with the hooks that feed them."""
+    """The cells of a model with the hooks that feed them.
+
+    dims: the dimension of the samples in the inputs of each cell's layer.
+    """
 
     def __init__(
         self,
@@ -40,26 +110,31 @@ class Preconditioner:
         self.judged: Judge | None = None  # rows are weighed by the gradients of the logits
         self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
         self.model, self.predictions = model, predictions
+        self.seed = seed
         self.replace(cells)
         self.world = world
-        self.seed = seed
         self.seconds: dict[str, float] = {}
         self.retries = 0  # factorisations that needed more damping
-        self.dropped = 0  # statistics that were not finite
+        self.dropped = 0  # statistics that could not be used
         self.share = 0.0  # of the statistics, measured in the last step
         self.samples = 0  # in the last step that measured, on all ranks
+        self.assumed: Assumed | None = None
+        self.drops: dict[str, tuple[int, str]] = {}  # by layer: measurements in a row that could not be used, and why
+        self._doubts: list[str] = []
 
-    def replace(self, cells: Sequence[Cell]) -> None:
-        """Take these cells from now on, unwatched until `arm`."""
+    def replace(self, cells: Sequence[Cell], origins: Sequence[int] | None = None) -> None:
+        """Take these cells from now on, unwatched until `arm`. `origins`: which of the cells before they are."""
+        places = {} if origins is None else {old: new for new, old in enumerate(origins)}
         if hasattr(self, "capture"):
             self.capture.disarm()
+        self.whole: set[int] = {places[k] for k in getattr(self, "whole", ()) if k in places}
+        self._fresh: dict[int, set[str]] = {places[k]: v for k, v in getattr(self, "_fresh", {}).items() if k in places}
         self.cells = list(cells)
-        self.capture = Capture([cell.layer for cell in cells], self.model)
+        dims = [cell.dim for cell in cells]
+        self.capture = Capture([cell.layer for cell in cells], self.model, dims, self.seed)
         self.capture.edges = [] if self.sampled else None
         self.capture.judged = self.judged
         self._plan: list[Key] = []
-        self.whole: set[int] = set()  # cells whose rows are of all samples of this very step
-        self._fresh: dict[int, set[str]] = {}
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -77,8 +152,8 @@ class Preconditioner:
         else:
             self.capture.disarm()
 
-    def refresh(self, step: int, scale: float, reduction: str) -> set[int]:
-        """Take in what this step's passes measured. Returns the cells that were watched but never called.
+    def refresh(self, step: int, scale: float, reduction: str) -> Step:
+        """Take in what this step's passes measured. Nothing is taken of layers that went astray.
 
         `scale` is the factor by which the loss was multiplied for mixed precision.
         """
@@ -86,38 +161,119 @@ class Preconditioner:
         plan, total = self._plan, sum(len(c.curvature.statistics) for c in self.cells)
         self.share = len(plan) / max(total, 1)
         if not plan:
-            return set()
+            return Step({}, {})
         self.seconds["measure"] = self.capture.seconds
         measured = self.capture.collect()
         with self.timed("messages"):
-            seen_here = (float(measured.weights.get(key, 0) > 0) for key in plan)
-            counts = torch.tensor([measured.samples, measured.predictions, *seen_here], dtype=torch.float64)
-            self.world.sum([counts], "scalars")
-            samples, predictions, *ranks = counts.tolist()
+            found = self._exchange(plan, measured)
+            samples = found.samples
             self.samples = round(samples)
             if self.sampled and not samples:
                 raise ValueError('fisher="sampled": call sample(output) before backward(), so that labels can be drawn')
-            seen = [(key, n) for key, n in zip(plan, ranks) if n > 0]
-            moments = [(key, n) for key, n in seen if not self.cells[key[0]].by_rows]
-            means = self._means(samples, predictions, reduction)
-            parcels = [self._parcel(key, measured, n, scale, reduction, means) for key, n in moments]
+            unusable = self._unusable(found)
+            seen = [key for key in plan if found.saw(key) and key[0] not in unusable]
+            moments = [key for key in seen if not self.cells[key[0]].by_rows]
+            means = self._means(found, reduction)
+            parcels = [self._parcel(key, measured, found, scale, reduction, means) for key in moments]
             received = self.world.reduce_narrow(parcels, "statistics")
-            stacks = [(key, n) for key, n in seen if self.cells[key[0]].by_rows]
+            stacks = [key for key in seen if self.cells[key[0]].by_rows]
             weigh = (measured.samples if reduction == "mean" else 1) / scale
             wider = 1.0 if self.judged is not None else means**0.5  # judged rows have no scale of their own
-            rows = bring_rows(self.cells, self.world, [key for key, _ in stacks], measured, weigh, wider, self.local)
+            rows = bring_rows(self.cells, self.world, stacks, measured, weigh, wider, self.local)
         with self.timed("factor"):
-            seen = [*moments, *stacks]
-            taken = self._absorb([key for key, _ in moments], received, round(samples))
-            intervals = torch.cat([taken, self._stack([key for key, _ in stacks], rows, round(samples), step)])
+            taken = self._absorb(moments, received, round(samples))
+            intervals = torch.cat([taken, self._stack(stacks, rows, found, step)])
         with self.timed("messages"):
             self.world.max([intervals], "scalars")
         self._fresh = {}
-        for ((index, key), _), interval in zip(seen, intervals.tolist()):
+        lost = {index for index, why in unusable.items() if not found.astray.get(index)}
+        for (index, key), interval in zip([*moments, *stacks], intervals.tolist()):
             self._advance(index, key, step, interval)
             if interval:
                 self._fresh.setdefault(index, set()).add(key)
-        return {index for (index, _), n in zip(plan, ranks) if n == 0}
+        for index, key in plan:
+            if index in lost:
+                self._advance(index, key, step, 0)
+        self._count_drops(plan, unusable, dict(zip([*moments, *stacks], intervals.tolist())))
+        self._doubts = self._doubt(found, measured, scale, reduction)
+        nothing = {index for index, key in plan if not found.saw((index, key))}
+        return Step({index: found.called[index] for index in sorted(nothing)}, found.astray)
+
+    def _exchange(self, plan: Sequence[Key], measured: Measured) -> Found:
+        """What all ranks saw, added up: one small sum."""
+        layers = list(dict.fromkeys(index for index, _ in plan))
+        own = [measured.samples, measured.predictions, float(measured.by == LOGITS), float(measured.by is not None)]
+        for key in plan:  # of rows, the samples of a rank that did not call the layer have gradients of zero
+            own.append(float(measured.weights.get(key, measured.samples if self.cells[key[0]].by_rows else 0)))
+        for index in layers:
+            seen = measured.seen.get(index, Seen())
+            missed = seen.passes > 0 and not seen.agrees
+            own += [seen.calls, seen.passes, missed, missed and seen.twice, seen.samples, seen.once, seen.grown]
+        numbers = torch.tensor(own, dtype=torch.float64)
+        self.world.sum([numbers], "scalars")
+        samples, predictions, of_output, of_any, *rest = numbers.tolist()
+        weights = dict(zip(plan, rest))
+        rows = torch.tensor(rest[len(plan) :]).view(-1, 7).tolist()
+        last = None if measured.by in (None, LOGITS) else measured.by
+        by = "rows of the model's output with a gradient" if of_output >= of_any / 2 and of_any else ""
+        if not by and last is not None:
+            by = f"places of {self.cells[last].name or 'the model'} with a gradient"
+        return Found(samples, predictions, by or "no gradient was seen", last, weights, dict(zip(layers, rows)))
+
+    def _unusable(self, found: Found) -> dict[int, str]:
+        """The layers whose measurements say nothing about their curvature, and why."""
+        unusable = dict(found.astray)
+        for index, (_, _, _, _, _, once, grown) in found.layers.items():
+            if once:
+                unusable.setdefault(index, ONCE)
+            elif grown:
+                unusable.setdefault(index, GROWN)
+        return unusable
+
+    def _count_drops(self, plan: Sequence[Key], unusable: Mapping[int, str], intervals: Mapping[Key, int]) -> None:
+        """How often in a row each layer's measurements could not be used."""
+        for index in dict.fromkeys(index for index, _ in plan):
+            name = self.cells[index].name
+            own = [interval for (k, _), interval in intervals.items() if k == index]
+            why = unusable.get(index) or ("" if all(own) else NOT_FINITE)
+            if why:
+                self.drops[name] = self.drops.get(name, (0, ""))[0] + 1, why
+            elif own:
+                self.drops.pop(name, None)
+
+    def _doubt(self, found: Found, measured: Measured, scale: float, reduction: str) -> list[str]:
+        told, n = [], found.samples
+        unlike: dict[float, list[str]] = {}
+        for index, (_, _, _, _, samples, once, _) in found.layers.items():
+            if samples not in (0, n) and not once:
+                unlike.setdefault(samples, []).append(self.cells[index].name or "the model")
+        if unlike:
+            which = "; ".join(f"{int(m)} in {shortened(names)}" for m, names in sorted(unlike.items()))
+            told.append(
+                f"layers disagree about the samples of a step: {int(n)} in most, {which}. The first dimension of their "
+                "inputs is taken for samples, and their curvature counts as a part or a multiple of the step's. "
+                "batch_dim= says where samples are"
+            )
+        last = None if found.last is None else self.cells[found.last]
+        if last is not None and last.layer.kind == "conv" and self.predictions is None and found.predictions > n:
+            told.append(
+                f"the loss: {last.name or 'the model'} is the layer nearest to it, so it is taken for a mean over "
+                f"{found.predictions / max(n, 1):g} places of each sample. If a head outside of the model makes one "
+                "prediction of each, pass predictions=1"
+            )
+        steep = measured.steepness / scale
+        if reduction == "mean" and not self.sampled and measured.predictions >= 16:
+            if steep * measured.predictions > 2 * measured.predictions**0.5:
+                told.append(
+                    "the loss looks like a sum over samples, not a mean: the gradients of the logits do not fall with "
+                    'their number. Pass reduction="sum", or divide the loss by it'
+                )
+        return told
+
+    def doubts(self) -> list[str]:
+        """What in the last step that measured may be other than was assumed, a line each."""
+        told, self._doubts = self._doubts, []
+        return told
 
     def _absorb(self, keys: Sequence[Key], received: Sequence[Tensor | None], samples: int) -> Tensor:
         """Take in what this rank holds. Returns everyone's intervals [keys], 0 for what others hold or was unusable."""
@@ -136,24 +292,35 @@ class Preconditioner:
             del numbers[: len(known)]
         return intervals
 
-    def _stack(self, keys: Sequence[Key], rows: Mapping[Key, Sample], samples: int, step: int) -> Tensor:
+    def _stack(self, keys: Sequence[Key], rows: Mapping[Key, Sample], found: Found, step: int) -> Tensor:
         """`_absorb` for rows."""
         intervals = torch.zeros(len(keys), dtype=torch.int64)
         for k, key in enumerate(keys):
             if key in rows:
                 seed = Sampler(self.seed, step, 0, 1.0).mix(key[0])
-                intervals[k] = self.cells[key[0]].keep_rows(key[1], rows[key], seed)
-                if len(rows[key]["mean"]) == samples:
+                share = 1.0 if self.local else found.weights[key] / max(found.samples, 1)
+                intervals[k] = self.cells[key[0]].keep_rows(key[1], rows[key], share, seed)
+                if len(rows[key]["mean"]) == round(found.weights[key]):
                     self.whole.add(key[0])
         return intervals
 
-    def _means(self, samples: float, predictions: float, reduction: str) -> float:
-        """How many predictions a sample's loss is the mean of: by so much less do its gradients' squares add up to."""
-        if reduction == "sum" and not self.sampled:
-            return 1.0
-        return self.predictions if self.predictions is not None else predictions / max(samples, 1)
+    def _means(self, found: Found, reduction: str) -> float:
+        """How many predictions a sample's loss is the mean of.
 
-    def _parcel(self, key: Key, measured: Measured, ranks: float, scale: float, reduction: str, means: float) -> Parcel:
+        The gradients of a mean over p predictions are p times smaller than those of a sum, and the curvature of the
+        loss is p times as large as their squares say.
+        """
+        means, by = found.predictions / max(found.samples, 1), found.by
+        if reduction == "sum" and not self.sampled:
+            means, by = 1.0, 'reduction="sum"'
+        elif self.predictions is not None:
+            means, by = float(self.predictions), "as predictions= says"
+        self.assumed = Assumed(self.samples, means, by)
+        return means if means > 0 else 1.0
+
+    def _parcel(
+        self, key: Key, measured: Measured, found: Found, scale: float, reduction: str, means: float
+    ) -> Parcel:
         """A rank's share of a mean over all ranks' samples."""
         cell = self.cells[key[0]]
         moment = next(m for m in cell.curvature.statistics if m.key == key[1])
@@ -161,12 +328,12 @@ class Preconditioner:
         if value is None:
             value = cell.zeros(moment.shape(cell.layer))
         elif moment.order == 0:
-            value = value / (measured.weights[key] * ranks)
+            value = value / found.weights[key]
         else:
             if self.sampled:
                 reduction, scale = "sum", 1.0  # our own loss, unscaled
-            weigh = measured.samples if reduction == "mean" else 1 / measured.samples
-            value = value * (weigh * means / (self.world.size * scale**2))
+            weigh = measured.samples / self.world.size if reduction == "mean" else 1 / found.samples
+            value = value * (weigh * means / scale**2)
         return Parcel(value, cell.holders[key[1]], moment.symmetric)
 
     def _advance(self, index: int, key: str, step: int, interval: int) -> None:

@@ -64,6 +64,53 @@ class Picked(Draw):
         return max(1, round(wanted * self.sampler.share))
 
 
+class Aligned:
+    """The draws of one layer's calls in one forward pass, all of them on the same samples.
+
+    `total` is how many samples there are, as the first call says. `grown`: a later call saw more, and what it drew is
+    not what the first one drew.
+    """
+
+    def __init__(self, draw: Picked):
+        self.draw, self.total, self.grown = draw, 0, False
+        self.chosen: Tensor | None = None  # of all samples; None: all of them
+
+    def at(self, offset: int, total: int) -> Window:
+        """The draws of a call on samples from `offset` on, of `total`."""
+        self.total = self.total or total
+        return Window(self, offset, total)
+
+
+class Window(Draw):
+    """The draws of one call among aligned ones. `before`: how many of the drawn samples come before its own."""
+
+    def __init__(self, aligned: Aligned, offset: int, total: int):
+        self.aligned, self.offset, self.total, self.before = aligned, offset, total, 0
+
+    def __call__(self, own: int, wanted: int) -> Tensor | None:
+        aligned = self.aligned
+        chosen = aligned.draw(max(self.total, aligned.total), wanted)
+        aligned.grown |= self.total > aligned.total and chosen is not None
+        aligned.chosen = chosen
+        if chosen is None:
+            self.before = self.offset
+            return None
+        if own == max(self.total, aligned.total):
+            return chosen
+        self.before = int((chosen < self.offset).sum())
+        return chosen[(chosen >= self.offset) & (chosen < self.offset + own)] - self.offset
+
+    def every(self, own: int, wanted: int) -> slice | None:
+        aligned = self.aligned
+        chosen = aligned.draw.every(max(self.total, aligned.total), wanted)
+        aligned.grown |= self.total > aligned.total and chosen is not None
+        if chosen is None:
+            self.before = self.offset
+            return None
+        self.before = len(range(*chosen.indices(self.offset)))
+        return slice((chosen.start - self.offset) % chosen.step, None, chosen.step) if self.offset else chosen
+
+
 def stratified(total: int, wanted: int, generator: torch.Generator) -> Tensor:
     """`wanted` of `total` places, one uniform draw in each of equal strata, ascending (docs/math.md)."""
     device = generator.device

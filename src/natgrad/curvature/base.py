@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -69,12 +69,13 @@ class Seen(NamedTuple):
 class Statistic(ABC):
     """One statistic of one layer. `samples`: how much of a batch is measured; None measures all of it.
 
-    `together`: all layers are to draw the same samples.
+    `draws`: whether every "call" draws rows of its own, all calls of a "layer" in a forward pass draw the same samples
+    (a sample's calls are to be added up), or "all" layers do.
     """
 
     samples: int | None = None
     key = "?"
-    together = False
+    draws: ClassVar[Literal["call", "layer", "all"]] = "call"
 
     @abstractmethod
     def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Any:
@@ -83,6 +84,10 @@ class Statistic(ABC):
     @abstractmethod
     def after(self, layer: Layer, kept: Any, dy: Tensor, draw: Draw) -> Any:
         """The part of one call, from what was kept and the output's gradient."""
+
+    def shifted(self, part: Any, before: int) -> Any:
+        """The part of a call that did not see the first `before` samples of those that are measured."""
+        return torch.cat([part.new_zeros(before, *part.shape[1:]), part])
 
     def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
         """What measuring one call on x that gave y takes on one of `ranks` ranks. Both may be on the meta device."""
@@ -108,8 +113,13 @@ class Moment(Statistic):
         return samples
 
     def close(self, parts: list[Tensor]) -> Tensor:
-        """The statistic of one backward pass from the parts of its calls."""
+        """The statistic of one forward pass from the parts of its calls. Those of an order 0 weigh by their rows."""
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    @property
+    def additive(self) -> bool:
+        """Whether parts may be added up as they come, of whichever pass they are."""
+        return type(self).close is Moment.close
 
 
 class Curvature(ABC):

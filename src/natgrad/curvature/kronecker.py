@@ -46,7 +46,7 @@ class InputMoment(Moment):
 
     def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Tensor:
         samples, places = layer.count(x)
-        return self._measure(layer, x, samples * places, draw).mul_(samples)  # calls weigh by their samples
+        return self._measure(layer, x, samples * places, draw).mul_(samples * places)  # calls weigh by their rows
 
     def _measure(self, layer: Layer, x: Tensor, total: int, draw: Draw) -> Tensor:
         if self.diagonal:

@@ -42,7 +42,10 @@ class Kept(NamedTuple):
 class Rows(Statistic):
     """Per-sample tensors. `samples`: how many samples of the whole world's batch."""
 
-    together = True
+    draws = "all"
+
+    def shifted(self, part: Sample, before: int) -> Sample:
+        return longer(part, before + count(part), before)
 
     @abstractmethod
     def close(self, parts: list[Sample], shape: Shape) -> Sample:
@@ -138,12 +141,25 @@ def rest_of(rows: Sample) -> Sample:
 
 
 def added(one: Sample, other: Sample, shape: Shape) -> Sample:
-    """The gradients of two calls on the same samples as one."""
+    """The gradients of two calls on the same samples as one. The shorter call saw the first samples of the longer."""
+    if count(one) != count(other):
+        one, other = (one, other) if count(one) > count(other) else (other, one)
+        other = longer(other, count(one))
     if "columns" in one or "columns" in other:
         one, other = (conform(rows, shape, True, 0) for rows in (one, other))
         return {**one, "columns": one["columns"] + other["columns"]}
     second = "tokens" if "tokens" in one else "right"
     return {**one, **{k: torch.cat([one[k], other[k]], 1) for k in ("left", second)}}
+
+
+def longer(rows: Sample, samples: int, before: int = 0) -> Sample:
+    """Rows of so many samples, the new ones (`before` of them in front) with gradients of zero."""
+    more = samples - count(rows) - before
+    return {
+        name: pad(value, (*(0,) * (2 * value.dim() - 2), before, more), value=-1 if name == "tokens" else 0)
+        for name, value in rows.items()
+        if name in ("columns", "left", "right", "tokens")
+    }
 
 
 def stacked(parts: Sequence[Sample], shape: Shape) -> Sample:

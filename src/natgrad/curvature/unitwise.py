@@ -45,6 +45,7 @@ class SampleMoment(Moment):
 
     diagonal: bool = False
     key = "F"
+    draws = "layer"
 
     def shape(self, layer: Layer) -> tuple[int, ...]:
         b, o, i = layer.shape
@@ -99,9 +100,16 @@ class SampleMoment(Moment):
 
     @staticmethod
     def gradients(parts: list[Tensor]) -> Tensor:
-        """Per-sample gradients [n, b*o, i] of one backward pass: a sample's calls add up before they square."""
-        same = all(p.shape == parts[0].shape for p in parts)
-        return torch.stack(parts).sum(0) if same else torch.cat(parts)
+        """Per-sample gradients [n, b*o, i] of one forward pass: a sample's calls add up before they square.
+
+        A call with fewer samples than others saw the first ones, as the later steps of a packed sequence do.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        total = parts[0].new_zeros(max(map(len, parts)), *parts[0].shape[1:])
+        for part in parts:
+            total[: len(part)] += part
+        return total
 
     def close(self, parts: list[Tensor]) -> Tensor:
         units = self.gradients(parts)

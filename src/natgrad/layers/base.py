@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import singledispatch
+from functools import cache, singledispatch
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ class Layer(ABC):
     shape: Shape
     parameters: tuple[nn.Parameter, ...]  # the weight first, then the bias if there is one
     diagonal_inputs = False  # rows never overlap (an embedding's one-hot rows): A is exactly diagonal
+    free: int | None = None  # trailing dimensions of an input that are features; None: samples always come first
     scale: float  # the root mean square of a healthy weight, for lengths that divide by a weight's norm
 
     def __init__(self, module: Any, shape: Shape, parameters: Sequence[Any], scale: float):
@@ -117,6 +119,26 @@ class Layer(ABC):
         """The SUM over all rows of g g^T [b, o, o]."""
         return moment(self.output_rows(dy), mean=False)
 
+    def projected(self, x: Tensor, u: Tensor) -> Tensor:
+        """Every input row's products a . u [rows, b] with u [b, i], in any layout that `projected_output` shares."""
+        return torch.einsum("mbi,bi->mb", self.rows(x), u)
+
+    def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
+        """Every row's products g . v [rows, b] of the output's gradient with v [b, o], in the layout of `projected`."""
+        return torch.einsum("mbo,bo->mb", self.output_rows(dy), v)
+
+    def look(self, x: Tensor, u: Tensor, output: Tensor) -> Any:
+        """What `bilinear` needs of one call on x that gave `output`."""
+        return self.projected(x, u)
+
+    def bilinear(self, looked: Any, dy: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v^T dW u of one call, summed over blocks, and the sum of squares of its terms, float64.
+
+        The gradient of W is the sum over rows of g a^T, so v^T dW u is the sum over rows of (g . v)(a . u).
+        """
+        terms = looked * self.projected_output(dy, v)
+        return terms.sum(dtype=torch.float64), terms.square().sum(dtype=torch.float64)
+
     def sample_gradients(self, rows: Tensor, output_rows: Tensor, samples: int) -> Tensor:
         """Per-sample gradients [n, b, o, i]: sums over a sample's places of g a^T.
 
@@ -160,6 +182,16 @@ def gram_cost(rows: int, size: int) -> float:
 def promote(x: Tensor) -> Tensor:
     """X in at least single precision: half-precision sums lose positivity."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def real(x: Tensor) -> Tensor:
+    """X as real numbers [..., 2] where it is complex, sharing its memory."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def real_type(x: Tensor) -> torch.dtype:
+    """The type of what is kept of x: real numbers in at least single precision."""
+    return torch.promote_types(real(x.detach()).dtype, torch.float32)
 
 
 def take(x: Tensor, index: Tensor | None) -> Tensor:
@@ -208,6 +240,40 @@ def he_scale(fan_in: int) -> float:
 def layer_of(module: nn.Module) -> Layer | str:
     """The Layer of a module, or the reason why it has none. Register a type to teach natgrad a new layer.
 
-    Subclasses of a known type are that type unless they register something else.
+    A subclass of a known type is that type as long as it computes the same (`computes_otherwise`).
     """
     return f"no layer is registered for {type(module).__name__}"
+
+
+def computes_otherwise(module: nn.Module) -> str:
+    """Why a module does not compute what the type that is registered for it computes; "" if it does.
+
+    A module is what its forward says: the forward method must be that of the registered type, and so must every
+    method of that type that the forward method calls (a convolution's `_conv_forward`).
+    """
+    kind = next((base for base in type(module).__mro__ if base in layer_of.registry and base is not object), None)
+    if kind is None:
+        return ""
+    for name in called_by_forward(kind):
+        if name in vars(module):
+            return f"its {name} was replaced on the module; natgrad knows that of {kind.__name__}"
+        if getattr(type(module), name) is not getattr(kind, name):
+            return (
+                f"{type(module).__name__} has a {name} of its own; natgrad knows that of {kind.__name__} "
+                "(teach it with layer_of.register)"
+            )
+    return ""
+
+
+@cache
+def called_by_forward(kind: type) -> list[str]:
+    """`forward` and the names of the methods of a type that it calls, directly or through others."""
+    found, names = [], ["forward"]
+    while names:
+        name = names.pop()
+        method = getattr(kind, name, None)
+        if name in found or not isinstance(method, FunctionType) or hasattr(nn.Module, name) and name != "forward":
+            continue
+        found.append(name)
+        names += method.__code__.co_names
+    return found

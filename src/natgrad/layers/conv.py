@@ -9,6 +9,7 @@ Columns are ordered (tap, channel), channel fastest: a gathered pixel is a run o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -173,6 +174,47 @@ class Conv(Layer):
             return super().output_moment(dy)
         flat = promote(dy.flatten(2))
         return torch.bmm(flat, flat.transpose(1, 2)).sum(0, keepdim=True)  # no transposed copy of NCHW
+
+    def projected(self, x: Tensor, u: Tensor) -> Tensor:
+        """A convolution with one output a group [n, b, s]: first all channels of a pixel, then its taps.
+
+        With a sum over channels for each tap as one product, the rest is a sum of shifted maps. A convolution with one
+        output would compute a whole vector register of outputs.
+        """
+        x = promote(self._batched(x))
+        taps = math.prod(self.kernel)
+        weight = (u[:, :-1] if self.biased else u).unflatten(1, (taps, self.channels))  # [b, t, c]
+        grouped = x.unflatten(1, (self.groups, self.channels))
+        if self.groups == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            maps = torch.einsum("nhwc,tc->nthw", x.permute(0, 2, 3, 1), weight[0]).unsqueeze(1)
+        else:
+            maps = (weight @ grouped.flatten(3)).unflatten(3, x.shape[2:])  # [n, b, t, pixels]
+        maps = self._padded(maps.flatten(1, 2)).unflatten(1, (self.groups, taps))
+        sizes = [(l - d * (k - 1) - 1) // s + 1 for l, (k, s, _, _, d) in zip(maps.shape[3:], self.geometry)]
+        total: Tensor | None = None
+        for t, tap in enumerate(itertools.product(*(range(k) for k in self.kernel))):
+            places = [
+                slice(at * d, at * d + (size - 1) * s + 1, s)
+                for at, size, (_, s, _, _, d) in zip(tap, sizes, self.geometry)
+            ]
+            shifted = maps[(slice(None), slice(None), t, *places)]
+            total = shifted.clone() if total is None else total.add_(shifted)
+        assert total is not None
+        total = total.flatten(2)
+        return total + u[:, -1:] if self.biased else total
+
+    def _padded(self, maps: Tensor) -> Tensor:
+        """Maps with the padding that the module gives its input."""
+        widths = [w for _, _, before, total, _ in reversed(self.geometry) for w in (before, total - before)]
+        if not any(widths):
+            return maps
+        return pad(maps, widths) if self.mode == "zeros" else pad(maps, widths, mode=self.mode)
+
+    def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
+        dy = promote(self._batched(dy))
+        if self.groups == 1 and dy.dim() == 4 and dy.is_contiguous(memory_format=torch.channels_last):
+            return (dy.permute(0, 2, 3, 1) @ v[0]).flatten(1).unsqueeze(1)
+        return (v.unsqueeze(1) @ dy.unflatten(1, (self.groups, -1)).flatten(3)).squeeze(2)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         weight, bias = split_pair(tensors)

@@ -14,6 +14,7 @@ class Embedding(Layer):
 
     kind = "embedding"
     diagonal_inputs = True
+    free = 0
 
     def __init__(self, module: nn.Embedding):
         self.padding = module.padding_idx
@@ -49,6 +50,13 @@ class Embedding(Layer):
 
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return promote(take(dy.reshape(-1, dy.shape[-1]), index)).unsqueeze(1)
+
+    def projected(self, x: Tensor, u: Tensor) -> Tensor:
+        products = u[0][x.reshape(-1)]
+        return products if self.padding is None else products.masked_fill(x.reshape(-1) == self.padding, 0)
+
+    def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
+        return promote(dy).reshape(-1, dy.shape[-1]) @ v[0]
 
     def pack(self, tensors) -> Tensor:
         return tensors[0].T.unsqueeze(0)

@@ -7,29 +7,38 @@ modules, parametrised or computed weights, half-frozen modules) becomes loose pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from natgrad.layers.base import Layer, layer_of
+from natgrad.layers.base import Layer, computes_otherwise, layer_of
 from natgrad.layers.loose import Loose
 
 
 class Found(NamedTuple):
-    """A layer, its name in the model, and why it is loose ("" if it is not)."""
+    """A layer, its name in the model, why it is loose ("" if it is not), and the dimension of samples in its inputs."""
 
     name: str
     layer: Layer
     why: str
+    dim: int = 0
 
 
-def find_layers(model: nn.Module, chosen: Iterable[nn.Parameter] | None = None) -> list[Found]:
+def find_layers(
+    model: nn.Module, chosen: Iterable[nn.Parameter] | None = None, batch_dim: int | Mapping[str, int] | None = None
+) -> list[Found]:
     """Every layer of `model` with a parameter to train, in the model's order.
 
-    `chosen` limits which parameters train (those of `params=`); by default all that require a gradient.
+    `chosen` limits which parameters train (those of `params=`); by default all that require a gradient. `batch_dim` is
+    where samples are in inputs of several dimensions, for all layers or by the names of modules and what is inside
+    them; None: 1 inside of modules with `batch_first=False`, else 0.
     """
+    dims = dict.fromkeys(("",), batch_dim) if isinstance(batch_dim, int) else dict(batch_dim or {})
+    known = {name for name, _ in model.named_modules()}
+    if missing := sorted(dims.keys() - known):
+        raise ValueError(f"batch_dim={dict(batch_dim)!r}: the model has no module {missing[0]!r}")  # type: ignore[arg-type]
     train = {p for p in (model.parameters() if chosen is None else chosen) if p.requires_grad}
     uses = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
     found: list[Found] = []
@@ -40,7 +49,7 @@ def find_layers(model: nn.Module, chosen: Iterable[nn.Parameter] | None = None) 
             continue
         layer = _describe(model, name, module, own, uses)
         if isinstance(layer, Layer):
-            found.append(Found(name, layer, ""))
+            found.append(Found(name, layer, "", dim_of(model, name, dims)))
             seen.update(own.values())
             continue
         for key, parameter in own.items():
@@ -48,6 +57,29 @@ def find_layers(model: nn.Module, chosen: Iterable[nn.Parameter] | None = None) 
                 seen.add(parameter)
                 found.append(Found(f"{name}.{key}".lstrip("."), Loose(module, parameter), layer))
     return found
+
+
+def dim_of(model: nn.Module, name: str, dims: Mapping[str, int]) -> int:
+    """The dimension of samples in the inputs of a module, by what is said of it or of what it is inside of."""
+    path = name.split(".") if name else []
+    for length in range(len(path), -1, -1):
+        around = ".".join(path[:length])
+        if around in dims:
+            return dims[around]
+        first = batch_first_of(model.get_submodule(around))
+        if first is not None:
+            return 0 if first else 1
+    return 0
+
+
+def batch_first_of(module: nn.Module) -> bool | None:
+    """Whether samples come first in a module's inputs, None where it does not say."""
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        module = module.layers[0]
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        module = module.self_attn
+    first = getattr(module, "batch_first", None)
+    return first if isinstance(first, bool) else None
 
 
 def _describe(model: nn.Module, name: str, module: nn.Module, own: dict, uses: Counter) -> Layer | str:
@@ -62,6 +94,8 @@ def _describe(model: nn.Module, name: str, module: nn.Module, own: dict, uses: C
     layer = layer_of(module)
     if isinstance(layer, str):
         return layer
+    if why := computes_otherwise(module):
+        return why
     trained = set(own.values())
     if any(p not in trained for p in layer.parameters):
         return "some of its parameters are frozen or computed"

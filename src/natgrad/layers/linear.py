@@ -24,6 +24,7 @@ class Linear(Layer):
     """nn.Linear: one block W[1, out, in (+1)] (SP-NGD section 3.3.1; the bias in homogeneous coordinates)."""
 
     kind = "linear"
+    free = 1
 
     def __init__(self, module: nn.Linear):
         self.biased = module.bias is not None
@@ -39,6 +40,14 @@ class Linear(Layer):
 
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return promote(take(dy.reshape(-1, dy.shape[-1]), index)).unsqueeze(1)
+
+    def projected(self, x: Tensor, u: Tensor) -> Tensor:
+        weight = u[0, :-1] if self.biased else u[0]
+        product = promote(x).reshape(-1, x.shape[-1]) @ weight
+        return product + u[0, -1] if self.biased else product
+
+    def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
+        return promote(dy).reshape(-1, dy.shape[-1]) @ v[0]
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         weight, bias = split_pair(tensors)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from natgrad.layers.base import Layer, Shape
+from natgrad.layers.base import Layer, Shape, real
 
 
 class Loose(Layer):
-    """One parameter of any shape as W[1, 1, numel]. Nothing is watched, so it has no rows."""
+    """One parameter of any shape as W[1, 1, numel]. Nothing is watched, so it has no rows.
+
+    A complex parameter is twice as many real ones.
+    """
 
     kind = "loose"
 
     def __init__(self, module: nn.Module, parameter: nn.Parameter):
-        super().__init__(module, Shape(1, 1, parameter.numel()), (parameter,), 0.02)
+        super().__init__(module, Shape(1, 1, real(parameter.detach()).numel()), (parameter,), 0.02)
 
     def count(self, x: Tensor) -> tuple[int, int]:
         raise TypeError("a loose parameter is not watched")
@@ -25,7 +29,10 @@ class Loose(Layer):
         raise TypeError("a loose parameter is not watched")
 
     def pack(self, tensors) -> Tensor:
-        return tensors[0].reshape(1, 1, -1)
+        return real(tensors[0]).reshape(1, 1, -1)
 
     def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        return (matrix.reshape(self.parameters[0].shape),)
+        (parameter,) = self.parameters
+        if parameter.is_complex():
+            return (torch.view_as_complex(matrix.reshape(*parameter.shape, 2)),)
+        return (matrix.reshape(parameter.shape),)

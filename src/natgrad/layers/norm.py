@@ -35,11 +35,9 @@ class Inputs:
     scale: Tensor | None = None
 
     def take(self) -> Tensor:
-        """The rows, let go unless another pass may come: autograd is about to free the same memory."""
-        rows = self.rows
+        """The rows, let go: autograd is about to free the same memory."""
+        rows, self.rows = self.rows, None
         assert rows is not None
-        if not _private("_get_current_graph_task_keep_graph", lambda: True)():
-            self.rows = None
         return rows
 
 
@@ -51,6 +49,43 @@ def of(x: Tensor, samples: slice | None) -> Tensor:
 def _private(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     """A function of autograd that has no public name yet."""
     return getattr(getattr(torch._C, "_autograd", None), name, otherwise)
+
+
+class Saved(NamedTuple):
+    """What a normalisation left in the graph for its own backward pass: x, the mean, 1/deviation."""
+
+    input: Tensor
+    mean: Tensor
+    scale: Tensor
+
+
+SAVING = (
+    "NativeBatchNormBackward0",
+    "CudnnBatchNormBackward0",
+    "NativeGroupNormBackward0",
+    "NativeLayerNormBackward0",
+)
+
+
+def saved_by(output: Tensor | None) -> Saved | None:
+    """What can be read off the output's graph, unless saved tensors are hooked: reading would recompute or load."""
+    node = None if output is None else output.grad_fn
+    if node is None or node.name() not in SAVING:
+        return None
+    if _private("_top_saved_tensors_default_hooks", lambda _: "unknown")(False) is not None:
+        return None
+    found = [getattr(node, f"_saved_{name}", None) for name in ("input", "result1", "result2")]
+    tensors = [t for t in found if isinstance(t, Tensor)]
+    return Saved(*tensors) if len(tensors) == len(found) else None
+
+
+class Seen(NamedTuple):
+    """An input, how often it had been written to, and its mean and 1/deviation where they are known."""
+
+    x: Tensor
+    version: int
+    mean: Tensor | None
+    scale: Tensor | None
 
 
 class Norm(Layer):
@@ -100,6 +135,35 @@ class Norm(Layer):
             product = (product - mean * total) * scale
         return torch.stack([product, total], -1) if self.biased else product.unsqueeze(-1)
 
+    def projected(self, x: Tensor, u: Tensor) -> Tensor:
+        rows = self.normalized(x).flatten(0, 1)
+        return rows * u[:, 0] + u[:, 1] if self.biased else rows * u[:, 0]
+
+    def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
+        return promote(self.places(dy).flatten(0, 1)) * v[:, 0]
+
+    def look(self, x: Tensor, u: Tensor, output: Tensor) -> Seen:
+        saved = saved_by(output)
+        if saved is None:
+            return Seen(x, x._version, None, None)
+        return Seen(saved.input, saved.input._version, saved.mean, saved.scale)
+
+    def bilinear(self, looked: Seen, dy: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As many terms as inputs are not written down: the sum of their squares is that of a sample of them."""
+        if looked.x._version != looked.version:  # overwritten since: there is nothing to look at
+            return torch.full((), math.nan, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        scale, shift = self.summed(looked, dy)
+        total = torch.sum(v[:, 0] * u[:, 0] * scale, dtype=torch.float64)
+        if self.biased:
+            total = total + torch.sum(v[:, 0] * u[:, 1] * shift, dtype=torch.float64)
+        some = promote(dy.flatten()[:: max(1, dy.numel() // 4096)])
+        return total, some.square().mean(dtype=torch.float64) * (2 * dy.numel())
+
+    def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over all rows of dy * x_hat [c] and of dy [c]."""
+        units = self.unit_gradients(self.keep(looked.x, None, None), dy, None).sum(0)
+        return units[:, 0], units[:, -1]
+
     def passes(self, x: Tensor, y: Tensor) -> Passes:
         """Reads x for its statistics and once more, writes y; backward reads x and dy twice, writes dx."""
         half = moved(x.numel(), 2.5, "norm", 0.5)  # one call for both gradients
@@ -132,6 +196,19 @@ class BatchNorm(Norm):
         mean, scale = self.statistics(x, saved_by(output))
         return (promote(of(self.places(x), samples)) - mean) * scale
 
+    def look(self, x: Tensor, u: Tensor, output: Tensor) -> Seen:
+        saved = saved_by(output)
+        mean, scale = self.statistics(x, saved)
+        x = x if saved is None else saved.input
+        return Seen(x, x._version, mean.clone(), scale.clone())  # running statistics go on
+
+    def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = [False, True, True]
+        found = torch.ops.aten.native_batch_norm_backward(
+            dy, looked.x.to(dy.dtype), self.module.weight, None, None, looked.mean, looked.scale, True, self.module.eps, wanted
+        )
+        return found[1], found[2]
+
     def keep(self, x: Tensor, samples: slice | None, output: Tensor | None) -> Inputs:
         saved = saved_by(output)
         mean, scale = self.statistics(x, saved)
@@ -139,26 +216,6 @@ class BatchNorm(Norm):
             return Inputs(self.places(x), samples, mean.clone(), scale)  # held, and guarded, by autograd anyway
         rows = self.places(x)
         return Inputs(rows if samples is None else rows[samples].clone(), None, mean.clone(), scale)
-
-
-class Saved(NamedTuple):
-    """What batch normalisation left in the graph for its own backward pass: x, the batch's mean, 1/deviation."""
-
-    input: Tensor
-    mean: Tensor
-    scale: Tensor
-
-
-def saved_by(output: Tensor | None) -> Saved | None:
-    """What can be read off the output's graph, unless saved tensors are hooked: reading would recompute or load."""
-    node = None if output is None else output.grad_fn
-    if node is None or node.name() not in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0"):
-        return None
-    if _private("_top_saved_tensors_default_hooks", lambda _: "unknown")(False) is not None:
-        return None
-    found = [getattr(node, f"_saved_{name}", None) for name in ("input", "result1", "result2")]
-    tensors = [t for t in found if isinstance(t, Tensor)]
-    return Saved(*tensors) if len(tensors) == len(found) else None
 
 
 class GroupNorm(Norm):
@@ -177,6 +234,17 @@ class GroupNorm(Norm):
         variance, mean = torch.var_mean(grouped, 2, keepdim=True, correction=0)
         return self.places(((grouped - mean) * (variance + self.module.eps).rsqrt()).view_as(x))
 
+    def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x = looked.x
+        if looked.mean is None or looked.scale is None or looked.mean.numel() != len(x) * self.groups:
+            return super().summed(looked, dy)
+        sizes = len(x), x.shape[1], math.prod(x.shape[2:]), self.groups
+        dy, x = dy.contiguous(), x.to(dy.dtype).contiguous()
+        found = torch.ops.aten.native_group_norm_backward(
+            dy, x, looked.mean, looked.scale, self.module.weight, *sizes, [False, True, True]
+        )
+        return found[1], found[2]
+
 
 class LayerNorm(Norm):
     """nn.LayerNorm and nn.RMSNorm: statistics over the trailing dimensions, each of which is a block of its own."""
@@ -184,6 +252,7 @@ class LayerNorm(Norm):
     def __init__(self, module: Any, centered: bool):
         super().__init__(module)
         self.centered = centered
+        self.free = len(module.normalized_shape)
 
     def count(self, x: Tensor) -> tuple[int, int]:
         n, s, _ = self.places(x).shape
@@ -200,6 +269,16 @@ class LayerNorm(Norm):
             return rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt()
         variance, mean = torch.var_mean(rows, -1, keepdim=True, correction=0)
         return (rows - mean) * (variance + eps).rsqrt()
+
+    def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
+        if looked.mean is None:
+            return super().summed(looked, dy)
+        module, x = self.module, looked.x.to(dy.dtype)
+        wanted = [False, True, module.bias is not None]
+        found = torch.ops.aten.native_layer_norm_backward(
+            dy, x, module.normalized_shape, looked.mean, looked.scale, module.weight, module.bias, wanted
+        )
+        return found[1].flatten(), (found[2] if wanted[2] else found[1]).flatten()
 
 
 @layer_of.register

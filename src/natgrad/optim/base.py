@@ -7,7 +7,8 @@ Everything moves one way. With nothing stale, nothing but gradients and weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from natgrad.cell import Cell
-from natgrad.curvature import Curvature
+from natgrad.capture import calm
+from natgrad.cell import DORMANT, Cell
+from natgrad.curvature import Curvature, Identity
 from natgrad.layers import Found, Loose, find_layers
+from natgrad.layers.base import real
 from natgrad.optim import checks
 from natgrad.optim.blocks import Blocks
+from natgrad.optim.census import Census
+from natgrad.optim.coverage import count_preconditioned
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.lengths import Keeps, Length, layerwise
@@ -28,15 +33,20 @@ from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule, takes_loose
 from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
-from natgrad.optim.state import exact_copies, whole_state
-from natgrad.optim.unseen import look_after
+from natgrad.optim.likelihoods import Likelihood, draw_labels
+from natgrad.optim.state import carried, exact_copies, whole_state
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World
-from natgrad.preconditioner import Preconditioner
+from natgrad.preconditioner import TWICE, Preconditioner, Step
 from natgrad.staleness import Every, Staleness
 
 PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
+WARNED = 2  # measurements of a layer in a row that cannot be used are said
+LOOSENED = 5  # so many, and the layer trains by the fallback
+NEVER_CALLED = "its module is never called, though its weight gets a gradient"
+NOT_SAMPLED = "its output does not enter the prediction that sample() was given, so its curvature is not known"
+HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
 
 
 class SecondOrder(Views, Optimizer):
@@ -60,8 +70,9 @@ class SecondOrder(Views, Optimizer):
         fisher: Literal["empirical", "sampled"] = "empirical",
         gather: Literal["weights", "directions"] = "weights",
         params: Iterable | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Literal["mean", "sum"] | None = None,
         predictions: float | None = None,
+        batch_dim: int | Mapping[str, int] | None = None,
         max_norm: float | None = None,
         scaler: Any = None,
         fallback: Fallback = adam,
@@ -71,15 +82,17 @@ class SecondOrder(Views, Optimizer):
         world: Any = None,
     ):
         model = checks.plain_model(model)
+        params = None if params is None else list(params)
         groups = checks.groups_of(model, params)
         checks.check_start(lr, model, groups)
-        checks.one_of("reduction", reduction, ("mean", "sum"))
+        checks.one_of("reduction", reduction, ("mean", "sum", None))
         checks.one_of("rescale", rescale, ("always", "shrink", None))
         checks.one_of("fisher", fisher, ("empirical", "sampled"))
         checks.one_of("gather", gather, ("weights", "directions"))
         checks.whole("samples", samples, 1, none=True)
         checks.whole("max_size", max_size, 1)
         checks.between("decay", decay, 0, 1)
+        checks.batch_dims(batch_dim)
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
             checks.above(name, 1 if value is None else value, 0)
         defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
@@ -91,24 +104,47 @@ class SecondOrder(Views, Optimizer):
         self.rule, self.length, self.fallback, self.natural = rule, length, fallback, layerwise
         self.rescale: Rescale | None = rescale
         self.gather = gather
-        self.reduction, self.scaler, self.decay, self.skipped = reduction, scaler, decay, 0
+        self.scaler, self.decay, self.skipped = scaler, decay, 0
+        self.reduction: Literal["mean", "sum"] = reduction or "mean"
+        self.strict, self.seed, self.samples, self.max_size = strict, seed, samples, max_size
+        self.curvature, self.sampled, self.batch_dim = curvature, fisher == "sampled", batch_dim
         self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
         self.world = world if isinstance(world, World) else World(world)
         self.gradients = Gradients(self.world, max_norm, partial(known_scale, self))
-        found = find_layers(model, [p for group in groups for p in group["params"]])
-        checks.no_loose(found, strict)
-        self.strict = strict
-        blocks = [curvature(f.layer, samples, max_size) for f in found]
-        owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world)
-        cells = [self.make_cell(f, c, *where) for f, c, where in zip(found, blocks, owners)]
-        self.whys = [f.why for f in found]
-        for cell in cells:
-            for parameter, state in self.fresh_state(cell, self.world.rank).items():
-                self.state[parameter] = state
-        self.engine = Preconditioner(cells, self.world, seed, fisher == "sampled", model, predictions)
-        self.world.start([t.detach() for t in (*model.parameters(), *model.buffers())])
+        self.said: set[str] = set()  # warnings that were given
+        self._scope = None if params is None else checks.scope_of(params)
+        self._model = model
+        with calm():
+            cells = self._lay_out()
+            for cell in cells:
+                for parameter, state in self.fresh_state(cell, self.world.rank).items():
+                    self.state[parameter] = state
+            self.engine = self._engine(cells, predictions)
+            self.world.start([real(t.detach()) for t in (*model.parameters(), *model.buffers())])
         self.gradients.begin_early(cells)
+        self._say_coverage()
         self.engine.arm(self._steps() + 1)
+
+    def __new__(cls, *args: Any, **options: Any) -> SecondOrder:
+        """Refuse unknown arguments by the name of the class that was called."""
+        kinds = [base for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
+        known = {name for base in kinds for name in inspect.signature(base.__init__).parameters}
+        checks.known(cls.__name__, options, known - {"self", "shared", "args", "kwargs", "defaults"})
+        return super().__new__(cls)
+
+    def _engine(self, cells: Sequence[Cell], predictions: float | None) -> Preconditioner:
+        """What measures and inverts the curvature of these cells."""
+        return Preconditioner(cells, self.world, self.seed, self.sampled, self._model, predictions)
+
+    def _lay_out(self) -> list[Cell]:
+        """Cells for the layers of the model as it is now, with their owners."""
+        found = find_layers(self._model, [p for group in self.param_groups for p in group["params"]], self.batch_dim)
+        checks.no_loose(found, self.strict)
+        blocks = [self.curvature(f.layer, self.samples, self.max_size) for f in found]
+        owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world)
+        self.whys = [f.why for f in found]
+        self.census = Census(self._model, [p for group in self.param_groups for p in group["params"]], self._scope)
+        return [self.make_cell(f, c, *where) for f, c, where in zip(found, blocks, owners)]
 
     def make_cell(self, found: Found, curvature: Curvature, owner: int, holders: Mapping[str, int]) -> Cell:
         """The cell of a layer that was found."""
@@ -122,6 +158,7 @@ class SecondOrder(Views, Optimizer):
             state=lambda: self.state[weight],
             staleness=lambda: self._staleness(weight),
             decay=self.decay,
+            dim=found.dim,
         )
 
     def _staleness(self, weight: nn.Parameter) -> Staleness:
@@ -162,13 +199,13 @@ class SecondOrder(Views, Optimizer):
         """Refused once the optimizer stands: layers, owners and state are laid out for the parameters it began with."""
         if hasattr(self, "engine"):
             raise ValueError(
-                "add_param_group after construction is not supported: build the optimizer again with params=, "
-                "its state can be carried over with state_dict()"
+                "add_param_group after construction is not supported: call rebuild(), which takes in parameters that "
+                "were added or unfrozen, or build the optimizer again with params="
             )
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.engine.capture.discard()  # a step that was given up leaves nothing to the next one
+        self.engine.capture.clear()  # a step that was given up leaves nothing to the next one
         self.gradients.give_up()
         super().zero_grad(set_to_none)
 
@@ -186,17 +223,35 @@ class SecondOrder(Views, Optimizer):
         overlap = self.gradients.overlap
         return nullcontext() if overlap is None else overlap.paused()
 
-    def sample(self, output: Tensor) -> None:
+    @property
+    def predictions(self) -> float | None:
+        """How many predictions of a sample the mean loss is a mean of; None: counted from gradients.
+
+        It may be set before any step: a mean over valid tokens has `valid / samples` of them.
+        """
+        return self.engine.predictions
+
+    @predictions.setter
+    def predictions(self, value: float | None) -> None:
+        checks.above("predictions", 1 if value is None else value, 0)
+        self.engine.predictions = value
+
+    def sample(self, output: Any, likelihood: Likelihood | str | Callable[[Any], Tensor] | None = None) -> None:
         """With fisher="sampled", before `backward()`: measure curvature on labels drawn from the prediction.
 
-        output: the model's logits [n, classes, ...]. One more backward pass to watched layers, only where something is
-        due (SP-NGD section 3.2, one Monte Carlo sample).
+        One more backward pass to watched layers, only where something is due (SP-NGD section 3.2, one Monte Carlo
+        sample).
+
+        output: what the model predicts. likelihood: of labels given the output; None takes `softmax` where the output
+        is logits [n, classes, ...] of two classes or more. `bernoulli` is for one logit [n] or [n, 1], and for several
+        independent ones; `gaussian` or `Gaussian(variance)` for regression. For several heads, or anything else, a
+        function of the output that draws labels and gives each sample's loss [n] (detach what is drawn).
         """
         if not self.engine.sampled:
             raise ValueError(
                 'sample(output) needs fisher="sampled"; with fisher="empirical" the data\'s labels are used'
             )
-        self.engine.capture.sample(output, self.engine.predictions)
+        draw_labels(self.engine.capture, output, likelihood, self.engine.predictions)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -205,6 +260,18 @@ class SecondOrder(Views, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with calm(*{p.device for p in self._first_parameters()}):
+            self._update()
+        return loss
+
+    def _first_parameters(self) -> list[nn.Parameter]:
+        """One parameter of each group, for their devices."""
+        return [group["params"][0] for group in self.param_groups]
+
+    def _update(self) -> None:
+        """The step itself, from gradients to new weights."""
+        for message in self.census.changes():
+            self.say(message)
         if not self.gradients.reduced and self.gradients.overlap is None:  # else traffic counts from reduce()
             self.world.sent.clear()
         for group in self.param_groups:
@@ -212,21 +279,151 @@ class SecondOrder(Views, Optimizer):
         step, scale, bad = self._steps() + 1, *loss_scale(self)
         sent_scale = hook_scale(self, scale)
         with self.engine.timed("messages"):
-            present = self.gradients.agree(self.cells, bad, self.engine.capture.armed, sent_scale)
-        if present is None:
+            agreed = self.gradients.agree(self.cells, bad, self.engine.capture.armed, sent_scale)
+        if agreed is None:
             self.skipped += 1
             self.engine.capture.discard()
-            return loss
+            return
+        found = self.engine.refresh(step, sent_scale, self.reduction)
+        present = self._look_after(found, agreed.present, agreed.halves, step)
         with self.engine.timed("messages"):
             gradients = self.gradients.to_owners(self.cells, present, scale)
-        unseen = self.engine.refresh(step, sent_scale, self.reduction)
         self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
+        self.preconditioned = count_preconditioned(self.cells, present)
         update(self, present, gradients)
-        look_after(self, unseen, present, step)
         for state in self.state.values():
             state["step"] += 1
         self.engine.arm(step + 1)
-        return loss
+
+    def _look_after(self, found: Step, present: list[bool], halves: Sequence[bool], step: int) -> list[bool]:
+        """Layers that cannot go on with their curvature become loose; those not in use wait. Returns `present` anew."""
+        engine = self.engine
+        for k, called in found.unseen.items():
+            if not present[k]:
+                engine.sleep(k)
+            elif engine.cells[k].ready:
+                engine.wait(k, step)
+        for k, cell in enumerate(engine.cells):
+            asleep = any(cell.clock(m.key)[0] >= DORMANT for m in cell.curvature.statistics)
+            if asleep and present[k] and k not in found.unseen:
+                engine.wake(k, step + 1)
+        never = NOT_SAMPLED if self.sampled else NEVER_CALLED
+        whys = {k: HALF_FROZEN for k, half in enumerate(halves) if half} | found.astray
+        whys |= {k: never for k, called in found.unseen.items() if present[k] and not called and not self.cells[k].ready}
+        for k, cell in enumerate(self.cells):
+            times, why = engine.drops.get(cell.name, (0, ""))
+            if k in whys or times < WARNED:
+                continue
+            if times >= LOOSENED:
+                whys[k] = f"{why}, {times} times in a row"
+            else:
+                self.say(
+                    f"{cell.name}: {why}; after {LOOSENED} measurements in a row it will train by the fallback",
+                    f"dropped {cell.name}",
+                )
+        for message in engine.doubts():
+            self.say(message, message[:12])
+        if not whys:
+            return present
+        curved = [k for k, cell in enumerate(self.cells) if cell.curvature.statistics]
+        if curved and all(found.astray.get(k) == TWICE for k in curved):
+            raise ValueError(
+                f"{TWICE}, and no layer would keep its curvature: the hooks see only the first pass. Take an optimizer "
+                "without curvature for this loss, such as NLCG(model) or AdamW, or a loss without derivatives of the "
+                "network"
+            )
+        origins = self.loosen(whys)
+        trains = [any(p.requires_grad for p in cell.layer.parameters) for cell in self.cells]
+        return [present[k] and some for k, some in zip(origins, trains)]
+
+    def loosen(self, whys: Mapping[int, str]) -> list[int]:
+        """Turn cells into loose parameters at the same owner, each with the fallback's state and the reason.
+
+        Returns for every cell from now on which cell it was.
+        """
+        reasons: dict[str, list[str]] = {}
+        for k, why in whys.items():
+            reasons.setdefault(why, []).append(self.cells[k].name or "the model itself")
+        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+        if self.strict:
+            raise ValueError(f"strict=True, but {told}")
+        checks.warn(f"{told}; so without curvature ({self.fallback.name})")
+        cells: list[Cell] = []
+        kept: list[str] = []
+        origins: list[int] = []
+        for k, (cell, why) in enumerate(zip(self.cells, self.whys)):
+            if k not in whys:
+                cells.append(cell)
+                kept.append(why)
+                origins.append(k)
+                continue
+            for parameter in cell.layer.parameters:
+                key = next(n for n, p in cell.layer.module.named_parameters() if p is parameter)
+                found = Found(f"{cell.name}.{key}".lstrip("."), Loose(cell.layer.module, parameter), whys[k])
+                loose = self.make_cell(found, Identity(), cell.owner, {})
+                step = self.state[parameter]["step"]
+                self.state[parameter] = self.fresh_state(loose, self.world.rank)[parameter]
+                self.state[parameter]["step"] = step
+                cells.append(loose)
+                kept.append(whys[k])
+                origins.append(k)
+        self.whys = kept
+        self.engine.replace(cells, origins)
+        return origins
+
+    def say(self, message: str, about: str | None = None) -> None:
+        """A warning, once for what it is about."""
+        if (about or message) not in self.said:
+            self.said.add(about or message)
+            checks.warn(message)
+
+    def _say_coverage(self) -> None:
+        """Warn if more than half of the weights have no curvature."""
+        rows = self.coverage()
+        if rows.share < 0.5 and not self.fallback_is_all:
+            self.say(f"{1 - rows.share:.0%} of the weights have no curvature: {rows.reasons()}; see coverage()")
+
+    @property
+    def fallback_is_all(self) -> bool:
+        """Whether no layer is meant to have curvature."""
+        return all(not c.curvature.statistics for c in self.cells if not isinstance(c.layer, Loose))
+
+    @torch.no_grad()
+    def rebuild(self) -> None:
+        """Look at the model again, after parameters were unfrozen, frozen, added, replaced or moved.
+
+        Parameters that were trained before keep their state; new ones join the first group (or, with `params=`, the
+        group in which they were given). All ranks must call it.
+        """
+        with calm(*{p.device for p in self._first_parameters()}):
+            before = dict(zip((p for g in self.param_groups for p in g["params"]), whole_state(self).values()))
+            steps, predictions = self._steps(), self.engine.predictions
+            self.gradients.give_up()
+            self.engine.capture.disarm()
+            checks.regroup(self._model, self.param_groups, self._scope)
+            self._places = {}
+            cells = self._lay_out()
+            fresh: dict[nn.Parameter, dict[str, Any]] = {}
+            for cell in cells:
+                for parameter, state in self.fresh_state(cell, self.world.rank).items():
+                    fresh[parameter] = carried(state, before.get(parameter, {}))
+                    fresh[parameter]["step"] = torch.tensor(float(steps))
+            self.state.clear()
+            self.state.update(fresh)
+            old = self.engine
+            self.engine = self._engine(cells, predictions)
+            self.engine.judged, self.engine.local = old.judged, old.local
+            self.engine.replace(cells)
+            self._forget()
+            self.world.start([real(t.detach()) for t in (*self._model.parameters(), *self._model.buffers())])
+        self.gradients.begin_early(cells)
+        self.engine.arm(steps + 1)
+
+    def _forget(self) -> None:
+        """Drop whatever was made of a state that is no longer this one."""
+        forget = getattr(self.natural, "forget", None)
+        if forget is not None:
+            forget()
 
     def gather_state_dict(self) -> dict[str, Any]:
         """The whole state on every rank, to be loaded by any number of ranks. All ranks must call it."""
@@ -240,7 +437,18 @@ class SecondOrder(Views, Optimizer):
         super().load_state_dict({**state_dict, "state": {}})  # torch's copies would only be dropped
         self.state.clear()
         self.state.update(fresh)
+        self._forget()
         self.engine.arm(self._steps() + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state that this rank holds. On several ranks that is a part: `gather_state_dict()` is whole."""
+        if self.world.size > 1 and self.world.owners:
+            self.say(
+                "state_dict() holds this rank's part of the state: save gather_state_dict(), which all ranks call, or a "
+                "torch.distributed.checkpoint of all ranks",
+                "state_dict",
+            )
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable
+import numbers
+import sys
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +19,75 @@ from natgrad.parallel import sharded_by
 
 class NatgradWarning(UserWarning):
     """Something that natgrad does other than a user might think."""
+
+
+ELSEWHERE = {
+    "betas": "momentum= is the first of them",
+    "eps": "damping= takes its place",
+    "nesterov": "rule=Momentum(...) says how directions are repeated",
+    "dampening": "rule=Momentum(...) says how directions are repeated",
+    "foreach": "steps are foreach already",
+    "fused": "steps are foreach already",
+    "capturable": "the learning rate is read on the host",
+    "maximize": "negate the loss",
+    "no_deprecation_warning": "leave it out",
+}
+"""Arguments of torch's optimizers, and what to do here."""
+
+
+def warn(message: str) -> None:
+    """A warning that names the user's line: the first one outside of natgrad and torch."""
+    level, frame = 1, sys._getframe(0)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("natgrad", "torch"):
+        if frame.f_back is None:
+            break
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, NatgradWarning, stacklevel=level)
+
+
+def known(kind: str, options: Collection[str], allowed: Collection[str]) -> None:
+    """Refuse arguments that an optimizer does not have."""
+    for name in options:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, 1)
+            hint = ELSEWHERE.get(name) or (f"did you mean {near[0]}=?" if near else "see its docstring")
+            raise TypeError(f"{kind}() has no argument {name!r}: {hint}")
+
+
+def batch_dims(value: Any) -> None:
+    """Where samples are in inputs: a dimension, or dimensions by the names of modules."""
+    if value is None or (isinstance(value, Mapping) and all(isinstance(k, str) for k in value)):
+        dims = [] if value is None else list(value.values())
+    else:
+        dims = [value]
+    for dim in dims:
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 0:
+            raise ValueError(f"batch_dim={value!r}: give the dimension of samples (0 or more), or {{module name: it}}")
+
+
+def scope_of(params: Sequence[Any]) -> dict[nn.Parameter, int]:
+    """The group of every parameter that `params=` names, frozen ones too."""
+    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+    scope: dict[nn.Parameter, int] = {}
+    for place, group in enumerate(groups):
+        own = group["params"]
+        scope |= dict.fromkeys([own] if isinstance(own, Tensor) else list(own), place)
+    return scope
+
+
+def regroup(model: nn.Module, groups: list[dict[str, Any]], scope: Mapping[nn.Parameter, int] | None) -> None:
+    """Bring groups up to date with a model: what trains now is in them, new parameters in the first (or as given)."""
+    checked = groups_of(model, None)
+    trained = [p for group in checked for p in group["params"] if scope is None or p in scope]
+    if not trained:
+        raise ValueError(f"{type(model).__name__} has no trainable parameters: unfreeze what is to be trained")
+    places = {p: k for k, group in enumerate(groups) for p in group["params"]}
+    for group in groups:
+        group["params"] = []
+    for parameter in trained:
+        place = places.get(parameter, 0 if scope is None else min(scope[parameter], len(groups) - 1))
+        groups[place]["params"].append(parameter)
+    groups[:] = [group for group in groups if group["params"]]
 
 
 def plain_model(model: Any) -> nn.Module:
@@ -90,15 +163,22 @@ def no_loose(found: Iterable[Found], strict: bool) -> None:
         )
 
 
+def is_number(name: str, value: Any) -> bool:
+    """Whether a value is a real number; a tensor is refused, because what it holds is read on the host."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name}={value!r}: give a float, as {name}.item(); schedulers change it in param_groups")
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def above(name: str, value: Any, least: float) -> None:
     """A finite number above `least`."""
-    if not isinstance(value, (int, float)) or not least < value < math.inf:
+    if not is_number(name, value) or not least < value < math.inf:
         raise ValueError(f"{name}={value!r}: give a number above {least:g}")
 
 
 def between(name: str, value: Any, least: float, below: float) -> None:
     """A number of at least `least` and below `below`."""
-    if not isinstance(value, (int, float)) or not least <= value < below:
+    if not is_number(name, value) or not least <= value < below:
         raise ValueError(
             f"{name}={value!r}: give a number of at least {least:g}"
             + (f" and below {below:g}" if below < math.inf else "")

@@ -13,7 +13,7 @@ from natgrad.optim.search import CurvatureStep, Scheduled
 from natgrad.optim.seng import SampleBlocks
 
 OF_CURVATURE = {"damping": 1e-2, "refresh": 1, "samples": 8, "decay": 0.9, "fisher": "empirical", "max_size": 8192}
-ALSO_OF_CURVATURE = {"seed", "strict", "predictions"}
+ALSO_OF_CURVATURE = {"seed", "strict", "predictions", "batch_dim"}
 REFUSED = {
     "momentum": "beta says how much of the last direction is kept",
     "fallback": "all parameters are in its inner products, those without curvature undamped and uncurved",

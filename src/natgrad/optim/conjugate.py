@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer, promote
+from natgrad.layers.base import Layer, promote, real_type
 from natgrad.optim.betas import Products, needs_of
 from natgrad.optim.lengths import Natural, Step
 from natgrad.optim.metrics import Metric
@@ -74,7 +74,7 @@ class Conjugate:
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         weight = layer.parameters[0]
         for key, start in self.keys.items():
-            state[key] = torch.full(layer.shape, start, dtype=promote(weight).dtype, device=weight.device)
+            state[key] = torch.full(layer.shape, start, dtype=real_type(weight), device=weight.device)
 
     def __call__(self, steps: Sequence[Step], natural: Natural, world: World) -> None:
         memory, gradients = self.memory(), [self.shaped(step) for step in steps]

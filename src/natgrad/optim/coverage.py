@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from natgrad.cell import Cell
 from natgrad.curvature import Cost
@@ -25,11 +27,66 @@ class Coverage:
     bytes: int
     flops: float
     owner: int
+    covered: bool = True  # by a curvature of its own
 
 
-def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str, vectors: int) -> list[Coverage]:
+class CoverageTable(list):
+    """Rows of Coverage; printed, a table."""
+
+    @property
+    def share(self) -> float:
+        """The share of the weights that have a curvature of their own."""
+        total = sum(row.parameters for row in self)
+        return sum(row.parameters for row in self if row.covered) / max(total, 1)
+
+    def reasons(self, most: int = 3) -> str:
+        """Why weights have none: the reasons of the most weights, with their shares."""
+        total, by = max(sum(row.parameters for row in self), 1), Counter()
+        for row in self:
+            if not row.covered:
+                by[row.why] += row.parameters
+        return "; ".join(f"{why} ({count / total:.0%})" for why, count in by.most_common(most))
+
+    def __str__(self) -> str:
+        head = ("layer", "curvature", "weights", "bytes", "owner", "why")
+        cells = [
+            (row.layer or "(the model)", row.curvature, f"{row.parameters:,}", f"{row.bytes:,}", str(row.owner), row.why)
+            for row in self
+        ]
+        widths = [max(len(row[k]) for row in (head, *cells)) for k in range(len(head))]
+        right = {2, 3, 4}
+        lines = [
+            "  ".join(v.rjust(w) if k in right else v.ljust(w) for k, (v, w) in enumerate(zip(row, widths))).rstrip()
+            for row in (head, *cells)
+        ]
+        return "\n".join([*lines, f"{self.share:.1%} of the weights have a curvature of their own"])
+
+
+class Preconditioned(NamedTuple):
+    """How many layers and weights a step preconditioned by their own curvature, of all that it moved."""
+
+    layers: int
+    weights: int
+    of_layers: int
+    of_weights: int
+
+    @property
+    def share(self) -> float:
+        """Of the weights."""
+        return self.weights / max(self.of_weights, 1)
+
+
+def count_preconditioned(cells: Sequence[Cell], present: Sequence[bool]) -> Preconditioned:
+    """Counts over all ranks' layers that have a gradient."""
+    moved = [cell for cell, here in zip(cells, present) if here]
+    own = [cell for cell in moved if cell.curvature.statistics and cell.ready]
+    weights = [sum(sum(p.numel() for p in cell.layer.parameters) for cell in some) for some in (own, moved)]
+    return Preconditioned(len(own), weights[0], len(moved), weights[1])
+
+
+def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str, vectors: int) -> CoverageTable:
     """A row for every layer, in the model's order. `vectors`: what is kept beside curvature, as often as weights."""
-    rows = []
+    rows = CoverageTable()
     for cell, why in zip(cells, whys):
         loose = isinstance(cell.layer, Loose)
         weight = cell.layer.parameters[0]
@@ -50,6 +107,7 @@ def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str, vectors:
                 bytes=numbers * max(weight.element_size(), 4),
                 flops=flops,
                 owner=cell.owner,
+                covered=bool(cell.curvature.statistics),
             )
         )
     return rows

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer, promote
+from natgrad.layers.base import Layer, real_type
 
 
 class Fallback(Protocol):
@@ -37,7 +37,7 @@ class Adam:
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         weight = layer.parameters[0]
         for key in ("first", "second"):
-            state[f"adam_{key}"] = torch.zeros(layer.shape, dtype=promote(weight).dtype, device=weight.device)
+            state[f"adam_{key}"] = torch.zeros(layer.shape, dtype=real_type(weight), device=weight.device)
         state["adam_count"] = torch.tensor(0)
 
     def direction(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.cell import Cell
+from natgrad.layers.base import real, real_type
 from natgrad.optim.overlap import Overlap, on_host
 from natgrad.parallel import Parcel, World
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a step's gradients, cell by cell."""
+
+    present: list[bool]
+    halves: list[bool]  # cells of which some parameters, not all, are frozen
 
 
 class Gradients:
@@ -41,7 +50,7 @@ class Gradients:
         self.reduced = True
         if self.overlap is not None:
             self.overlap.flush()
-        present = torch.tensor([float(p.grad is not None) for p in parameters])
+        present = torch.tensor([float(grad_of(p) is not None) for p in parameters])
         self.world.max([present], "scalars")
         chosen = [p for p, here in zip(parameters, present.tolist()) if here]
         if not self._are_local([p.grad for p in chosen if p.grad is not None]):
@@ -51,17 +60,17 @@ class Gradients:
         gradients, scale = [_gradient(p) for p in chosen], self.scale()
         if self.overlap is None:
             unscale(gradients, scale)
-            self.world.mean(gradients, "gradients")
+            self.world.mean([real(g) for g in gradients], "gradients")
         else:
             sums, owners = self.overlap.collect(), self.overlap.owners
             for parameter in chosen:
                 if parameter in sums:
-                    _gradient(parameter).copy_(sums[parameter] / self.world.size)
-            self.world.gather([Parcel(_gradient(p), owners[p]) for p in chosen], "gradients")
+                    real(_gradient(parameter)).copy_(sums[parameter] / self.world.size)
+            self.world.gather([Parcel(real(_gradient(p)), owners[p]) for p in chosen], "gradients")
         unscale(gradients, 1 / scale)  # whoever looks next expects them as the backward pass left them
 
-    def agree(self, cells: Sequence[Cell], bad: bool, look: bool, scale: float) -> list[bool] | None:
-        """Which cells have a gradient on any rank; None if a gradient is not finite on any.
+    def agree(self, cells: Sequence[Cell], bad: bool, look: bool, scale: float) -> Agreed | None:
+        """Which cells have a gradient on any rank, and which are half frozen; None if a gradient is not finite on any.
 
         With `look`, "auto" is decided again: whoever averages gradients does it in every step. `scale` is that of the
         gradients that the backward pass left.
@@ -69,15 +78,17 @@ class Gradients:
         early = self.overlap if not self.reduced else None
         if early is not None:
             early.flush()
-        gradients = [p.grad for c in cells for p in c.layer.parameters if p.grad is not None]
+        gradients = [g for c in cells for p in c.layer.parameters if (g := grad_of(p)) is not None]
         if not gradients:
             norms = torch.zeros(1)
         else:
             norms = on_host(torch._foreach_norm(gradients))
         bad = bad or not bool(torch.isfinite(norms).all())
-        here = [any(p.grad is not None for p in c.layer.parameters) for c in cells]
+        here = [any(grad_of(p) is not None for p in c.layer.parameters) for c in cells]
+        frozen = [[not p.requires_grad for p in c.layer.parameters] for c in cells]
+        halves = [any(own) and not all(own) for own in frozen]
         lost = [c.lost(self.world.rank) for c in cells] if any(c.by_rows for c in cells) else []
-        flags = torch.tensor([float(bad), *map(float, here), *map(float, lost)], dtype=torch.float64)
+        flags = torch.tensor([float(bad), *map(float, (*here, *halves, *lost))], dtype=torch.float64)
         self.world.max([flags], "scalars")
         if flags[0] > 0:
             self.give_up()
@@ -86,10 +97,11 @@ class Gradients:
             early.check(scale)
         if (look or self.mode == "auto") and not self.reduced:
             self._are_local(gradients)
-        for cell, gone in zip(cells, flags[1 + len(cells) :].tolist()):
+        count, told = len(cells), [bool(f) for f in flags[1:].tolist()]
+        for cell, gone in zip(cells, told[2 * count :]):
             if gone:
                 cell.forget()
-        return [bool(f) for f in flags[1 : 1 + len(cells)]]
+        return Agreed(told[:count], told[count : 2 * count])
 
     def give_up(self) -> None:
         """Forget the gradients of this step."""
@@ -120,7 +132,7 @@ class Gradients:
         """
         chosen = [k for k, here in enumerate(present) if here]
         local = self.mode == "local" and not self.reduced
-        parcels = [Parcel(_gradient(p), cells[k].owner) for k in chosen for p in cells[k].layer.parameters]
+        parcels = [Parcel(real(_gradient(p)), cells[k].owner) for k in chosen for p in cells[k].layer.parameters]
         if local and self.overlap is not None:
             sums, divisor = self.overlap.collect(), self.world.size
             received = iter([sums.get(p) for k in chosen for p in cells[k].layer.parameters])
@@ -136,8 +148,7 @@ class Gradients:
             layer = cells[k].layer
             tensors = [next(received) for _ in layer.parameters]
             if cells[k].owner == self.world.rank:
-                dtype = torch.promote_types(layer.parameters[0].dtype, torch.float32)
-                gradient = layer.pack([t for t in tensors if t is not None]).to(dtype)
+                gradient = layer.pack([t for t in tensors if t is not None]).to(real_type(layer.parameters[0]))
                 mine[k] = gradient if divisor == 1 else gradient / divisor
         return self._clip(mine)
 
@@ -158,7 +169,7 @@ def unscale(gradients: Sequence[Tensor], scale: float) -> None:
 
 def _mark(gradient: Tensor) -> Tensor:
     """Some entries of a gradient and its norm: equal to the last bit only if the gradients are."""
-    flat = gradient.flatten()
+    flat = real(gradient).flatten()
     entries = flat[:: max(1, flat.numel() // 16)]
     return torch.cat([entries.double(), flat.double().norm().reshape(1)]).cpu()
 
@@ -174,5 +185,15 @@ def _ends(world: World, marks: Tensor) -> Tensor | None:
     return ends
 
 
+def grad_of(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's gradient, a dense one. That of a frozen parameter is of the past."""
+    if parameter.grad is None or not parameter.requires_grad:
+        return None
+    if parameter.grad.layout != torch.strided:  # all that comes after is dense: so are momenta and moments
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    gradient = grad_of(parameter)
+    return torch.zeros_like(parameter) if gradient is None else gradient

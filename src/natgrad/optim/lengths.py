@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer, promote
+from natgrad.layers.base import Layer, real_type
 from natgrad.parallel import World
 
 LEAST_WEIGHT = 0.1  # of a healthy weight: a layer that starts at zero must be able to leave it
@@ -122,7 +122,7 @@ class PredictedChange:
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         """Make room for the sum of gradients of one layer."""
         weight = layer.parameters[0]
-        state["gradients"] = torch.zeros(layer.shape, dtype=promote(weight).dtype, device=weight.device)
+        state["gradients"] = torch.zeros(layer.shape, dtype=real_type(weight), device=weight.device)
 
     def __call__(self, steps: Sequence[Step], world: World) -> list[Tensor | float]:
         change = torch.zeros(1, dtype=torch.float64)

@@ -28,6 +28,10 @@ class Network:
         self.world = world
         self.cells = cells  # a function: layers may turn out to be without curvature
         self.groups = groups
+        self.forget()
+
+    def forget(self) -> None:
+        """Another state was loaded: make the factor anew."""
         self.made: tuple = ()
         self.root = torch.empty(0)
 

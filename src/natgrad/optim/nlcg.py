@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from natgrad.optim.betas import Products, fletcher_reeves
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.choices import OF_CURVATURE, REFUSED, check_choices
 from natgrad.optim.conjugate import Conjugate
-from natgrad.optim.coverage import Coverage
+from natgrad.optim.coverage import CoverageTable
 from natgrad.optim.fallback import plain_gradient
 from natgrad.optim.lengths import plain
 from natgrad.optim.metrics import DiagonalBFGS, Metric
@@ -90,7 +89,6 @@ class NLCG(SecondOrder):
         self.probe = self._probe if isinstance(step, CurvatureStep) else None
         self._forward: Callable[[], Tensor] | None = None
         self._loss: Any = None
-        self._warned = False
         self.search, self.conjugate, self.metric = step, rule, rule.metric
         self._model = model
         super().__init__(
@@ -112,7 +110,10 @@ class NLCG(SecondOrder):
         """What groups may say: no momentum, no damping where nothing is damped, one lr for one length."""
         for group in self.param_groups:
             if group["momentum"]:
-                raise ValueError(f"momentum={group['momentum']} in a group: NLCG's {REFUSED['momentum']}; leave it out")
+                cycled = " (OneCycleLR and CyclicLR set it: pass them cycle_momentum=False)" if "base_momentum" in group else ""
+                raise ValueError(
+                    f"momentum={group['momentum']} in a group{cycled}: NLCG's {REFUSED['momentum']}; leave it out"
+                )
             if self.metric is not None and (group["damping"] != OF_CURVATURE["damping"] or "refresh" in group):
                 raise ValueError(f"damping or refresh in a group: {self.metric.name} has neither; leave them out")
         rates = {group["lr"] for group in self.param_groups}
@@ -178,24 +179,23 @@ class NLCG(SecondOrder):
         self._check_groups()
         self._forward = forward
         try:
-            value = super().step(None if closure is None else told)
-            self._remember()
-            return value
+            return super().step(None if closure is None else told)
         finally:
             self._forward = self._loss = self.conjugate.next = None
+
+    def _update(self) -> None:
+        super()._update()
+        self._remember()
 
     def _told(self) -> float | None:
         """The loss of this step on this rank, for the rule."""
         if self._loss is not None or self.search.feedback is None:
             return None if self._loss is None else float(self._loss)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "NLCG was told no loss, so it follows its schedule alone: call step(loss=loss), or pass "
-                "step=Scheduled(feedback=None)",
-                checks.NatgradWarning,
-                stacklevel=6,
-            )
+        self.say(
+            "NLCG was told no loss, so it follows its schedule alone: call step(loss=loss), or pass "
+            "step=Scheduled(feedback=None)",
+            "no loss",
+        )
         return None
 
     def _probe(self, parts: dict[nn.Parameter, Tensor]) -> None:
@@ -218,10 +218,10 @@ class NLCG(SecondOrder):
                 if "scalars" in state:
                     state["scalars"] = memory.tensor()
 
-    def coverage(self) -> list[Coverage]:
-        """A row for every layer: its preconditioner, why, its size and cost."""
+    def coverage(self) -> CoverageTable:
+        """A row for every layer: its preconditioner, why, its size and cost. Printed, it is a table."""
         vectors, name = len(self.conjugate.keys), None if self.metric is None else self.metric.name
-        rows = []
+        rows = CoverageTable()
         for row, cell in zip(super().coverage(), self.cells):
             size = max(cell.layer.parameters[0].element_size(), 4) * cell.layer.shape.numel
             counted = 2 if isinstance(cell.layer, Loose) else 1  # vectors of a fallback, of a momentum

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from natgrad.layers.base import real
 from natgrad.parallel import Parcel, World
 
 LARGEST = 25 * 2**20  # bytes of a bucket
@@ -80,7 +81,7 @@ class Overlap:
             self.norms |= zip(present, torch._foreach_norm(gradients))
         with torch.no_grad():
             scale = self.scale()
-            values = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            values = [real(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()) for p in bucket]
             parcels = [Parcel(v if scale == 1 else v / scale, self.owners[p]) for p, v in zip(bucket, values)]
             self.under_way.append(self.world.begin(parcels, "gradients"))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from natgrad.layers.base import real
 from natgrad.optim.lengths import Step
 from natgrad.parallel import World
 
@@ -38,7 +39,7 @@ class Part:
             return vector * one
         packed = [
             step.layer.pack(
-                [torch.full_like(p, rate, dtype=vector.dtype) for p, rate in zip(step.layer.parameters, row)]
+                [torch.full_like(real(p.detach()), rate, dtype=vector.dtype) for p, rate in zip(step.layer.parameters, row)]
             )
             for step, row in zip(self.steps, numbers)
         ]

@@ -79,7 +79,14 @@ def outputs(forward: Forward, parts: Mapping[nn.Parameter, Tensor], shift: float
     for kind in kinds:
         torch.set_autocast_enabled(kind, False)
     try:
-        found = forward()
+        try:
+            found = forward()
+        except RuntimeError as error:  # an output that is made of derivatives of the network
+            if "does not require grad" not in str(error):
+                raise
+            with torch.enable_grad():
+                found = forward()
+        found = found.detach() if isinstance(found, Tensor) else found
     finally:
         for kind, enabled in before.items():
             torch.set_autocast_enabled(kind, enabled)

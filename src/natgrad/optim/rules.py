@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from natgrad.layers.base import Layer, promote
+from natgrad.layers.base import Layer, promote, real_type
 from natgrad.optim.lengths import Natural, Step
 from natgrad.parallel import World
 
@@ -29,8 +29,11 @@ def corrected(momentum: float, lr: float, last: float, first: float) -> float:
 
 
 def tied(momentum: float, lr: float, last: float, first: float) -> float:
-    """Momentum that falls with the learning rate, m(e) = m0 / eta0 * eta(e) on displacements (SP-NGD eq. 22-23)."""
-    return momentum * last / first if first > 0 else momentum
+    """Momentum that falls with the learning rate, m(e) = m0 / eta0 * eta(e) on displacements (SP-NGD eq. 22-23).
+
+    While a learning rate warms up, the first one is not the largest: momentum stays what was asked for.
+    """
+    return momentum * min(1.0, last / first) if first > 0 else momentum
 
 
 def heavy_ball(momentum: float, lr: float, last: float, first: float) -> float:
@@ -74,7 +77,7 @@ class Momentum:
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         weight = layer.parameters[0]
-        state["momentum"] = torch.zeros(layer.shape, dtype=promote(weight).dtype, device=weight.device)
+        state["momentum"] = torch.zeros(layer.shape, dtype=real_type(weight), device=weight.device)
 
     def __call__(self, steps: Sequence[Step], natural: Natural, world: World) -> None:
         for step in steps:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.optim.unseen import loosen
 from natgrad.parallel import Parcel
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def exact_copies(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[Any, 
     weights = [cell.layer.parameters[0] for cell in optimizer.cells]
     never = [k for k, w in enumerate(weights) if w in theirs and was_loosened(optimizer.state[w], theirs[w])]
     if never:
-        loosen(optimizer, never)
+        optimizer.loosen(dict.fromkeys(never, "in the run that was saved it had been found to have no curvature"))
     copies = {
         parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in mine.items()}
         for parameter, mine in without_rows(optimizer).items()
@@ -91,6 +90,16 @@ def without_rows(optimizer: SecondOrder) -> dict[Any, dict[str, Any]]:
         parameter: {key: value for key, value in state.items() if key not in rows.get(parameter, ())}
         for parameter, state in optimizer.state.items()
     }
+
+
+def carried(fresh: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A new state with the values that an earlier one has for it, in the type and on the device of the new one."""
+    result = dict(fresh)
+    for key, value in fresh.items():
+        old = before.get(key)
+        if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
+            result[key] = _like(old, value)
+    return result
 
 
 def _like(value: Any, mine: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from natgrad.cell import Cell
 from natgrad.layers import Loose
-from natgrad.layers.base import promote
+from natgrad.layers.base import promote, real
 from natgrad.optim.lengths import Step, trust_ratio
 from natgrad.optim.rescale import rescale
 from natgrad.optim.rules import takes_loose, with_decay
@@ -50,7 +50,7 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
             group.setdefault("lr_first", group["lr"])
     if optimizer.gather == "weights":
         with timed("messages"):
-            parcels = [Parcel(p.detach(), cell.owner) for cell in moving for p in cell.layer.parameters]
+            parcels = [Parcel(real(p.detach()), cell.owner) for cell in moving for p in cell.layer.parameters]
             optimizer.world.gather_narrow(parcels, "weights")
 
 
@@ -61,8 +61,8 @@ def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Paramet
         for parameter in cell.layer.parameters:
             if cell.owner != optimizer.world.rank:
                 parts[parameter] = torch.empty_like(parameter, dtype=promote(parameter).dtype)
-            parcels.append(Parcel(parts[parameter].contiguous(), cell.owner))
-            parts[parameter] = parcels[-1].tensor
+            parts[parameter] = parts[parameter].contiguous()
+            parcels.append(Parcel(real(parts[parameter]), cell.owner))
     optimizer.world.gather_narrow(parcels, "directions")
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from natgrad.cell import Cell
-from natgrad.optim.coverage import Coverage, coverage
+from natgrad.optim.coverage import CoverageTable, Preconditioned, coverage
 from natgrad.optim.fallback import Fallback
 from natgrad.optim.lengths import Keeps, Length
 from natgrad.parallel import World
-from natgrad.preconditioner import Preconditioner
+from natgrad.preconditioner import Assumed, Preconditioner
 
 
 class Views:
@@ -30,8 +30,16 @@ class Views:
         """The layers in the model's order."""
         return self.engine.cells
 
-    def coverage(self) -> list[Coverage]:
-        """A row for every layer: its curvature, why, its size and cost."""
+    preconditioned = Preconditioned(0, 0, 0, 0)
+    """How many layers and weights the last step preconditioned by their own curvature."""
+
+    @property
+    def assumed(self) -> Assumed | None:
+        """What was assumed about the last step that measured: its samples, and the predictions of each. None before."""
+        return self.engine.assumed
+
+    def coverage(self) -> CoverageTable:
+        """A row for every layer: its curvature, why, its size and cost. Printed, it is a table."""
         vectors = 1 + isinstance(self.length, Keeps)  # the rule's, the length's
         return coverage(self.cells, self.whys, self.fallback.name, vectors)
 

@@ -11,6 +11,7 @@ longest chunk is ten times the mean, so a message of equal, padded chunks would 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -133,6 +134,24 @@ class Processes:
         return tensor if self._bridge is None or tensor.is_cuda else tensor.to(self._bridge)
 
 
+def let_go_of_groups() -> None:
+    """Import torch.distributed.nn such that its functions do not keep the default process group.
+
+    They have `group=group.WORLD` for a default argument, which is the open group where the module is first imported
+    after init_process_group (torch.compiler imports it). destroy_process_group then leaves gloo's threads running, and
+    a thread that lets go of a tensor while Python ends is ended in the middle of a destructor: the process aborts with
+    "terminate called without an active exception".
+    """
+    if "torch.distributed.nn.functional" in sys.modules:
+        return
+    opened = dist.GroupMember.WORLD
+    dist.GroupMember.WORLD = None
+    try:
+        import torch.distributed.nn.functional  # noqa: F401
+    finally:
+        dist.GroupMember.WORLD = opened
+
+
 def padding(lengths: Sequence[int]) -> float:
     """How many times its payload a message of equal chunks would be."""
     return max(lengths) * len(lengths) / max(sum(lengths), 1)
@@ -148,3 +167,7 @@ def finish(works: Sequence[Any]) -> None:
     """Wait for every message."""
     for work in works:
         work.wait()
+
+
+if dist.is_available():
+    let_go_of_groups()

@@ -1,0 +1,100 @@
+"""Whether what the hooks saw of a layer accounts for its gradient.
+
+A layer's curvature is its own only if its gradient is the sum over calls and rows of g a^T, with a the input rows and g
+the output's gradients that the hooks saw. With random vectors u [b, i] and v [b, o],
+
+    v^T dW u  =  sum over calls and rows of (g . v)(a . u)
+
+holds for every layer that is what its module says, to rounding. It costs rows * (i + o). It fails where the weight is
+changed before its use (a mask, a parametrisation, an adapter), where it is used elsewhere too (a tied head), where the
+module computes something else (a subclass, an activation inside), and where the loss holds derivatives of the network
+(a second backward pass through the first).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.layers import Layer
+
+ROUNDINGS = 64  # units of rounding by which both sides may differ in single and double precision
+ROUNDINGS_HALF = 4  # the same in half precision, where a unit is a hundredth (docs/math.md)
+
+
+class Checksum:
+    """Both sides of the equation for one layer, added up over the passes of one step."""
+
+    def __init__(self, layer: Layer, seed: int):
+        weight = layer.parameters[0]
+        b, o, i = layer.shape
+        options: dict[str, Any] = {
+            "generator": torch.Generator(weight.device).manual_seed(seed),
+            "device": weight.device,
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+        }
+        self.layer = layer
+        self.u, self.v = torch.randn(b, i, **options), torch.randn(b, o, **options)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a step."""
+        weight = self.layer.parameters[0]
+        self.epsilon = torch.finfo(weight.dtype).eps
+        self.least = 0.0  # what half precision cannot hold
+        self.rows = 0
+        self.claimed, self.terms, self.deposited, self.squares = (weight.new_zeros((), dtype=torch.float64),) * 4
+
+    def look(self, x: Tensor, output: Tensor) -> Any:
+        """What is needed of a call on x until its output's gradient is known."""
+        self._round(x.dtype)
+        self._round(output.dtype)
+        if self.layer.kind != "embedding" and rounds_products(x.device):
+            self.epsilon = max(self.epsilon, torch.finfo(torch.bfloat16).eps)
+        return self.layer.look(x, self.u, output)
+
+    def claim(self, looked: Any, dy: Tensor, rows: int) -> None:
+        """A call's output has the gradient dy: what that adds to the gradient of the weight."""
+        total, squares = self.layer.bilinear(looked, dy, self.u, self.v)
+        self.claimed, self.terms = self.claimed + total, self.terms + squares
+        self.rows += rows
+
+    def deposit(self, place: int, gradient: Tensor) -> None:
+        """Autograd adds a gradient to the parameter `place` of the layer."""
+        direction = self.layer.unpack(self.v.unsqueeze(2) * self.u.unsqueeze(1))[place]
+        products = direction.reshape(gradient.shape) * gradient
+        self.deposited = self.deposited + products.sum(dtype=torch.float64)
+        self.squares = self.squares + products.square().sum(dtype=torch.float64)
+
+    def _round(self, dtype: torch.dtype) -> None:
+        if dtype.is_floating_point:
+            limits = torch.finfo(dtype)
+            self.epsilon = max(self.epsilon, limits.eps)
+            if dtype == torch.float16:
+                self.least = limits.smallest_normal * limits.eps * math.sqrt(self.layer.shape.numel)
+
+    def numbers(self) -> Tensor:
+        """The two sides, and the sums of squares of their terms [4]."""
+        return torch.stack([self.claimed, self.deposited, self.terms, self.squares])
+
+    def agrees(self, claimed: float, deposited: float, terms: float, squares: float) -> bool:
+        """Whether the two sides are equal to rounding; true where they cannot be compared."""
+        difference = abs(claimed - deposited)
+        if not math.isfinite(difference):
+            return True
+        half = self.epsilon > 1e-5
+        scale = math.sqrt(terms) + math.sqrt(squares)
+        accumulated = torch.finfo(torch.promote_types(self.layer.parameters[0].dtype, torch.float32)).eps
+        limit = (ROUNDINGS_HALF if half else ROUNDINGS) * self.epsilon * scale
+        limit += 4 * accumulated * math.sqrt(self.rows * terms)  # a sum of so many terms, one after the other
+        return difference <= limit + ROUNDINGS_HALF * self.least
+
+
+def rounds_products(device: torch.device) -> bool:
+    """Whether torch may round single precision to ten bits or fewer in products on this device."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return True
+    return device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)

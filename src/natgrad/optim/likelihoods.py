@@ -1,0 +1,122 @@
+"""Labels drawn from a model's own prediction, for the true Fisher (SP-NGD section 3.2: one Monte Carlo sample).
+
+The Fisher of a model is the curvature of -log p(y | output) with y drawn from p. What p is, the loss decides: cross
+entropy is a softmax, a squared error a Gaussian, a binary cross entropy with logits a Bernoulli distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from natgrad.capture import Capture
+from natgrad.layers.base import promote
+
+
+class Likelihood(Protocol):
+    """A distribution of labels given the output of a model."""
+
+    name: str
+
+    def __call__(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of labels drawn from the prediction, for every prediction: the first dimension is samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """One of the classes: output [n, classes, ...], a loss for each of the places [n, ...]."""
+
+    name: str = "softmax"
+
+    def __call__(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        if output.dim() < 2 or output.shape[1] < 2:
+            raise ValueError(
+                f"sample(output) of shape {tuple(output.shape)}: a softmax needs logits [samples, classes, ...] of two "
+                'classes or more; for one logit say likelihood="bernoulli", for regression likelihood="gaussian"'
+            )
+        logits = promote(output).movedim(1, -1)
+        noise = torch.rand(logits.shape, generator=generator, device=logits.device)
+        labels = (logits.detach() - noise.log().neg().log()).argmax(-1)  # Gumbel's way of drawing from a softmax
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+        return losses.view(labels.shape)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Yes or no for every logit [n, ...], as binary_cross_entropy_with_logits reads them."""
+
+    name: str = "bernoulli"
+
+    def __call__(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        logits = promote(output)
+        noise = torch.rand(logits.shape, generator=generator, device=logits.device)
+        labels = (noise < logits.detach().sigmoid()).to(logits)
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Targets around the output [n, ...] with a known variance: half of the squared error over the variance."""
+
+    variance: float = 1.0
+    name: str = "gaussian"
+
+    def __post_init__(self):
+        if not self.variance > 0:
+            raise ValueError(f"Gaussian(variance={self.variance!r}): give a number above 0")
+
+    def __call__(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        mean = promote(output)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        target = mean.detach() + self.variance**0.5 * noise
+        return (mean - target).square() / (2 * self.variance)
+
+
+LIKELIHOODS: dict[str, Likelihood] = {"softmax": Softmax(), "bernoulli": Bernoulli(), "gaussian": Gaussian()}
+
+
+def draw_labels(
+    capture: Capture,
+    output: Any,
+    likelihood: Likelihood | str | Callable[[Any], Tensor] | None,
+    predictions: float | None,
+) -> None:
+    """Measure the curvature of labels that are drawn from the output, where something is to be measured.
+
+    A sample's loss is the sum over its predictions over how many `predictions` of each there are (None: the mean). The
+    outputs of a Gaussian's or a Bernoulli's sample are one prediction: their losses add up, as in a likelihood.
+    """
+    if isinstance(likelihood, str):
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood={likelihood!r}: give one of {', '.join(LIKELIHOODS)}, or a function")
+        likelihood = LIKELIHOODS[likelihood]
+    if likelihood is None:
+        likelihood = LIKELIHOODS["softmax"]
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"sample(output) got {type(output).__name__}: pass the logits, or a function as likelihood= that draws "
+                "labels for all outputs and gives each sample's loss"
+            )
+    if isinstance(output, Tensor) and isinstance(likelihood, Softmax):
+        likelihood(output.detach()[:1], torch.Generator(output.device))  # a wrong shape is said in every step
+    if not capture.wants_labels:
+        return
+    with torch.enable_grad():
+        if isinstance(likelihood, (Softmax, Bernoulli, Gaussian)):
+            generator = torch.Generator(output.device).manual_seed(capture.seed_of_labels())
+            losses = likelihood(output, generator)
+        else:
+            losses = likelihood(output)  # type: ignore[call-arg]
+            if not isinstance(losses, Tensor) or losses.dim() == 0:
+                given = "one number" if isinstance(losses, Tensor) else type(losses).__name__
+                raise ValueError(f"likelihood= gave {given}: give each sample's loss, a tensor [samples, ...]")
+        samples = capture.samples_in_forward() or len(losses)
+        made = float(losses.numel() if isinstance(likelihood, Softmax) else losses.shape[0])
+        drawn = made if predictions is None else predictions * samples
+        capture.sample(losses.sum() * (samples / drawn), drawn, samples)
