@@ -9,6 +9,7 @@ import natgrad
 from helpers import Mixed, backward, clone, quiet, train, weights
 from multi import share
 from natgrad.capture import Measured
+from natgrad.preconditioner import Found
 from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import Parcel, World, run_threads
 from natgrad.parallel.transport import Alone
@@ -50,7 +51,8 @@ def test_nothing_stale_sends_no_statistics():
     assert first["statistics"] == third["statistics"] > 0
     assert "statistics" not in second
     assert second["gradients"] == first["gradients"]
-    assert second["scalars"] <= 8 * (1 + len(Mixed().state_dict()))  # who has a gradient, and is it finite
+    layers = 6
+    assert second["scalars"] <= 8 * (2 + 2 * layers)  # who has a gradient, who is half frozen, is all finite; its length
 
 
 def test_directions_travel_instead_of_weights():
@@ -85,7 +87,8 @@ def test_an_all_fresh_step_of_a_resnet50_sends_the_papers_bytes(wire):
     opt = natgrad.SPNGD(model, lr=0.1, samples=None, refresh=1, world=world)
     world.sent.clear()
     keys = [(k, m.key) for k, cell in enumerate(opt.cells) for m in cell.curvature.statistics]
-    parcels = [opt.engine._parcel(key, Measured({}, {}, 1, {}, 1.0), 1.0, 1.0, "mean", 1.0) for key in keys]
+    nothing = Measured({}, {}, 1, {}, 1.0, None, 0.0, {})
+    parcels = [opt.engine._parcel(key, nothing, Found(1, 1, "", None, {}, {}), 1.0, "mean", 1.0) for key in keys]
     world.reduce_narrow(parcels, "statistics")
     narrower = 1 if wire is None else 2
     assert world.sent["statistics"] / 1e6 == pytest.approx(308.2 / narrower, abs=0.1)

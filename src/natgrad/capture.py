@@ -106,7 +106,7 @@ class Call:
     """
 
     index: int
-    episode: Episode | None  # None until the pass around it tells
+    episode: Episode
     own: int
     places: int
     samples: int = 0
@@ -151,6 +151,7 @@ class Capture:
         self._episodes: list[Episode] = []  # reached by a backward pass
         self._waiting: dict[Call, None] = {}  # reached by a pass that keeps its graph, so more may come
         self._told: dict[Episode, tuple[int, Call, Tensor]] = {}  # gradients of outputs, by the pass they came with
+        self._last: Episode | None = None  # that was reached
         self._within: dict[int, int] = {}  # backward passes that run within others (reentrant checkpointing)
         self.discard()
 
@@ -195,7 +196,7 @@ class Capture:
         for check in self._checks.values():
             check.reset()
         self._task = -1
-        self._outer = None
+        self._outer = self._last = None
         self.drew = False
 
     def clear(self) -> None:
@@ -229,15 +230,14 @@ class Capture:
 
     def called(self, index: int, x: Tensor, output: Tensor) -> Call:
         """A layer is called on x."""
-        layer, watch = self.layers[index], self.watches.get(index)
-        episode = self._episode()
+        layer, watch, task = self.layers[index], self.watches.get(index), self._pass()
+        episode = self._episode() if task < 0 else self._through(task)
         dim = self.dims[index] if layer.free is not None and x.dim() - layer.free > self.dims[index] else 0
         with calm(x.device):
             own, places = layer.count(x.movedim(dim, 0))
             episode.first = episode.first or own
             offset, samples = (0, own) if dim else part_of_batch(x, own, episode.first)
-            call = Call(index, episode, own, places, samples, offset, dim, torch._C._current_graph_task_id())
-            call.episode = episode if call.task < 0 else None
+            call = Call(index, episode, own, places, samples, offset, dim, task)
             x = x.detach()
             if watch:
                 call.looked = self._checksum(index).look(x, output)
@@ -258,6 +258,13 @@ class Capture:
             self._outer = Episode(len(self._episodes))
         return self._outer
 
+    def _through(self, task: int) -> Episode:
+        """The one that a backward pass is going through, in which something is computed again (checkpointing)."""
+        told = [episode for episode, (when, _, _) in self._told.items() if when == task]
+        if told:
+            return told[-1]
+        return self._last if self._last is not None and task == self._task else self._episode()
+
     def _draws(self, index: int, episode: Episode, call: Call, device: torch.device) -> dict[str, Draw]:
         """The draws of one call: of its own, of the layer in this episode, and of all layers in this episode."""
         number = episode.made[index]
@@ -277,7 +284,7 @@ class Capture:
         """The gradient of a call's output is known."""
         counts = self.inside or self.edges is None
         if call.index == LOGITS:
-            if counts and call.episode is not None:  # whether the pass counts is known at the first layer
+            if counts:  # whether the pass counts is known at the first layer
                 self._told[call.episode] = self._pass(), call, dy.detach()
             return
         layer, seen = self.layers[call.index], self._seen[call.index]
@@ -287,22 +294,17 @@ class Capture:
                 return
             if call.task >= 0 and call.task != (inner := torch._C._current_graph_task_id()):
                 self._within[inner] = call.task
-            task = self._pass()
-            if call.episode is None:  # recomputed within this pass, so of the episode that the pass goes through
-                call.episode = self._episodes[-1] if self._episodes and task == self._task else self._episode()
-            self._turn(task, call.episode)
+            self._turn(self._pass(), call.episode)
             if call.looked is not None:
                 with calm(dy.device):
                     self._checks[call.index].claim(call.looked, dy.detach(), call.own * call.places)
         seen = self._seen[call.index]
         seen.calls += 1
         if counts:
-            episode = call.episode if call.episode is not None else self._episode()
-            call.episode = episode
-            told = self._told.pop(episode, None)
+            told = self._told.pop(call.episode, None)
             if told is not None and told[0] == self._pass():
                 self._reach(told[1], told[2])
-            seen.grown |= any(draw.grown for draw in episode.aligned.get(call.index, {}).values())
+            seen.grown |= any(draw.grown for draw in call.episode.aligned.get(call.index, {}).values())
             self._reach(call, dy.detach())
 
     def _pass(self) -> int:
@@ -354,8 +356,7 @@ class Capture:
 
     def _reach(self, call: Call, dy: Tensor) -> None:
         """A pass with a call's gradient. While the graph is kept, another one may bring more of it."""
-        episode = call.episode
-        assert episode is not None
+        episode = self._last = call.episode
         if episode not in self._episodes:
             self._episodes.append(episode)
         if episode.nearest is None and (call.index != LOGITS or dy.dim() < 3):
@@ -373,7 +374,6 @@ class Capture:
     def _finish(self, call: Call, dy: Tensor) -> None:
         """A call's gradient is complete."""
         episode = call.episode
-        assert episode is not None
         with calm(dy.device):
             if episode.nearest is call and episode.predictions is None:
                 episode.predictions = self.drawn if self.inside else self._predictions(call, dy)
@@ -406,13 +406,13 @@ class Capture:
         if call.index == LOGITS:
             if not dy.numel():
                 return 0.0
-            call.episode.steepness = steepness(dy.reshape(len(dy), -1))  # type: ignore[union-attr]
+            call.episode.steepness = steepness(dy.reshape(len(dy), -1))
             return (dy.reshape(len(dy), -1).abs().amax(1) > 0).sum(dtype=torch.float64)
         layer = self.layers[call.index]
         if call.own * call.places == 0:
             return 0.0
         rows = layer.output_rows(dy.movedim(call.dim, 0)).flatten(1)
-        call.episode.steepness = steepness(rows)  # type: ignore[union-attr]
+        call.episode.steepness = steepness(rows)
         there = torch.linalg.vector_norm(rows, torch.inf, 1) > 0
         every = there.sum(dtype=torch.float64)
         if call.places == 1:

@@ -27,6 +27,7 @@ from natgrad.parallel import Parcel, World
 from natgrad.sampling import Sampler
 
 
+SEEN_BY_STEP, SEEN_BY_LAYER = 4, 7  # numbers in the sum by which ranks tell each other what they saw
 ELSEWHERE = (
     "its module's calls do not account for its gradient: the weight is changed before its use, used elsewhere too, "
     "or its module computes more than its kind of layer does"
@@ -211,9 +212,9 @@ class Preconditioner:
             own += [seen.calls, seen.passes, missed, missed and seen.twice, seen.samples, seen.once, seen.grown]
         numbers = torch.tensor(own, dtype=torch.float64)
         self.world.sum([numbers], "scalars")
-        samples, predictions, of_output, of_any, *rest = numbers.tolist()
+        samples, predictions, of_output, of_any, *rest = numbers.tolist()  # SEEN_BY_STEP
         weights = dict(zip(plan, rest))
-        rows = torch.tensor(rest[len(plan) :]).view(-1, 7).tolist()
+        rows = torch.tensor(rest[len(plan) :]).view(-1, SEEN_BY_LAYER).tolist()
         last = None if measured.by in (None, LOGITS) else measured.by
         by = "rows of the model's output with a gradient" if of_output >= of_any / 2 and of_any else ""
         if not by and last is not None:

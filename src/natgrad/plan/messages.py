@@ -21,6 +21,7 @@ from natgrad.optim.lengths import PredictedChange
 from natgrad.optim.search import CurvatureStep
 from natgrad.parallel import Parcel, World
 from natgrad.plan.ghost import Built, Message
+from natgrad.preconditioner import SEEN_BY_LAYER, SEEN_BY_STEP
 
 FormOf = Callable[[Cell], Form]
 
@@ -72,14 +73,14 @@ class Step:
         by_rows = any(c.by_rows for c in cells)
         parameters = [p for c in cells for p in c.layer.parameters]
         keys = [(c, m.key) for c in cells for m in c.curvature.statistics]
-        self._numbers(1 + len(cells) * (1 + by_rows))  # finite? who has a gradient, who has lost rows
+        self._numbers(1 + len(cells) * (2 + by_rows))  # finite? who has a gradient, is half frozen, has lost rows
         if fresh and keys and self.world.gradients == "auto":
             self._numbers(2)
             self._numbers(2 * marks(parameters))
         if self.world.gradients != "averaged":
             self._gradients(optimizer, parameters)
         if fresh and keys:
-            self._numbers(2 + len(keys))
+            self._numbers(SEEN_BY_STEP + len(keys) + SEEN_BY_LAYER * len({c.name for c, _ in keys}))
             self._moments(cells)
             self._rows([c for c in cells if c.by_rows])
             self._numbers(len(keys), torch.int64)
