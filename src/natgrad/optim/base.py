@@ -8,6 +8,7 @@ Everything moves one way. With nothing stale, nothing but gradients and weights 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -34,14 +35,15 @@ from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule, takes_loose
 from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
 from natgrad.optim.likelihoods import Likelihood, draw_labels
-from natgrad.optim.state import carried, exact_copies, whole_state
+from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
-from natgrad.parallel import World
+from natgrad.parallel import World, uneven
 from natgrad.preconditioner import TWICE, Preconditioner, Step
 from natgrad.staleness import Every, Staleness
 
 PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
+SETTINGS = ("lr", "momentum", "weight_decay", "damping")  # numbers of a group that schedules change
 WARNED = 2  # measurements of a layer in a row that cannot be used are said
 LOOSENED = 5  # so many, and the layer trains by the fallback
 NEVER_CALLED = "its module is never called, though its weight gets a gradient"
@@ -96,6 +98,7 @@ class SecondOrder(Views, Optimizer):
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
             checks.above(name, 1 if value is None else value, 0)
         defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
+        defaults |= {"lr_last": None, "lr_first": None}  # of the steps that were made: a checkpoint has the same keys
         super().__init__(groups, defaults)
         for group in self.param_groups:
             checks.check_group(group)
@@ -112,6 +115,7 @@ class SecondOrder(Views, Optimizer):
         self.world = world if isinstance(world, World) else World(world)
         self.gradients = Gradients(self.world, max_norm, partial(known_scale, self))
         self.said: set[str] = set()  # warnings that were given
+        self._join_config = uneven.nobody()
         self._scope = None if params is None else checks.scope_of(params)
         self._model = model
         with calm():
@@ -196,13 +200,24 @@ class SecondOrder(Views, Optimizer):
         return int(next(iter(self.state.values()))["step"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused once the optimizer stands: layers, owners and state are laid out for the parameters it began with."""
-        if hasattr(self, "engine"):
-            raise ValueError(
-                "add_param_group after construction is not supported: call rebuild(), which takes in parameters that "
-                "were added or unfrozen, or build the optimizer again with params="
-            )
-        super().add_param_group(param_group)
+        """Train more parameters of the model, with settings of their own: those that were unfrozen or added.
+
+        All ranks must call it. A parameter that trains already (unfreezing is noticed) moves to the new group.
+        """
+        if not hasattr(self, "engine"):
+            return super().add_param_group(param_group)
+        checked = checks.groups_of(self._model, [param_group])
+        if not checked:
+            raise ValueError("add_param_group: none of its parameters requires a gradient; unfreeze them first")
+        checks.check_group({**self.defaults, **checked[0]})
+        before = whole_by_parameter(self)
+        own = set(checked[0]["params"])
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if p not in own]
+        super().add_param_group(checked[0])
+        if self._scope is not None:
+            self._scope |= dict.fromkeys(own, len(self.param_groups) - 1)
+        return self._rebuild(before)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.engine.capture.clear()  # a step that was given up leaves nothing to the next one
@@ -260,16 +275,53 @@ class SecondOrder(Views, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        uneven.begin(self)
         with calm(*{p.device for p in self._first_parameters()}):
             self._update()
         return loss
+
+    def join_hook(self, **_: Any) -> Any:
+        """For torch's Join: what this rank does in the others' steps when it has run out of batches."""
+        return uneven.hook(self._step_of_nothing)
+
+    @property
+    def join_device(self) -> torch.device:
+        """For torch's Join."""
+        return self.world.join_device
+
+    @property
+    def join_process_group(self) -> Any:
+        """For torch's Join."""
+        return self.world.join_group
+
+    @torch.no_grad()
+    def _step_of_nothing(self) -> None:
+        """Take part in a step of the ranks that still have batches, with the settings of theirs."""
+        self.zero_grad()
+        with calm(*{p.device for p in self._first_parameters()}):
+            self._update(away=True)
+
+    def _agree_with_joined(self, away: bool) -> None:
+        """In a Join context: how many ranks still have batches, and what they have set."""
+        numbers = [float(group[key]) for group in self.param_groups for key in SETTINGS]
+        told = torch.tensor([-math.inf] * len(numbers) if away else numbers, dtype=torch.float64)
+        active = torch.tensor([float(not away)], dtype=torch.float64)
+        self.world.max([told], "scalars")
+        self.world.sum([active], "scalars")
+        values = iter(told.tolist())
+        for group in self.param_groups:
+            group.update({key: next(values) for key in SETTINGS})
+        self.gradients.active = round(active.item())
 
     def _first_parameters(self) -> list[nn.Parameter]:
         """One parameter of each group, for their devices."""
         return [group["params"][0] for group in self.param_groups]
 
-    def _update(self) -> None:
-        """The step itself, from gradients to new weights."""
+    def _update(self, away: bool = False) -> None:
+        """The step itself, from gradients to new weights. `away`: this rank has run out of batches (Join)."""
+        self.world.check()
+        if uneven.enabled(self):
+            self._agree_with_joined(away)
         for message in self.census.changes():
             self.say(message)
         if not self.gradients.reduced and self.gradients.overlap is None:  # else traffic counts from reduce()
@@ -291,9 +343,23 @@ class SecondOrder(Views, Optimizer):
         self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
         self.preconditioned = count_preconditioned(self.cells, present)
         update(self, present, gradients)
+        if self.census.unfrozen():
+            self._take_in(scale)
         for state in self.state.values():
             state["step"] += 1
         self.engine.arm(step + 1)
+
+    def _take_in(self, scale: float) -> None:
+        """Lay out anew for parameters that were unfrozen. In this step, not measured, they follow their gradients."""
+        trained = {p for group in self.param_groups for p in group["params"]}
+        self._rebuild(whole_by_parameter(self))
+        fresh = {k for k, cell in enumerate(self.cells) if trained.isdisjoint(cell.layer.parameters)}
+        here = torch.tensor(
+            [float(k in fresh and any(p.grad is not None for p in c.layer.parameters)) for k, c in enumerate(self.cells)]
+        )
+        self.world.max([here], "scalars")
+        present = [bool(h) for h in here]
+        update(self, present, self.gradients.to_owners(self.cells, present, scale), fresh)
 
     def _look_after(self, found: Step, present: list[bool], halves: Sequence[bool], step: int) -> list[bool]:
         """Layers that cannot go on with their curvature become loose; those not in use wait. Returns `present` anew."""
@@ -388,17 +454,19 @@ class SecondOrder(Views, Optimizer):
         """Whether no layer is meant to have curvature."""
         return all(not c.curvature.statistics for c in self.cells if not isinstance(c.layer, Loose))
 
-    @torch.no_grad()
     def rebuild(self) -> None:
-        """Look at the model again, after parameters were unfrozen, frozen, added, replaced or moved.
+        """Look at the model again, after parameters were added, replaced or moved, or a half frozen layer was unfrozen.
 
         Parameters that were trained before keep their state; new ones join the first group (or, with `params=`, the
-        group in which they were given). All ranks must call it.
+        group in which they were given). All ranks must call it. A parameter that was unfrozen is taken in by itself.
         """
-        with calm(*{p.device for p in self._first_parameters()}):
-            before = dict(zip((p for g in self.param_groups for p in g["params"]), whole_state(self).values()))
+        self._rebuild(whole_by_parameter(self))
+
+    @torch.no_grad()
+    def _rebuild(self, before: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        """Lay out anew; parameters that have a state `before` keep what fits."""
+        with calm(*{p.device for p in self._model.parameters()}):
             steps, predictions = self._steps(), self.engine.predictions
-            self.gradients.give_up()
             self.engine.capture.disarm()
             checks.regroup(self._model, self.param_groups, self._scope)
             self._places = {}
@@ -412,7 +480,8 @@ class SecondOrder(Views, Optimizer):
             self.state.update(fresh)
             old = self.engine
             self.engine = self._engine(cells, predictions)
-            self.engine.judged, self.engine.local = old.judged, old.local
+            for name in ("judged", "local", "seconds", "retries", "dropped", "samples", "assumed"):
+                setattr(self.engine, name, getattr(old, name))
             self.engine.replace(cells)
             self._forget()
             self.world.start([real(t.detach()) for t in (*self._model.parameters(), *self._model.buffers())])

@@ -38,6 +38,14 @@ class Census:
         pairs = [(key, p) for key, p in module._parameters.items() if p is not None]
         return [Known(f"{name}.{key}".lstrip("."), key, p, p.dtype, p.device, p in ours) for key, p in pairs]
 
+    def unfrozen(self) -> bool:
+        """Whether parameters that were frozen when the census was taken are to train now."""
+        return any(
+            not known.trained and known.parameter.requires_grad and (self.scope is None or known.parameter in self.scope)
+            for _, _, entries in self.entries
+            for known in entries
+        )
+
     def changes(self) -> list[str]:
         """What trains unlike its user may think, one line each.
 
@@ -62,11 +70,6 @@ class Census:
                     self._replaced(known)
                 elif now.dtype is not known.dtype or now.device != known.device:
                     self._moved(known, now)
-                elif now.requires_grad and not known.trained and (self.scope is None or now in self.scope):
-                    told.append(
-                        f"{known.name} was frozen when the optimizer was built and does not train: {REBUILD}, or build "
-                        "the optimizer after unfreezing"
-                    )
         return list(dict.fromkeys(told))
 
     def _strangers(self) -> list[str]:

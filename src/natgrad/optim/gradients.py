@@ -30,6 +30,7 @@ class Gradients:
         self.max_norm = max_norm
         self.mode = world.gradients if world.size > 1 else "averaged"
         self.reduced = False
+        self.active = world.size  # ranks that have a batch
         self.overlap: Overlap | None = None
 
     def begin_early(self, cells: Sequence[Cell]) -> None:
@@ -95,7 +96,7 @@ class Gradients:
             return None
         if early is not None:
             early.check(scale)
-        if (look or self.mode == "auto") and not self.reduced:
+        if (look or self.mode == "auto") and not self.reduced and self.active == self.world.size:
             self._are_local(gradients)
         count, told = len(cells), [bool(f) for f in flags[1:].tolist()]
         for cell, gone in zip(cells, told[2 * count :]):
@@ -136,10 +137,11 @@ class Gradients:
         if local and self.overlap is not None:
             sums, divisor = self.overlap.collect(), self.world.size
             received = iter([sums.get(p) for k in chosen for p in cells[k].layer.parameters])
-        elif local:
+        elif local or self.active < self.world.size:
             if scale != 1:
                 parcels = [p._replace(tensor=p.tensor / scale) for p in parcels]
-            received, divisor = iter(self.world.reduce(parcels, "gradients")), self.world.size
+            received = iter(self.world.reduce(parcels, "gradients"))
+            divisor = self.world.size if local else self.active  # averaged ones are those of the active ranks
         else:
             received, divisor = iter([p.tensor for p in parcels]), scale
         self.reduced = False

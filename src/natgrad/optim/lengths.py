@@ -43,6 +43,12 @@ class Step:
         return self.layer.pack([p.detach() for p in self.layer.parameters])
 
 
+def rate_of(group: dict[str, Any], key: str) -> float:
+    """The learning rate "lr", that of the last step ("lr_last") or of the first one ("lr_first"), of a group."""
+    value = group.get(key)
+    return group["lr"] if value is None else value
+
+
 Natural = Callable[["Sequence[Step]", Sequence[Tensor]], "list[Tensor]"]
 """natural(steps, gradients) -> the damped natural gradients of these gradients [b, o, i], step by step."""
 

@@ -183,8 +183,8 @@ class NLCG(SecondOrder):
         finally:
             self._forward = self._loss = self.conjugate.next = None
 
-    def _update(self) -> None:
-        super()._update()
+    def _update(self, away: bool = False) -> None:
+        super()._update(away)
         self._remember()
 
     def _told(self) -> float | None:
@@ -201,7 +201,7 @@ class NLCG(SecondOrder):
     def _probe(self, parts: dict[nn.Parameter, Tensor]) -> None:
         """With CurvatureStep(), make the directions of all parameters as long as they should be."""
         memory = self.conjugate.next
-        if self._forward is None or memory is None or not isinstance(self.search, CurvatureStep):
+        if memory is None or not isinstance(self.search, CurvatureStep):
             return
         decays = [self.group_of(p)["weight_decay"] for p in parts]
         how = self.reduction == "sum", self.engine.predictions

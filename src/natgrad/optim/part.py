@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layers.base import real
-from natgrad.optim.lengths import Step
+from natgrad.optim.lengths import Step, rate_of
 from natgrad.parallel import World
 
 
@@ -33,7 +33,7 @@ class Part:
 
     def scaled(self, vector: Tensor, rates: str) -> Tensor:
         """A flat vector, each entry times its own parameter's learning rate (`rates`: "lr" or "lr_last")."""
-        numbers = [[group.get(rates, group["lr"]) for group in step.groups] for step in self.steps]
+        numbers = [[rate_of(group, rates) for group in step.groups] for step in self.steps]
         one = numbers[0][0]
         if all(number == one for row in numbers for number in row):
             return vector * one

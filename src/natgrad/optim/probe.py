@@ -27,7 +27,7 @@ Forward = Callable[[], Tensor]
 def minimum(
     search: CurvatureStep,
     model: nn.Module,
-    forward: Forward,
+    forward: Forward | None,
     parts: Mapping[nn.Parameter, Tensor],
     decays: Sequence[float],
     fall: float,
@@ -38,11 +38,11 @@ def minimum(
     """The factor on d = -parts at which the model of the loss is least, the same on every rank.
 
     decays: each parameter's weight_decay. fall: -g.d. summed: the loss is a sum over a rank's samples, not a mean.
-    predictions: so many of a sample does the mean loss average; None: all places of its logits.
+    forward: None on a rank that has run out of batches. predictions: so many of a sample does the mean loss average; None: all places of its logits.
     """
     check_precision(parts)
     bent, length = torch.zeros(3, dtype=torch.float64), norm(parts.values())
-    if length > 0 and math.isfinite(length):
+    if forward is not None and length > 0 and math.isfinite(length):
         e = search.probe * max(norm([p.detach() for p in parts]), 1e-12) / length
         with untouched(model, parts):
             with replayed(parts):

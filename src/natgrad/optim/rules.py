@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from natgrad.layers.base import Layer, promote, real_type
-from natgrad.optim.lengths import Natural, Step
+from natgrad.optim.lengths import Natural, Step, rate_of
 from natgrad.parallel import World
 
 Coefficient = Callable[[float, float, float, float], float]
@@ -83,9 +83,8 @@ class Momentum:
         for step in steps:
             group = step.groups[0]
             lr = group["lr"]
-            keep = self.coefficient(
-                group["momentum"], lr, group.get("lr_last", lr), group.get("initial_lr", group.get("lr_first", lr))
-            )
+            last, first = rate_of(group, "lr_last"), group.get("initial_lr", rate_of(group, "lr_first"))
+            keep = self.coefficient(group["momentum"], lr, last, first)
             step.kept = keep
             step.state["momentum"].mul_(keep)
             if self.before:

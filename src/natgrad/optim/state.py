@@ -109,7 +109,13 @@ def _like(value: Any, mine: Any) -> Any:
 
 
 def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:
-    """Every parameter's state as its owner holds it, on every rank. All ranks must call it."""
+    """Every parameter's state as its owner holds it, on every rank, by the parameter's number. All ranks must call it."""
+    whole = whole_by_parameter(optimizer)
+    return {k: whole[p] for k, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+
+
+def whole_by_parameter(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, Any]]:
+    """`whole_state` by parameter."""
     whole: dict[nn.Parameter, dict[str, Any]] = {}
     parcels = []
     for cell in optimizer.cells:
@@ -121,7 +127,7 @@ def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:
                 parcels.append(Parcel(value, cell.place_of(key)))
     parcels += rows_of(optimizer, whole)
     optimizer.world.gather(parcels)
-    return {k: whole[p] for k, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    return whole
 
 
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)

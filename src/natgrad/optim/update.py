@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +20,18 @@ if TYPE_CHECKING:
     from natgrad.optim.base import SecondOrder
 
 
-def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[int, Tensor]) -> None:
-    """One step of every layer whose gradient this rank owns, and all new weights on every rank."""
+def update(
+    optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[int, Tensor], bare: Collection[int] = ()
+) -> None:
+    """One step of every layer whose gradient this rank owns, and all new weights on every rank.
+
+    Cells in `bare` have not been measured, and take their gradient's direction at the length of their weight.
+    """
     cells, timed = optimizer.cells, optimizer.engine.timed
     for group in optimizer.param_groups:  # a number of the groups, so that a resumed run knows it
         group["batch"] = optimizer.engine.samples or group.get("batch", 0)
     with timed("precondition"):
-        steps = [prepare(optimizer, k, g) for k, g in gradients.items() if cells[k].ready]
+        steps = [prepare(optimizer, k, g, k in bare) for k, g in gradients.items() if cells[k].ready or k in bare]
         curved = [step for step in steps if step.curved]
         optimizer.rule(curved, optimizer.natural, optimizer.world)
         factors = {id(s): f for s, f in zip(curved, optimizer.length(curved, optimizer.world))}
@@ -36,7 +41,7 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
             whole = isinstance(factor, float) and factor == 1 and optimizer.gather == "weights"
             unpacked = step.layer.unpack(step.direction if whole else step.direction * factor)
             parts |= zip(step.layer.parameters, unpacked)
-    moving = [cell for cell, here in zip(cells, present) if here and cell.ready]
+    moving = [cell for k, cell in enumerate(cells) if present[k] and (cell.ready or k in bare)]
     if optimizer.gather == "directions":
         with timed("messages"):
             share(optimizer, moving, parts)
@@ -47,7 +52,8 @@ def update(optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[i
         move_all(optimizer, moving, parts)
         for group in optimizer.param_groups:
             group["lr_last"] = group["lr"]
-            group.setdefault("lr_first", group["lr"])
+            if group.get("lr_first") is None:
+                group["lr_first"] = group["lr"]
     if optimizer.gather == "weights":
         with timed("messages"):
             parcels = [Parcel(real(p.detach()), cell.owner) for cell in moving for p in cell.layer.parameters]
@@ -66,7 +72,7 @@ def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Paramet
     optimizer.world.gather_narrow(parcels, "directions")
 
 
-def prepare(optimizer: SecondOrder, index: int, gradient: Tensor) -> Step:
+def prepare(optimizer: SecondOrder, index: int, gradient: Tensor, bare: bool = False) -> Step:
     """The step of one layer. Its direction is the rule's to say, save for loose parameters, which have their own."""
     cell, fresh = optimizer.cells[index], index in optimizer.engine.whole
     groups = [optimizer.group_of(p) for p in cell.layer.parameters]
@@ -76,7 +82,9 @@ def prepare(optimizer: SecondOrder, index: int, gradient: Tensor) -> Step:
         return cell.precondition(given, damping, fresh and given is gradient)
 
     step = Step(cell.layer, gradient, precondition, cell.state(), groups, gradient, cell=cell, fresh=fresh)
-    if isinstance(cell.layer, Loose) and not takes_loose(optimizer.rule):
+    if bare:
+        step.curved, step.direction = False, with_decay(step, gradient)
+    elif isinstance(cell.layer, Loose) and not takes_loose(optimizer.rule):
         step.curved = False
         direction = optimizer.fallback.direction(step.state, gradient, groups[0]["momentum"])
         step.direction = with_decay(step, direction)

@@ -8,16 +8,25 @@ same path.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from natgrad.parallel import uneven
 from natgrad.parallel.packing import pack, packed_numel, unpack
 from natgrad.parallel.transport import Alone, Processes, Transport
+
+NO_GROUP = (
+    "{}, so every rank would train a model of its own. Write, in this order:\n"
+    '    torch.distributed.init_process_group("nccl")  # "gloo" on CPUs\n'
+    "    optimizer = natgrad.SPNGD(model, lr=0.1)\n"
+    "For a model of its own on every rank pass world=natgrad.World.alone()"
+)
 
 Gradients = Literal["auto", "local", "averaged"]
 
@@ -66,13 +75,38 @@ class World:
             raise ValueError(f"World(weights={weights}, owners=False): nothing is sent back then; leave weights out")
         self.gradients: Gradients = "local" if overlap else gradients
         self.wire, self.weights, self.overlap, self.owners = wire, weights, overlap, owners
+        self._default = group is None
         if group is None:
-            group = Processes() if dist.is_available() and dist.is_initialized() else Alone()
+            opened = dist.is_available() and dist.is_initialized()
+            if not opened and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+                raise ValueError(NO_GROUP.format(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no process group is open"))
+            group = Processes() if opened else Alone()
         elif isinstance(group, dist.ProcessGroup):
             group = Processes(group)
         self.transport: Transport = group
         self.rank, self.size = group.rank, group.size
         self.sent: dict[str, int] = defaultdict(int)  # bytes of payload by kind, until somebody clears it
+
+    @classmethod
+    def alone(cls) -> World:
+        """A world of this process, whatever the launcher says of others."""
+        return cls(Alone())
+
+    def check(self) -> None:
+        """Refuse to go on alone where a process group has been opened since."""
+        if self._default and isinstance(self.transport, Alone) and dist.is_available() and dist.is_initialized():
+            if dist.get_world_size() > 1:
+                raise ValueError(NO_GROUP.format("the process group was opened after the optimizer was built"))
+
+    @property
+    def join_group(self) -> Any:
+        """The process group, for torch's Join."""
+        return uneven.group_of(getattr(self.transport, "group", None))
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where torch's Join keeps its counts."""
+        return uneven.device_of(getattr(self.transport, "group", None))
 
     def count(self, kind: str, parcels: Sequence[Parcel]) -> None:
         """Add the bytes of a message to what was sent."""
