@@ -1,4 +1,4 @@
-"""Checks what no linter does: files that fit on a few screens, and modules that do not import each other in circles.
+"""Checks what no linter does: modules do not import each other in circles.
 
 python tests/structure.py    prints one line per offence and exits with 1 if there is any
 """
@@ -8,18 +8,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("src", "tests", "benchmarks")
-LONGEST = 250
-
-
-def long_files(root: Path) -> list[str]:
-    """Python files of more than LONGEST lines."""
-    offences = []
-    for path in sorted(p for folder in FOLDERS for p in (root / folder).rglob("*.py")):
-        lines = len(path.read_text(encoding="utf-8").splitlines())
-        if lines > LONGEST:
-            offences.append(f"{path.relative_to(root)}: {lines} lines, {LONGEST} at most")
-    return offences
 
 
 def modules(source: Path) -> dict[str, Path]:
@@ -92,8 +80,7 @@ def import_graph(source: Path) -> dict[str, set[str]]:
 
 
 def main() -> int:
-    offences = long_files(ROOT)
-    offences += [f"import cycle: {' -> '.join(circle)}" for circle in cycles(import_graph(ROOT / "src"))]
+    offences = [f"import cycle: {' -> '.join(circle)}" for circle in cycles(import_graph(ROOT / "src"))]
     for line in offences:
         print(line)
     return 1 if offences else 0

@@ -10,14 +10,6 @@ def write(root, files):
         path.write_text(text)
 
 
-def test_long_files_are_named(tmp_path):
-    write(tmp_path, {"src/a.py": "x = 1\n" * 250, "src/b.py": "x = 1\n" * 251, "tests/c/d.py": "\n" * 300})
-    assert structure.long_files(tmp_path) == [
-        "src/b.py: 251 lines, 250 at most",
-        "tests/c/d.py: 300 lines, 250 at most",
-    ]
-
-
 def test_circles_are_found_and_type_checking_is_not_one(tmp_path):
     write(
         tmp_path,

@@ -22,7 +22,7 @@ from torch import Tensor
 from natgrad.layers import Layer
 
 ROUNDINGS = 64  # units of rounding by which both sides may differ in single and double precision
-ROUNDINGS_HALF = 4  # the same in half precision, where a unit is a hundredth (docs/math.md)
+ROUNDINGS_HALF = 4  # the same in half precision, where a unit is nearly a hundredth (docs/math.md)
 
 
 class Checksum:
@@ -70,11 +70,13 @@ class Checksum:
         self.squares = self.squares + products.square().sum(dtype=torch.float64)
 
     def _round(self, dtype: torch.dtype) -> None:
-        if dtype.is_floating_point:
+        if not dtype.is_floating_point:
+            return
+        # processors add float16 up in float16: five units of its own were seen, as many as one of bfloat16
+        self.epsilon = max(self.epsilon, torch.finfo(torch.bfloat16 if dtype == torch.float16 else dtype).eps)
+        if dtype == torch.float16:
             limits = torch.finfo(dtype)
-            self.epsilon = max(self.epsilon, limits.eps)
-            if dtype == torch.float16:
-                self.least = limits.smallest_normal * limits.eps * math.sqrt(self.layer.shape.numel)
+            self.least = limits.smallest_normal * limits.eps * math.sqrt(self.layer.shape.numel)
 
     def numbers(self) -> Tensor:
         """The two sides, and the sums of squares of their terms [4]."""
