@@ -53,7 +53,7 @@ class Watch(NamedTuple):
 class Seen:
     """What the passes of a step showed of one layer on this rank."""
 
-    calls: int = 0  # that a backward pass has reached
+    calls: int = 0  # that a backward pass has reached (with drawn labels: theirs)
     passes: int = 0  # deposits in the gradient of the weight
     agrees: bool = True  # the checksum
     twice: bool = False  # a pass that can be differentiated again went through it
@@ -298,9 +298,9 @@ class Capture:
             if call.looked is not None:
                 with calm(dy.device):
                     self._checks[call.index].claim(call.looked, dy.detach(), call.own * call.places)
-        seen = self._seen[call.index]
-        seen.calls += 1
         if counts:
+            seen = self._seen[call.index]
+            seen.calls += 1
             told = self._told.pop(call.episode, None)
             if told is not None and told[0] == self._pass():
                 self._reach(told[1], told[2])
@@ -325,9 +325,10 @@ class Capture:
             self._checksum(index).deposit(place, gradient.detach())
 
     def _checksum(self, index: int) -> Checksum:
-        if index not in self._checks:
-            self._checks[index] = Checksum(self.layers[index], Sampler(self.seed, 0, 0, 1.0).mix(index))
-        return self._checks[index]
+        check, layer = self._checks.get(index), self.layers[index]
+        if check is None or not check.fits():
+            check = self._checks[index] = Checksum(layer, Sampler(self.seed, 0, 0, 1.0).mix(index))
+        return check
 
     def _turn(self, task: int, episode: Episode | None) -> None:
         """If another backward pass begins: what was cleared since the last goes, what is complete is summed up."""
@@ -383,7 +384,7 @@ class Capture:
                 return
             index, layer = call.index, self.layers[call.index]
             episode.counts[index] = max(call.samples, episode.counts.get(index, 0))
-            due = self.watches[index].moments if index in self.watches else ()
+            due = self.watches[index].moments if index in self.watches and call.own * call.places else ()
             dy = dy.movedim(call.dim, 0)
             for moment, kept, draw in call.kept:
                 if moment not in due:

@@ -48,6 +48,11 @@ class Checksum:
         self.rows = 0
         self.claimed, self.terms, self.deposited, self.squares = (weight.new_zeros((), dtype=torch.float64),) * 4
 
+    def fits(self) -> bool:
+        """Whether the layer is still of the type and on the device that this was made for."""
+        weight = self.layer.parameters[0]
+        return self.u.dtype == torch.promote_types(weight.dtype, torch.float32) and self.u.device == weight.device
+
     def look(self, x: Tensor, output: Tensor) -> Any:
         """What is needed of a call on x until its output's gradient is known."""
         self._round(x.dtype)

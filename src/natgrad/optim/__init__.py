@@ -14,6 +14,7 @@ from natgrad.optim.blocks import LayerBlocks, kfac_blocks, spngd_blocks
 from natgrad.optim.checks import NatgradWarning
 from natgrad.optim.fallback import Adam, adam
 from natgrad.optim.kfac import KFAC
+from natgrad.optim.likelihoods import Bernoulli, Categorical, Normal
 from natgrad.optim.lengths import PredictedChange, plain, predicted_change, trust
 from natgrad.optim.metrics import DiagonalBFGS, Metric, SecondMoment
 from natgrad.optim.nlcg import NLCG
@@ -28,12 +29,15 @@ __all__ = [
     "SENG",
     "SPNGD",
     "Adam",
+    "Bernoulli",
+    "Categorical",
     "CurvatureStep",
     "DiagonalBFGS",
     "LayerBlocks",
     "Metric",
     "Momentum",
     "NatgradWarning",
+    "Normal",
     "PredictedChange",
     "Products",
     "Scheduled",

@@ -257,10 +257,10 @@ class SecondOrder(Views, Optimizer):
         One more backward pass to watched layers, only where something is due (SP-NGD section 3.2, one Monte Carlo
         sample).
 
-        output: what the model predicts. likelihood: of labels given the output; None takes `softmax` where the output
-        is logits [n, classes, ...] of two classes or more. `bernoulli` is for one logit [n] or [n, 1], and for several
-        independent ones; `gaussian` or `Gaussian(variance)` for regression. For several heads, or anything else, a
-        function of the output that draws labels and gives each sample's loss [n] (detach what is drawn).
+        output: what the model predicts. likelihood: of labels given the output. "categorical" (None) is for logits
+        [n, classes, ...] of two classes or more, "bernoulli" for one logit [n] or [n, 1] or several independent ones,
+        "normal" or Normal(variance) for regression. For several heads, or anything else, it is a function of the output
+        that draws labels (detached) and gives each sample's loss [n].
         """
         if not self.engine.sampled:
             raise ValueError(
@@ -375,7 +375,7 @@ class SecondOrder(Views, Optimizer):
                 engine.wake(k, step + 1)
         never = NOT_SAMPLED if self.sampled else NEVER_CALLED
         whys = {k: HALF_FROZEN for k, half in enumerate(halves) if half} | found.astray
-        whys |= {k: never for k, called in found.unseen.items() if present[k] and not called and not self.cells[k].ready}
+        whys |= {k: never for k, called in found.unseen.items() if present[k] and not called and not self.cells[k].ready and found.astray.get(k) != TWICE}
         for k, cell in enumerate(self.cells):
             times, why = engine.drops.get(cell.name, (0, ""))
             if k in whys or times < WARNED:
@@ -476,6 +476,10 @@ class SecondOrder(Views, Optimizer):
                 for parameter, state in self.fresh_state(cell, self.world.rank).items():
                     fresh[parameter] = carried(state, before.get(parameter, {}))
                     fresh[parameter]["step"] = torch.tensor(float(steps))
+                weight = cell.layer.parameters[0]
+                if cell.by_rows and cell.owner == self.world.rank:
+                    rows = {k: v.to(weight.device) for k, v in before.get(weight, {}).items() if k in cell.row_names}
+                    fresh[weight] |= rows
             self.state.clear()
             self.state.update(fresh)
             old = self.engine

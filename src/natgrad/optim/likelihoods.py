@@ -1,7 +1,7 @@
 """Labels drawn from a model's own prediction, for the true Fisher (SP-NGD section 3.2: one Monte Carlo sample).
 
 The Fisher of a model is the curvature of -log p(y | output) with y drawn from p. What p is, the loss decides: cross
-entropy is a softmax, a squared error a Gaussian, a binary cross entropy with logits a Bernoulli distribution.
+entropy is a categorical distribution, a squared error a normal one, a binary cross entropy with logits a Bernoulli distribution.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ class Likelihood(Protocol):
 
 
 @dataclass(frozen=True)
-class Softmax:
-    """One of the classes: output [n, classes, ...], a loss for each of the places [n, ...]."""
+class Categorical:
+    """One of the classes, by the softmax of logits [n, classes, ...]: a loss for each of the places [n, ...]."""
 
-    name: str = "softmax"
+    name: str = "categorical"
 
-    def __call__(self, output: Tensor, generator: torch.Generator) -> Tensor:
+    @staticmethod
+    def check(output: Tensor) -> None:
+        """Refuse what is not logits."""
         if output.dim() < 2 or output.shape[1] < 2:
             raise ValueError(
                 f"sample(output) of shape {tuple(output.shape)}: a softmax needs logits [samples, classes, ...] of two "
-                'classes or more; for one logit say likelihood="bernoulli", for regression likelihood="gaussian"'
+                'classes or more; for one logit say likelihood="bernoulli", for regression likelihood="normal"'
             )
+
+    def __call__(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        self.check(output)
         logits = promote(output).movedim(1, -1)
         noise = torch.rand(logits.shape, generator=generator, device=logits.device)
         labels = (logits.detach() - noise.log().neg().log()).argmax(-1)  # Gumbel's way of drawing from a softmax
@@ -61,15 +66,15 @@ class Bernoulli:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Normal:
     """Targets around the output [n, ...] with a known variance: half of the squared error over the variance."""
 
     variance: float = 1.0
-    name: str = "gaussian"
+    name: str = "normal"
 
     def __post_init__(self):
         if not self.variance > 0:
-            raise ValueError(f"Gaussian(variance={self.variance!r}): give a number above 0")
+            raise ValueError(f"Normal(variance={self.variance!r}): give a number above 0")
 
     def __call__(self, output: Tensor, generator: torch.Generator) -> Tensor:
         mean = promote(output)
@@ -78,7 +83,7 @@ class Gaussian:
         return (mean - target).square() / (2 * self.variance)
 
 
-LIKELIHOODS: dict[str, Likelihood] = {"softmax": Softmax(), "bernoulli": Bernoulli(), "gaussian": Gaussian()}
+LIKELIHOODS: dict[str, Likelihood] = {made.name: made for made in (Categorical(), Bernoulli(), Normal())}
 
 
 def draw_labels(
@@ -90,25 +95,25 @@ def draw_labels(
     """Measure the curvature of labels that are drawn from the output, where something is to be measured.
 
     A sample's loss is the sum over its predictions over how many `predictions` of each there are (None: the mean). The
-    outputs of a Gaussian's or a Bernoulli's sample are one prediction: their losses add up, as in a likelihood.
+    outputs of a Bernoulli's or a normal sample are one prediction: their losses add up, as in a likelihood.
     """
     if isinstance(likelihood, str):
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood={likelihood!r}: give one of {', '.join(LIKELIHOODS)}, or a function")
         likelihood = LIKELIHOODS[likelihood]
     if likelihood is None:
-        likelihood = LIKELIHOODS["softmax"]
+        likelihood = LIKELIHOODS["categorical"]
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"sample(output) got {type(output).__name__}: pass the logits, or a function as likelihood= that draws "
                 "labels for all outputs and gives each sample's loss"
             )
-    if isinstance(output, Tensor) and isinstance(likelihood, Softmax):
-        likelihood(output.detach()[:1], torch.Generator(output.device))  # a wrong shape is said in every step
+    if isinstance(likelihood, Categorical):
+        likelihood.check(output)  # in every step, whether or not it measures
     if not capture.wants_labels:
         return
     with torch.enable_grad():
-        if isinstance(likelihood, (Softmax, Bernoulli, Gaussian)):
+        if isinstance(likelihood, (Categorical, Bernoulli, Normal)):
             generator = torch.Generator(output.device).manual_seed(capture.seed_of_labels())
             losses = likelihood(output, generator)
         else:
@@ -117,6 +122,6 @@ def draw_labels(
                 given = "one number" if isinstance(losses, Tensor) else type(losses).__name__
                 raise ValueError(f"likelihood= gave {given}: give each sample's loss, a tensor [samples, ...]")
         samples = capture.samples_in_forward() or len(losses)
-        made = float(losses.numel() if isinstance(likelihood, Softmax) else losses.shape[0])
+        made = float(losses.numel() if isinstance(likelihood, Categorical) else losses.shape[0])
         drawn = made if predictions is None else predictions * samples
         capture.sample(losses.sum() * (samples / drawn), drawn, samples)
