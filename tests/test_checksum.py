@@ -1,4 +1,4 @@
-"""The checksum of every measured layer: plain layers agree to rounding, all others train without curvature and say so."""
+"""The checksum of every measured layer: plain layers agree to rounding, others train without curvature and say so."""
 
 import warnings
 from contextlib import contextmanager
@@ -68,7 +68,10 @@ def test_what_cannot_be_compared_is_not_called_wrong():
 
 ZOO = {
     "resnet": (lambda: CifarResNet(depth=8).build((3, 8, 8), 5), lambda: torch.randn(6, 3, 8, 8)),
-    "preactivation": (lambda: PreActResNet(depth=20, widths=(4, 6, 8)).build((3, 8, 8), 5), lambda: torch.randn(6, 3, 8, 8)),
+    "preactivation": (
+        lambda: PreActResNet(depth=20, widths=(4, 6, 8)).build((3, 8, 8), 5),
+        lambda: torch.randn(6, 3, 8, 8),
+    ),
     "vgg": (lambda: Vgg16(width=4).build((3, 32, 32), 5), lambda: torch.randn(3, 3, 32, 32)),
     "mlp": (lambda: Mlp(hidden=(8,)).build((3, 4, 4), 5), lambda: torch.randn(6, 3, 4, 4)),
     "characters": (
@@ -369,8 +372,8 @@ def test_a_gradient_that_a_hook_of_the_user_changes_is_noticed():
     model = Two()
     model.body.weight.register_hook(lambda g: g * (torch.rand(4, 4) > 0.5))
     opt = natgrad.SPNGD(model, lr=0.01)
+    backward(model, points(8, 0))
     with pytest.warns(natgrad.NatgradWarning, match="body: its module's calls"):
-        backward(model, points(8, 0))
         opt.step()
 
 

@@ -127,6 +127,19 @@ def test_a_step_under_any_grad_mode(kind, mode):
     assert torch.equal(*ends)
 
 
+def transform(model, x):
+    params = {n: p.detach() for n, p in model.named_parameters()}
+
+    def call(p, v):
+        return torch.func.functional_call(model, p, (v,))
+
+    torch.func.vmap(lambda v: call(params, v))(x)
+    torch.func.grad(lambda p: call(p, x).sum())(params)
+    torch.func.vmap(torch.func.grad(lambda p, v: call(p, v).sum()), (None, 0))(params, x)
+    torch.func.jacrev(lambda v: call(params, v).sum(0))(x)
+    torch.func.jvp(lambda v: call(params, v), (x,), (torch.ones_like(x),))
+
+
 @every_optimizer
 def test_transforms_of_functions_see_no_hooks(kind):
     """vmap, grad, jvp and jacrev through a watched model between forward and backward change nothing."""
@@ -139,13 +152,7 @@ def test_transforms_of_functions_see_no_hooks(kind):
             x, y = points(16, k)
             out = model(x)
             if disturbed:
-                params = {n: p.detach() for n, p in model.named_parameters()}
-                call = lambda p, v: torch.func.functional_call(model, p, (v,))  # noqa: E731, B023
-                torch.func.vmap(lambda v: call(params, v))(x)
-                torch.func.grad(lambda p: call(p, x).sum())(params)
-                torch.func.vmap(torch.func.grad(lambda p, v: call(p, v).sum()), (None, 0))(params, x)
-                torch.func.jacrev(lambda v: call(params, v).sum(0))(x)
-                torch.func.jvp(lambda v: call(params, v), (x,), (torch.ones_like(x),))
+                transform(model, x)
             F.cross_entropy(out, y).backward()
             opt.step()
             opt.zero_grad()

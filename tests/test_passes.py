@@ -95,7 +95,7 @@ def test_a_loss_of_derivatives_of_the_network_is_refused(kind):
     (du,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     (du - x.cos()).square().mean().backward()
     start = weights(model)
-    with pytest.raises(ValueError, match="derivatives of the network.*double backward"):
+    with pytest.raises(ValueError, match=r"derivatives of the network.*double backward"):
         opt.step()
     assert torch.equal(weights(model), start)
 
@@ -302,7 +302,9 @@ def rows_by_autograd(model, losses):
     for loss in losses:
         for name, own in layers.items():
             found = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)
-            rows[name].append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(own, found)]))
+            rows[name].append(
+                torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(own, found)])
+            )
     return {name: torch.stack(own) for name, own in rows.items()}
 
 
@@ -327,7 +329,9 @@ def steps_of(model, opt, loss):
 
 
 def seng(model, **options):
-    return natgrad.SENG(model, **{"lr": 1.0, "momentum": 0.0, "damping": 0.1, "samples": None, "sketch": None, "refresh": 1, **options})
+    return natgrad.SENG(
+        model, **{"lr": 1.0, "momentum": 0.0, "damping": 0.1, "samples": None, "sketch": None, "refresh": 1, **options}
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -349,7 +353,11 @@ class Experts(nn.Module):
     def __init__(self, slices):
         super().__init__()
         self.slices = slices
-        self.a, self.experts, self.b = nn.Linear(4, 5), nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]), nn.Linear(5, 3)
+        self.a, self.experts, self.b = (
+            nn.Linear(4, 5),
+            nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x):
         h, first = torch.tanh(self.a(x)), len(x) // 3
@@ -516,7 +524,9 @@ def test_time_first_is_known_from_the_modules_or_told():
     assert opt.assumed.samples == 5
     norm = next(c for c in opt.cells if c.name == "0.norm2")
     losses = [F.cross_entropy(model(x[:, k : k + 1]).flatten(0, 1), y[:, k]) for k in range(5)]
-    u = torch.stack([torch.stack(torch.autograd.grad(loss, [layer.norm2.weight, layer.norm2.bias]), -1) for loss in losses])
+    u = torch.stack(
+        [torch.stack(torch.autograd.grad(loss, [layer.norm2.weight, layer.norm2.bias]), -1) for loss in losses]
+    )
     found = norm.kept()["columns"] * 5**0.5 / 7**0.5
     assert_close(found, u.flatten(1), **EXACT)
 
@@ -558,7 +568,7 @@ def test_layers_that_disagree_about_samples_are_named_once():
     model = Windows()
     opt = natgrad.SPNGD(model, lr=0.01, refresh=1)
     said = []
-    for k in range(3):
+    for _ in range(3):
         x = torch.randn(6, 2, 4)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -688,7 +698,7 @@ def test_what_cannot_be_drawn_is_refused_and_what_is_left_out_is_said():
     model = ActorCritic()
     opt = natgrad.KFAC(model, lr=0.1, fisher="sampled")
     logits, value = model(batch_of(0)[0])
-    with pytest.raises(ValueError, match='shape \\(16,\\).*likelihood="bernoulli"'):
+    with pytest.raises(ValueError, match=r'shape \(16,\).*likelihood="bernoulli"'):
         opt.sample(value)
     with pytest.raises(ValueError, match="got tuple: pass the logits, or a function"):
         opt.sample((logits, value))

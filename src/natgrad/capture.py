@@ -9,8 +9,8 @@ Several episodes before a step (micro-batches, the steps of a rollout, real and 
 Several backward passes through one episode (several losses, `retain_graph`) add up as their gradients do: while a graph
 is kept, a call waits for more.
 
-A backward pass counts for a layer only if it adds to the gradient of the layer's weight. If a gradient is cleared before
-the step, what had been measured of it goes too.
+A backward pass counts for a layer only if it adds to the gradient of the layer's weight. If a gradient is cleared
+before the step, what had been measured of it goes too.
 
 Everything is kept as sums over this rank; turning sums into means needs all samples of the step, known in `collect`.
 """
@@ -152,6 +152,7 @@ class Capture:
         self._waiting: dict[Call, None] = {}  # reached by a pass that keeps its graph, so more may come
         self._told: dict[Episode, tuple[int, Call, Tensor]] = {}  # gradients of outputs, by the pass they came with
         self._last: Episode | None = None  # that was reached
+        self._counted: set[int] = set()  # backward passes that count
         self._within: dict[int, int] = {}  # backward passes that run within others (reentrant checkpointing)
         self.discard()
 
@@ -188,7 +189,7 @@ class Capture:
             call.dy = None
         for episode in self._episodes:
             episode.forget()
-        self._episodes, self._waiting, self._told, self._within = [], {}, {}, {}
+        self._episodes, self._waiting, self._told, self._within, self._counted = [], {}, {}, {}, set()
         self._sums: dict[Key, Tensor] = {}
         self._weights: dict[Key, int] = {}
         self._rows: dict[Key, Sample] = {}
@@ -301,11 +302,17 @@ class Capture:
         if counts:
             seen = self._seen[call.index]
             seen.calls += 1
-            told = self._told.pop(call.episode, None)
-            if told is not None and told[0] == self._pass():
-                self._reach(told[1], told[2])
+            self._counted.add(self._pass())
+            self._hear(call.episode)
             seen.grown |= any(draw.grown for draw in call.episode.aligned.get(call.index, {}).values())
             self._reach(call, dy.detach())
+
+    def _hear(self, episode: Episode) -> None:
+        """Take in the gradient of an episode's output, if it came with a pass that counts."""
+        told = self._told.get(episode)
+        if told is not None and told[0] in self._counted:
+            del self._told[episode]
+            self._reach(told[1], told[2])
 
     def _pass(self) -> int:
         """The backward pass that runs now, the outermost one."""
@@ -457,6 +464,7 @@ class Capture:
 
     def _close(self, episode: Episode) -> None:
         """Turn an episode's parts into sums and rows."""
+        self._hear(episode)
         parts, episode.parts = episode.parts, defaultdict(list)
         if not parts:
             return
@@ -495,6 +503,8 @@ class Capture:
 
     def collect(self) -> Measured:
         """What was measured since the last `collect` or `discard`."""
+        for episode in list(self._told):
+            self._hear(episode)
         for call in list(self._waiting):
             dy, call.dy = call.dy, None
             assert dy is not None
@@ -536,7 +546,7 @@ def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
     base = x._base if x._is_view() else None
     if base is None or own >= batch or base.dim() < 1 or len(base) != batch or x.dim() < 1:
         return 0, own
-    stride = base.stride(0)
+    stride = int(base.stride(0))
     if x.stride(0) != stride or stride != max(base.stride()) or base.storage_offset() > x.storage_offset():
         return 0, own
     offset = (x.storage_offset() - base.storage_offset()) // max(stride, 1)
@@ -556,7 +566,7 @@ def samples_of(counts: Iterable[int]) -> int:
 
 
 def steepness(rows: Tensor, most: int = 256) -> Tensor:
-    """The largest sum of absolute values of some rows of logits' gradients, if they add up to zero as a softmax's do."""
+    """The largest sum of absolute values among some rows of gradients, if rows add up to zero, as a softmax's do."""
     some = promote(rows[:: max(1, len(rows) // most)])
     sizes = some.abs().sum(1)
     balanced = some.shape[1] > 1 and (some.sum(1).abs() <= 1e-2 * sizes).all()

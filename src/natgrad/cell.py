@@ -112,8 +112,16 @@ class Cell:
         return frozenset({key, f"{key}_inverse", *(f"{key}_{name}" for name in self.curvature.stored)})
 
     def lost(self, rank: int) -> bool:
-        """Whether this rank owns rows that have been measured, but were not in the state that it loaded."""
-        return self.by_rows and rank == self.owner and self.ready and self.keys[0] not in self.state()
+        """Whether this rank owns a curvature that has been measured, but was not in the state that it loaded.
+
+        Rows are then missing; an inverse is zero, as it was made, which the inverse of a damped matrix never is.
+        """
+        if rank != self.owner or not self.keys or not self.ready:
+            return False
+        state = self.state()
+        if self.by_rows:
+            return self.keys[0] not in state
+        return not all(bool(state[f"{key}_inverse"].any()) for key in self.keys)
 
     def forget(self) -> None:
         """Measure at the next step as if for the first time."""

@@ -104,4 +104,4 @@ def rounds_products(device: torch.device) -> bool:
     """Whether torch may round single precision to ten bits or fewer in products on this device."""
     if torch.get_float32_matmul_precision() != "highest":
         return True
-    return device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    return device.type == "cuda" and bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)

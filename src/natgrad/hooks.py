@@ -119,7 +119,7 @@ class End(Hook):
 
 def transformed() -> bool:
     """Whether a transform of torch.func is at work, whose tensors are not those of the pass."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
 
 
 def deposits(weight: Tensor) -> bool:

@@ -26,7 +26,6 @@ from natgrad.inversion import Inversion
 from natgrad.parallel import Parcel, World
 from natgrad.sampling import Sampler
 
-
 SEEN_BY_STEP, SEEN_BY_LAYER = 4, 7  # numbers in the sum by which ranks tell each other what they saw
 ELSEWHERE = (
     "its module's calls do not account for its gradient: the weight is changed before its use, used elsewhere too, "
@@ -204,8 +203,9 @@ class Preconditioner:
         """What all ranks saw, added up: one small sum."""
         layers = list(dict.fromkeys(index for index, _ in plan))
         own = [measured.samples, measured.predictions, float(measured.by == LOGITS), float(measured.by is not None)]
-        for key in plan:  # of rows, the samples of a rank that did not call the layer have gradients of zero
-            own.append(float(measured.weights.get(key, measured.samples if self.cells[key[0]].by_rows else 0)))
+        # of rows, the samples of a rank that did not call the layer have gradients of zero
+        idle = {key: measured.samples if self.cells[key[0]].by_rows else 0 for key in plan}
+        own += [float(measured.weights.get(key, idle[key])) for key in plan]
         for index in layers:
             seen = measured.seen.get(index, Seen())
             missed = seen.passes > 0 and not seen.agrees
@@ -218,7 +218,7 @@ class Preconditioner:
         last = None if measured.by in (None, LOGITS) else measured.by
         by = "rows of the model's output with a gradient" if of_output >= of_any / 2 and of_any else ""
         if not by and last is not None:
-            by = f"places of {self.cells[last].name or 'the model'} with a gradient"
+            by = f"rows of the output of {self.cells[last].name or 'the model'} with a gradient"
         return Found(samples, predictions, by or "no gradient was seen", last, weights, dict(zip(layers, rows)))
 
     def _unusable(self, found: Found) -> dict[int, str]:
@@ -263,12 +263,12 @@ class Preconditioner:
                 "prediction of each, pass predictions=1"
             )
         steep = measured.steepness / scale
-        if reduction == "mean" and not self.sampled and measured.predictions >= 16:
-            if steep * measured.predictions > 2 * measured.predictions**0.5:
-                told.append(
-                    "the loss looks like a sum over samples, not a mean: the gradients of the logits do not fall with "
-                    'their number. Pass reduction="sum", or divide the loss by it'
-                )
+        judged = reduction == "mean" and not self.sampled and measured.predictions >= 16
+        if judged and steep * measured.predictions > 2 * measured.predictions**0.5:
+            told.append(
+                "the loss looks like a sum over samples, not a mean: the gradients of the logits do not fall with "
+                'their number. Pass reduction="sum", or divide the loss by it'
+            )
         return told
 
     def doubts(self) -> list[str]:
@@ -319,9 +319,7 @@ class Preconditioner:
         self.assumed = Assumed(self.samples, means, by)
         return means if means > 0 else 1.0
 
-    def _parcel(
-        self, key: Key, measured: Measured, found: Found, scale: float, reduction: str, means: float
-    ) -> Parcel:
+    def _parcel(self, key: Key, measured: Measured, found: Found, scale: float, reduction: str, means: float) -> Parcel:
         """A rank's share of a mean over all ranks' samples."""
         cell = self.cells[key[0]]
         moment = next(m for m in cell.curvature.statistics if m.key == key[1])

@@ -71,7 +71,7 @@ class Aligned:
     not what the first one drew.
     """
 
-    def __init__(self, draw: Picked):
+    def __init__(self, draw: Draw):
         self.draw, self.total, self.grown = draw, 0, False
         self.chosen: Tensor | None = None  # of all samples; None: all of them
 
@@ -87,7 +87,7 @@ class Window(Draw):
     def __init__(self, aligned: Aligned, offset: int, total: int):
         self.aligned, self.offset, self.total, self.before = aligned, offset, total, 0
 
-    def __call__(self, own: int, wanted: int) -> Tensor | None:
+    def __call__(self, total: int, wanted: int) -> Tensor | None:
         aligned = self.aligned
         chosen = aligned.draw(max(self.total, aligned.total), wanted)
         aligned.grown |= self.total > aligned.total and chosen is not None
@@ -95,12 +95,12 @@ class Window(Draw):
         if chosen is None:
             self.before = self.offset
             return None
-        if own == max(self.total, aligned.total):
+        if total == max(self.total, aligned.total):
             return chosen
         self.before = int((chosen < self.offset).sum())
-        return chosen[(chosen >= self.offset) & (chosen < self.offset + own)] - self.offset
+        return chosen[(chosen >= self.offset) & (chosen < self.offset + total)] - self.offset
 
-    def every(self, own: int, wanted: int) -> slice | None:
+    def every(self, total: int, wanted: int) -> slice | None:
         aligned = self.aligned
         chosen = aligned.draw.every(max(self.total, aligned.total), wanted)
         aligned.grown |= self.total > aligned.total and chosen is not None

@@ -190,7 +190,7 @@ class Conv(Layer):
         else:
             maps = (weight @ grouped.flatten(3)).unflatten(3, x.shape[2:])  # [n, b, t, pixels]
         maps = self._padded(maps.flatten(1, 2)).unflatten(1, (self.groups, taps))
-        sizes = [(l - d * (k - 1) - 1) // s + 1 for l, (k, s, _, _, d) in zip(maps.shape[3:], self.geometry)]
+        sizes = [(size - d * (k - 1) - 1) // s + 1 for size, (k, s, _, _, d) in zip(maps.shape[3:], self.geometry)]
         total: Tensor | None = None
         for t, tap in enumerate(itertools.product(*(range(k) for k in self.kernel))):
             places = [

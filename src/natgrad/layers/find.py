@@ -35,7 +35,7 @@ def find_layers(
     where samples are in inputs of several dimensions, for all layers or by the names of modules and what is inside
     them; None: 1 inside of modules with `batch_first=False`, else 0.
     """
-    dims = dict.fromkeys(("",), batch_dim) if isinstance(batch_dim, int) else dict(batch_dim or {})
+    dims: dict[str, int] = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim or {})
     known = {name for name, _ in model.named_modules()}
     if missing := sorted(dims.keys() - known):
         raise ValueError(f"batch_dim={dict(batch_dim)!r}: the model has no module {missing[0]!r}")  # type: ignore[arg-type]

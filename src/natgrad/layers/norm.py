@@ -205,7 +205,16 @@ class BatchNorm(Norm):
     def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
         wanted = [False, True, True]
         found = torch.ops.aten.native_batch_norm_backward(
-            dy, looked.x.to(dy.dtype), self.module.weight, None, None, looked.mean, looked.scale, True, self.module.eps, wanted
+            dy,
+            looked.x.to(dy.dtype),
+            self.module.weight,
+            None,
+            None,
+            looked.mean,
+            looked.scale,
+            True,
+            self.module.eps,
+            wanted,
         )
         return found[1], found[2]
 

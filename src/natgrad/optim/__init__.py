@@ -14,8 +14,8 @@ from natgrad.optim.blocks import LayerBlocks, kfac_blocks, spngd_blocks
 from natgrad.optim.checks import NatgradWarning
 from natgrad.optim.fallback import Adam, adam
 from natgrad.optim.kfac import KFAC
-from natgrad.optim.likelihoods import Bernoulli, Categorical, Normal
 from natgrad.optim.lengths import PredictedChange, plain, predicted_change, trust
+from natgrad.optim.likelihoods import Bernoulli, Categorical, Normal
 from natgrad.optim.metrics import DiagonalBFGS, Metric, SecondMoment
 from natgrad.optim.nlcg import NLCG
 from natgrad.optim.rules import Momentum, corrected, heavy_ball, tied

@@ -30,16 +30,16 @@ from natgrad.optim.coverage import count_preconditioned
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.lengths import Keeps, Length, layerwise
+from natgrad.optim.likelihoods import Likelihood, draw_labels
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule, takes_loose
 from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
-from natgrad.optim.likelihoods import Likelihood, draw_labels
 from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World, uneven
-from natgrad.preconditioner import TWICE, Preconditioner, Step
+from natgrad.preconditioner import TWICE, Preconditioner, Step, shortened
 from natgrad.staleness import Every, Staleness
 
 PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
@@ -355,7 +355,10 @@ class SecondOrder(Views, Optimizer):
         self._rebuild(whole_by_parameter(self))
         fresh = {k for k, cell in enumerate(self.cells) if trained.isdisjoint(cell.layer.parameters)}
         here = torch.tensor(
-            [float(k in fresh and any(p.grad is not None for p in c.layer.parameters)) for k, c in enumerate(self.cells)]
+            [
+                float(k in fresh and any(p.grad is not None for p in c.layer.parameters))
+                for k, c in enumerate(self.cells)
+            ]
         )
         self.world.max([here], "scalars")
         present = [bool(h) for h in here]
@@ -364,7 +367,7 @@ class SecondOrder(Views, Optimizer):
     def _look_after(self, found: Step, present: list[bool], halves: Sequence[bool], step: int) -> list[bool]:
         """Layers that cannot go on with their curvature become loose; those not in use wait. Returns `present` anew."""
         engine = self.engine
-        for k, called in found.unseen.items():
+        for k in found.unseen:
             if not present[k]:
                 engine.sleep(k)
             elif engine.cells[k].ready:
@@ -373,9 +376,10 @@ class SecondOrder(Views, Optimizer):
             asleep = any(cell.clock(m.key)[0] >= DORMANT for m in cell.curvature.statistics)
             if asleep and present[k] and k not in found.unseen:
                 engine.wake(k, step + 1)
-        never = NOT_SAMPLED if self.sampled else NEVER_CALLED
         whys = {k: HALF_FROZEN for k, half in enumerate(halves) if half} | found.astray
-        whys |= {k: never for k, called in found.unseen.items() if present[k] and not called and not self.cells[k].ready and found.astray.get(k) != TWICE}
+        for k, called in found.unseen.items():
+            if present[k] and not called and not self.cells[k].ready and found.astray.get(k) != TWICE:
+                whys[k] = NOT_SAMPLED if self.sampled else NEVER_CALLED
         for k, cell in enumerate(self.cells):
             times, why = engine.drops.get(cell.name, (0, ""))
             if k in whys or times < WARNED:
@@ -481,7 +485,7 @@ class SecondOrder(Views, Optimizer):
                     rows = {k: v.to(weight.device) for k, v in before.get(weight, {}).items() if k in cell.row_names}
                     fresh[weight] |= rows
             self.state.clear()
-            self.state.update(fresh)
+            self.state.update(fresh)  # type: ignore[arg-type]
             old = self.engine
             self.engine = self._engine(cells, predictions)
             for name in ("judged", "local", "seconds", "retries", "dropped", "samples", "assumed"):
@@ -511,14 +515,23 @@ class SecondOrder(Views, Optimizer):
         self.state.clear()
         self.state.update(fresh)
         self._forget()
+        self.gradients.loaded = True
+        lost = [cell.name for cell in self.cells if not cell.by_rows and cell.lost(self.world.rank)]
+        if lost:
+            self.say(
+                f"the state that was loaded has no curvature of {shortened(lost)}, which this rank owns (a checkpoint "
+                "of one rank's part, as full_state_dict=True makes it of plain tensors): it is measured again, and "
+                "momentum begins anew. Save gather_state_dict(), or a torch.distributed.checkpoint of shards",
+                "lost",
+            )
         self.engine.arm(self._steps() + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The state that this rank holds. On several ranks that is a part: `gather_state_dict()` is whole."""
         if self.world.size > 1 and self.world.owners:
             self.say(
-                "state_dict() holds this rank's part of the state: save gather_state_dict(), which all ranks call, or a "
-                "torch.distributed.checkpoint of all ranks",
+                "state_dict() holds this rank's part of the state: save gather_state_dict(), which all ranks call, or "
+                "a torch.distributed.checkpoint of all ranks",
                 "state_dict",
             )
         return super().state_dict()

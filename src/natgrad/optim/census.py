@@ -41,7 +41,9 @@ class Census:
     def unfrozen(self) -> bool:
         """Whether parameters that were frozen when the census was taken are to train now."""
         return any(
-            not known.trained and known.parameter.requires_grad and (self.scope is None or known.parameter in self.scope)
+            not known.trained
+            and known.parameter.requires_grad
+            and (self.scope is None or known.parameter in self.scope)
             for _, _, entries in self.entries
             for known in entries
         )
@@ -66,7 +68,7 @@ class Census:
                 told += self._strangers()
             for known in entries:
                 now = own.get(known.key)
-                if now is not known.parameter:
+                if now is None or now is not known.parameter:
                     self._replaced(known)
                 elif now.dtype is not known.dtype or now.device != known.device:
                     self._moved(known, now)

@@ -65,13 +65,14 @@ def batch_dims(value: Any) -> None:
             raise ValueError(f"batch_dim={value!r}: give the dimension of samples (0 or more), or {{module name: it}}")
 
 
-def scope_of(params: Sequence[Any]) -> dict[nn.Parameter, int]:
+def scope_of(params: Sequence[Any]) -> dict[Any, int]:
     """The group of every parameter that `params=` names, frozen ones too."""
     groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-    scope: dict[nn.Parameter, int] = {}
+    scope: dict[Any, int] = {}
     for place, group in enumerate(groups):
-        own = group["params"]
-        scope |= dict.fromkeys([own] if isinstance(own, Tensor) else list(own), place)
+        own: Any = group["params"]
+        for parameter in [own] if isinstance(own, Tensor) else list(own):
+            scope[parameter] = place
     return scope
 
 

@@ -50,7 +50,14 @@ class CoverageTable(list):
     def __str__(self) -> str:
         head = ("layer", "curvature", "weights", "bytes", "owner", "why")
         cells = [
-            (row.layer or "(the model)", row.curvature, f"{row.parameters:,}", f"{row.bytes:,}", str(row.owner), row.why)
+            (
+                row.layer or "(the model)",
+                row.curvature,
+                f"{row.parameters:,}",
+                f"{row.bytes:,}",
+                str(row.owner),
+                row.why,
+            )
             for row in self
         ]
         widths = [max(len(row[k]) for row in (head, *cells)) for k in range(len(head))]

@@ -31,6 +31,7 @@ class Gradients:
         self.mode = world.gradients if world.size > 1 else "averaged"
         self.reduced = False
         self.active = world.size  # ranks that have a batch
+        self.loaded = False  # a state was loaded: some of it may be missing
         self.overlap: Overlap | None = None
 
     def begin_early(self, cells: Sequence[Cell]) -> None:
@@ -88,7 +89,8 @@ class Gradients:
         here = [any(grad_of(p) is not None for p in c.layer.parameters) for c in cells]
         frozen = [[not p.requires_grad for p in c.layer.parameters] for c in cells]
         halves = [any(own) and not all(own) for own in frozen]
-        lost = [c.lost(self.world.rank) for c in cells] if any(c.by_rows for c in cells) else []
+        lost = [(c.by_rows or self.loaded) and c.lost(self.world.rank) for c in cells]
+        self.loaded = False
         flags = torch.tensor([float(bad), *map(float, (*here, *halves, *lost))], dtype=torch.float64)
         self.world.max([flags], "scalars")
         if flags[0] > 0:

@@ -1,7 +1,7 @@
 """Labels drawn from a model's own prediction, for the true Fisher (SP-NGD section 3.2: one Monte Carlo sample).
 
-The Fisher of a model is the curvature of -log p(y | output) with y drawn from p. What p is, the loss decides: cross
-entropy is a categorical distribution, a squared error a normal one, a binary cross entropy with logits a Bernoulli distribution.
+The Fisher of a model is the curvature of -log p(y | output) with y drawn from p. The loss decides what p is: cross
+entropy means a categorical distribution, a squared error a normal one, binary cross entropy with logits a Bernoulli.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Normal:
         return (mean - target).square() / (2 * self.variance)
 
 
-LIKELIHOODS: dict[str, Likelihood] = {made.name: made for made in (Categorical(), Bernoulli(), Normal())}
+LIKELIHOODS: dict[str, Any] = {made.name: made for made in (Categorical(), Bernoulli(), Normal())}
 
 
 def draw_labels(

@@ -110,7 +110,11 @@ class NLCG(SecondOrder):
         """What groups may say: no momentum, no damping where nothing is damped, one lr for one length."""
         for group in self.param_groups:
             if group["momentum"]:
-                cycled = " (OneCycleLR and CyclicLR set it: pass them cycle_momentum=False)" if "base_momentum" in group else ""
+                cycled = (
+                    " (OneCycleLR and CyclicLR set it: pass them cycle_momentum=False)"
+                    if "base_momentum" in group
+                    else ""
+                )
                 raise ValueError(
                     f"momentum={group['momentum']} in a group{cycled}: NLCG's {REFUSED['momentum']}; leave it out"
                 )

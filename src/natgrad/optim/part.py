@@ -39,7 +39,10 @@ class Part:
             return vector * one
         packed = [
             step.layer.pack(
-                [torch.full_like(real(p.detach()), rate, dtype=vector.dtype) for p, rate in zip(step.layer.parameters, row)]
+                [
+                    torch.full_like(real(p.detach()), rate, dtype=vector.dtype)
+                    for p, rate in zip(step.layer.parameters, row)
+                ]
             )
             for step, row in zip(self.steps, numbers)
         ]

@@ -37,8 +37,9 @@ def minimum(
 ) -> float:
     """The factor on d = -parts at which the model of the loss is least, the same on every rank.
 
-    decays: each parameter's weight_decay. fall: -g.d. summed: the loss is a sum over a rank's samples, not a mean.
-    forward: None on a rank that has run out of batches. predictions: so many of a sample does the mean loss average; None: all places of its logits.
+    forward: None on a rank that has run out of batches. decays: each parameter's weight_decay. fall: -g.d. summed: the
+    loss is a sum over a rank's samples, not a mean. predictions: so many of a sample does the mean loss average; None:
+    all places of its logits.
     """
     check_precision(parts)
     bent, length = torch.zeros(3, dtype=torch.float64), norm(parts.values())

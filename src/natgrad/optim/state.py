@@ -109,7 +109,7 @@ def _like(value: Any, mine: Any) -> Any:
 
 
 def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:
-    """Every parameter's state as its owner holds it, on every rank, by the parameter's number. All ranks must call it."""
+    """Every parameter's state as its owner holds it, on every rank, by number. All ranks must call it."""
     whole = whole_by_parameter(optimizer)
     return {k: whole[p] for k, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
 

@@ -1,6 +1,6 @@
 """Ranks that run out of batches before others: torch's Join context, in which they go on with steps of nothing.
 
-    with torch.distributed.algorithms.join.Join([model, optimizer]):  # the model only if DistributedDataParallel wraps it
+    with torch.distributed.algorithms.join.Join([model, optimizer]):  # the model only where it is wrapped (DDP)
         for batch in batches_of_this_rank: ...
 
 A rank that has left the loop takes part in the others' steps, without gradients and samples, until all are done. An

@@ -79,7 +79,9 @@ class World:
         if group is None:
             opened = dist.is_available() and dist.is_initialized()
             if not opened and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-                raise ValueError(NO_GROUP.format(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no process group is open"))
+                raise ValueError(
+                    NO_GROUP.format(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no process group is open")
+                )
             group = Processes() if opened else Alone()
         elif isinstance(group, dist.ProcessGroup):
             group = Processes(group)
@@ -94,9 +96,9 @@ class World:
 
     def check(self) -> None:
         """Refuse to go on alone where a process group has been opened since."""
-        if self._default and isinstance(self.transport, Alone) and dist.is_available() and dist.is_initialized():
-            if dist.get_world_size() > 1:
-                raise ValueError(NO_GROUP.format("the process group was opened after the optimizer was built"))
+        alone = self._default and isinstance(self.transport, Alone) and dist.is_available()
+        if alone and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(NO_GROUP.format("the process group was opened after the optimizer was built"))
 
     @property
     def join_group(self) -> Any:

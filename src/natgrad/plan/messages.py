@@ -70,10 +70,9 @@ class Step:
 
     def _curved(self, optimizer: SecondOrder, fresh: bool) -> None:
         cells = optimizer.cells
-        by_rows = any(c.by_rows for c in cells)
         parameters = [p for c in cells for p in c.layer.parameters]
         keys = [(c, m.key) for c in cells for m in c.curvature.statistics]
-        self._numbers(1 + len(cells) * (2 + by_rows))  # finite? who has a gradient, is half frozen, has lost rows
+        self._numbers(1 + 3 * len(cells))  # finite? who has a gradient, is half frozen, has lost its curvature
         if fresh and keys and self.world.gradients == "auto":
             self._numbers(2)
             self._numbers(2 * marks(parameters))
