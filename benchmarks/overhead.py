@@ -8,6 +8,7 @@ shuffled order, and the table gives medians over rounds:
 
     inside  1 + (seconds inside natgrad) / (SGD's step): steadier, as forward and backward passes cancel
     whole   the whole step over SGD's, in wall and in CPU time
+    check   the share of a measuring step that its checksums take (natgrad/checksum.py)
 
 The row of default steps is a run from the first step on, in blocks between blocks of SGD, and gives the mean step and
 the share of all statistics that were measured in a step. How often that is depends on what is learnt: patterns stand
@@ -70,11 +71,12 @@ PROFILES = {
 
 
 class Spent(NamedTuple):
-    """Seconds of one step: on the clock, of the processor, and inside natgrad."""
+    """Seconds of one step: on the clock, of the processor, inside natgrad, and of that in checksums."""
 
     wall: float
     cpu: float
     inside: float
+    check: float = 0.0
 
 
 class Row(NamedTuple):
@@ -88,6 +90,7 @@ class Row(NamedTuple):
     whole_cpu: float
     measured: float | None = None
     state: int | None = None  # bytes of the optimizer's state on the one rank
+    check: float | None = None  # the share of the step that checksums take
 
 
 class Contender:
@@ -101,13 +104,14 @@ class Contender:
 
     def step(self, images: Tensor, labels: Tensor) -> Spent:
         """Take one step."""
-        before = self.inside()
+        before, checked = self.inside(), self.checks()
         wait(images)
         wall, cpu = time.perf_counter(), time.process_time()
         self.optimizer.zero_grad()
         self.optimizer.step(lambda: self.loss(images, labels))  # which NLCG wants to know
         wait(images)
-        return Spent(time.perf_counter() - wall, time.process_time() - cpu, self.inside() - before)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return Spent(wall, cpu, self.inside() - before, self.checks() - checked)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         value = cross_entropy(self.model(images), labels)
@@ -116,6 +120,9 @@ class Contender:
 
     def inside(self) -> float:
         return sum(getattr(self.optimizer, "seconds", {}).values())
+
+    def checks(self) -> float:
+        return getattr(self.optimizer, "seconds", {}).get("checksum", 0.0)
 
     def state(self) -> int:
         """Bytes of the optimizer's tensors."""
@@ -193,6 +200,7 @@ def row(name: str, taken: Spent, base: Spent) -> Row:
         inside=1 + taken.inside / base.wall,
         whole=taken.wall / base.wall,
         whole_cpu=taken.cpu / base.cpu,
+        check=taken.check / taken.wall,
     )
 
 
@@ -210,11 +218,12 @@ def images_of(case: Case) -> str:
 def show(case: Case, rows: list[Row]) -> None:
     shape = f"channels {'last' if case.channels_last else 'first'}, {images_of(case)}"
     print(f"\nResNet-{case.depth}, batch {case.batch}, {case.device}, {case.threads} thread(s), {shape}")
-    print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}{'state':>14}")
+    print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}{'check':>8}{'state':>14}")
     for r in rows:
         share = "" if r.measured is None else f"   {r.measured:.1%} measured a step"
         share += "" if r.state is None else f"{r.state / 2**20:10.1f} MiB"
-        numbers = f"{r.wall:9.1f}{r.within:11.1f}{r.inside:14.3f}{r.whole:8.3f}{r.whole_cpu:11.3f}"
+        check = "" if r.check is None else f"{r.check:8.1%}"
+        numbers = f"{r.wall:9.1f}{r.within:11.1f}{r.inside:14.3f}{r.whole:8.3f}{r.whole_cpu:11.3f}{check}"
         print(f"{r.name:24}{numbers}{share}", flush=True)
 
 

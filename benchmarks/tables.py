@@ -81,10 +81,12 @@ def overhead(results: dict[str, Any], which: str | None) -> str:
         for row in case["rows"]:
             numbers = [f"{row[name]:.1f}" for name in ("wall", "within")]
             numbers += [f"{row[name]:.3f}" for name in ("inside", "whole", "whole_cpu")]
+            check = f"{row['check']:.1%}" if row.get("check") else ""
             measured = "" if row.get("measured") is None else f"{row['measured']:.1%}"
             state = "" if row.get("state") is None else f"{row['state'] / 2**20:.1f}"
-            rows.append([row["name"], *numbers, measured, state])
-        head = ["", "ms", "inside, ms", "1 + inside / SGD", "whole", "whole, CPU", "measured a step", "state, MiB"]
+            rows.append([row["name"], *numbers, check, measured, state])
+        ratios = ["1 + inside / SGD", "whole", "whole, CPU"]
+        head = ["", "ms", "inside, ms", *ratios, "checksums", "measured a step", "state, MiB"]
         parts.append(f"{title}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 

@@ -18,6 +18,7 @@ Everything is kept as sums over this rank; turning sums into means needs all sam
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -134,7 +135,8 @@ class Capture:
         self.watches: dict[int, Watch] = {}
         self.sampler = Sampler(0, 0, 0, 1.0)
         self.seed = seed
-        self.seconds = 0.0
+        self.seconds = 0.0  # in hooks, without
+        self.checking = 0.0  # the checksum
         self.edges: list[Any] | None = None  # with sampled labels: where watched outputs enter the graph
         self.inside = False  # the backward pass of sampled labels is running
         self.drawn: float | None = None  # the predictions in it
@@ -241,7 +243,8 @@ class Capture:
             call = Call(index, episode, own, places, samples, offset, dim, task)
             x = x.detach()
             if watch:
-                call.looked = self._checksum(index).look(x, output)
+                with self._timed():
+                    call.looked = self._checksum(index).look(x, output)
                 draws = self._draws(index, episode, call, x.device)
                 moved = x.movedim(dim, 0)
                 kept = output if dim == 0 else None
@@ -297,7 +300,7 @@ class Capture:
                 self._within[inner] = call.task
             self._turn(self._pass(), call.episode)
             if call.looked is not None:
-                with calm(dy.device):
+                with self._timed(), calm(dy.device):
                     self._checks[call.index].claim(call.looked, dy.detach(), call.own * call.places)
         if counts:
             seen = self._seen[call.index]
@@ -328,8 +331,17 @@ class Capture:
         self.drew = False
         self._turn(self._pass(), None)
         self._seen[index].passes += place == 0
-        with calm(gradient.device):
+        with self._timed(), calm(gradient.device):
             self._checksum(index).deposit(place, gradient.detach())
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """What is spent inside is the checksum's."""
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        self.checking += spent
+        self.seconds -= spent
 
     def _checksum(self, index: int) -> Checksum:
         check, layer = self._checks.get(index), self.layers[index]
@@ -549,7 +561,7 @@ def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
     stride = int(base.stride(0))
     if x.stride(0) != stride or stride != max(base.stride()) or base.storage_offset() > x.storage_offset():
         return 0, own
-    offset = (x.storage_offset() - base.storage_offset()) // max(stride, 1)
+    offset = int(x.storage_offset() - base.storage_offset()) // max(stride, 1)
     return (offset, batch) if offset + own <= batch else (0, own)
 
 

@@ -162,7 +162,7 @@ class Preconditioner:
         self.share = len(plan) / max(total, 1)
         if not plan:
             return Step({}, {})
-        self.seconds["measure"] = self.capture.seconds
+        self.seconds |= {"measure": self.capture.seconds, "checksum": self.capture.checking}
         measured = self.capture.collect()
         with self.timed("messages"):
             found = self._exchange(plan, measured)
