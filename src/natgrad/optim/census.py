@@ -12,14 +12,15 @@ REBUILD = "call optimizer.rebuild()"
 
 
 class Known(NamedTuple):
-    """A parameter where it was found."""
+    """A parameter, and where it was found."""
 
-    name: str
+    owner: nn.Module
     key: str
     parameter: nn.Parameter
     dtype: torch.dtype
     device: torch.device
     trained: bool
+    name: str
 
 
 class Census:
@@ -28,25 +29,20 @@ class Census:
     def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter], scope: Collection[nn.Parameter] | None):
         self.model, self.scope = model, scope
         ours = set(trained)
-        self.modules = [(name, module, tuple(module._modules.values())) for name, module in model.named_modules()]
-        self.entries = [
-            (module, len(module._parameters), self._known(name, module, ours)) for name, module, _ in self.modules
+        found = list(model.named_modules())
+        self.sizes = [(m, len(m._modules), len(m._parameters)) for _, m in found]
+        self.children = [(m, key, child) for _, m in found for key, child in m._modules.items()]
+        self.known = [
+            Known(m, key, p, p.dtype, p.device, p in ours, f"{name}.{key}".lstrip("."))
+            for name, m in found
+            for key, p in m._parameters.items()
+            if p is not None
         ]
-
-    @staticmethod
-    def _known(name: str, module: nn.Module, ours: set[nn.Parameter]) -> list[Known]:
-        pairs = [(key, p) for key, p in module._parameters.items() if p is not None]
-        return [Known(f"{name}.{key}".lstrip("."), key, p, p.dtype, p.device, p in ours) for key, p in pairs]
+        self.resting = [k.parameter for k in self.known if not k.trained and (scope is None or k.parameter in scope)]
 
     def unfrozen(self) -> bool:
         """Whether parameters that were frozen when the census was taken are to train now."""
-        return any(
-            not known.trained
-            and known.parameter.requires_grad
-            and (self.scope is None or known.parameter in self.scope)
-            for _, _, entries in self.entries
-            for known in entries
-        )
+        return any(p.requires_grad for p in self.resting)
 
     def changes(self) -> list[str]:
         """What trains unlike its user may think, one line each.
@@ -55,50 +51,38 @@ class Census:
             ValueError: for a parameter of this optimizer that is no longer the model's, or that has moved.
 
         """
-        told: list[str] = []
-        for _, module, children in self.modules:
-            if len(module._modules) != len(children) or any(
-                a is not b for a, b in zip(module._modules.values(), children)
-            ):
-                told += self._strangers()
-                break
-        for module, count, entries in self.entries:
-            own = module._parameters
-            if len(own) != count:
-                told += self._strangers()
-            for known in entries:
-                now = own.get(known.key)
-                if now is None or now is not known.parameter:
-                    self._replaced(known)
-                elif now.dtype is not known.dtype or now.device != known.device:
-                    self._moved(known, now)
-        return list(dict.fromkeys(told))
+        for owner, key, parameter, dtype, device, trained, _ in self.known:
+            now = owner._parameters.get(key)
+            if trained and (now is not parameter or parameter.dtype is not dtype or parameter.device != device):
+                return self._told()
+        for module, children, parameters in self.sizes:
+            if len(module._modules) != children or len(module._parameters) != parameters:
+                return self._told()
+        for module, key, child in self.children:
+            if module._modules.get(key) is not child:
+                return self._told()
+        return []
 
-    def _strangers(self) -> list[str]:
-        """Parameters of the model that are new; refuses where one of ours is no longer there."""
+    def _told(self) -> list[str]:
         here = dict(self.model.named_parameters())
-        known = {id(entry.parameter) for _, _, entries in self.entries for entry in entries}
         present = {id(p) for p in here.values()}
-        for _, _, entries in self.entries:
-            for entry in entries:
-                if entry.trained and id(entry.parameter) not in present:
-                    self._replaced(entry)
+        for known in self.known:
+            if not known.trained:
+                continue
+            if id(known.parameter) not in present or known.owner._parameters.get(known.key) is not known.parameter:
+                raise ValueError(
+                    f"{known.name} is no longer the parameter that this optimizer was built with (replaced, removed or "
+                    f"parametrised since): {REBUILD}, or build the optimizer after changing the model"
+                )
+            if known.parameter.dtype is not known.dtype or known.parameter.device != known.device:
+                raise ValueError(
+                    f"{known.name} was {known.dtype} on {known.device} when the optimizer was built and is "
+                    f"{known.parameter.dtype} on {known.parameter.device} now: {REBUILD}, or build the optimizer after "
+                    "moving the model"
+                )
+        before = {id(known.parameter) for known in self.known}
         return [
             f"{name} was added to the model after the optimizer was built and does not train: {REBUILD}"
             for name, p in here.items()
-            if id(p) not in known and p.requires_grad and self.scope is None
+            if id(p) not in before and p.requires_grad and self.scope is None
         ]
-
-    def _replaced(self, known: Known) -> None:
-        if known.trained:
-            raise ValueError(
-                f"{known.name} is no longer the parameter that this optimizer was built with (replaced, removed or "
-                f"parametrised since): {REBUILD}, or build the optimizer after changing the model"
-            )
-
-    def _moved(self, known: Known, now: nn.Parameter) -> None:
-        if known.trained:
-            raise ValueError(
-                f"{known.name} was {known.dtype} on {known.device} when the optimizer was built and is {now.dtype} on "
-                f"{now.device} now: {REBUILD}, or build the optimizer after moving the model"
-            )
