@@ -218,7 +218,8 @@ def images_of(case: Case) -> str:
 def show(case: Case, rows: list[Row]) -> None:
     shape = f"channels {'last' if case.channels_last else 'first'}, {images_of(case)}"
     print(f"\nResNet-{case.depth}, batch {case.batch}, {case.device}, {case.threads} thread(s), {shape}")
-    print(f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}{'check':>8}{'state':>14}")
+    head = f"{'':24}{'ms':>9}{'inside ms':>11}{'1+inside/SGD':>14}{'whole':>8}{'whole CPU':>11}"
+    print(f"{head}{'check':>8}{'state':>14}")
     for r in rows:
         share = "" if r.measured is None else f"   {r.measured:.1%} measured a step"
         share += "" if r.state is None else f"{r.state / 2**20:10.1f} MiB"

@@ -128,7 +128,7 @@ def test_a_layer_whose_statistics_cannot_be_used_says_so_and_then_trains_by_the_
         opt.zero_grad()
         (1e-15 * F.cross_entropy(model(x), y)).backward()
         said.append([str(w.message) for w in said_by(opt.step)])
-    told = [(k, text) for k, texts in enumerate(said) for text in texts]
+    told = [(k, text) for k, texts in enumerate(said) for text in texts if text.startswith("side")]
     assert [k for k, _ in told] == [1, 4]
     assert told[0][1].startswith("side: its statistics are not finite")
     assert "5 times in a row; so without curvature (adam)" in told[1][1]

@@ -59,8 +59,11 @@ class Seen:
     agrees: bool = True  # the checksum
     twice: bool = False  # a pass that can be differentiated again went through it
     samples: int = 0  # the leading dimensions of its calls, added up over episodes
-    once: bool = False  # it was called with one sample in an episode of many
+    once: bool = False  # it was called with one row in an episode of many samples, or with places for tokens
     grown: bool = False  # its calls saw ever more samples, of which some are to be chosen
+    missed: bool = False  # a backward pass went through it and did not reach its weight
+    deep: bool = False  # its input has more than one dimension that could be that of samples
+    again: bool = False  # it was called more than once outside of the model
 
 
 class Measured(NamedTuple):
@@ -81,7 +84,10 @@ class Episode:
     """One forward pass: what its layers' calls handed in, and how many samples each layer saw."""
 
     number: int
+    outside: bool = False  # of layers that are called on their own
     first: int = 0  # samples of the first call
+    rows: int = 0  # of the model's output
+    sampled: bool = False  # labels were drawn for it
     aligned: dict[int, dict[str, Aligned]] = field(default_factory=dict)  # draws of each layer's calls
     made: Counter[int] = field(default_factory=Counter)  # calls
     counts: dict[int, int] = field(default_factory=dict)  # samples of the calls that were reached, last layer first
@@ -113,9 +119,12 @@ class Call:
     samples: int = 0
     offset: int = 0
     dim: int = 0  # of the samples
+    form: str = ""  # of the model's output: predictions are its "rows", all but the "last" dimension, or "elements"
     task: int = -1
     kept: list[tuple[Statistic, Any, Draw]] = field(default_factory=list)
     looked: Any = None
+    deep: bool = False  # its input has more than one dimension that could be that of samples
+    positions: Any = False  # its input counts 0, 1, 2, ..., as places do and samples do not
     dy: Tensor | None = None
 
 
@@ -139,12 +148,13 @@ class Capture:
         self.checking = 0.0  # the checksum
         self.edges: list[Any] | None = None  # with sampled labels: where watched outputs enter the graph
         self.inside = False  # the backward pass of sampled labels is running
-        self.drawn: float | None = None  # the predictions in it
+        self.drawn = 0.0  # the predictions for which labels were drawn
         self.drew = False  # labels were drawn, and no gradient has come since
-        self.forward: dict[int, int] = {}  # samples of each layer in the forward pass
+        self._twice = False  # for a forward pass for which labels had been drawn before
         self.judged: Judge | None = None  # where rows are weighed by the gradients of the logits
         self._checks: dict[int, Checksum] = {}
         self._handles: list[Any] = []
+        self._hooked: set[tuple[int, int]] = set()  # parameters with a hook: a layer, and a place among its parameters
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._depth = 0  # calls of the model within each other
         self._inner: Episode | None = None  # of the model's call that is under way
@@ -165,16 +175,20 @@ class Capture:
     def arm(self, watches: Mapping[int, Watch], sampler: Sampler) -> None:
         """Watch until `disarm`. All layers count samples; those in `watches` are measured."""
         self.watches, self.sampler = dict(watches), sampler
-        if self.armed:
-            return
+        self._depth, self._inner = 0, None  # an interrupt may have ended a forward pass unseen
+        armed = self.armed
         for index, layer in enumerate(self.layers):
             if isinstance(layer, Loose):
                 continue  # nothing to read, and its module may take what it likes
-            hook = LayerHook(self, index)  # before the user's own, which may change the output
-            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             for place, parameter in enumerate(layer.parameters):
-                if parameter.requires_grad:
+                if parameter.requires_grad and (index, place) not in self._hooked:  # it may have been frozen before
                     self._handles.append(parameter.register_hook(Deposit(self, index, place)))
+                    self._hooked.add((index, place))
+            if not armed:
+                hook = LayerHook(self, index)  # before the user's own, which may change the output
+                self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        if armed:
+            return
         if (model := self.model()) is not None:
             self._handles.append(model.register_forward_pre_hook(Begin(self), prepend=True))
             self._handles.append(model.register_forward_hook(End(self), always_call=True))
@@ -183,15 +197,18 @@ class Capture:
     def disarm(self) -> None:
         """Remove every hook."""
         _remove(self._handles)
+        self._hooked.clear()
         self._depth, self._inner = 0, None
 
-    def discard(self) -> None:
-        """Forget what has been measured."""
+    def discard(self, task: int | None = None) -> None:
+        """Forget what has been measured, save what the backward pass `task` has just told of outputs."""
+        told = {e: t for e, t in self._told.items() if t[0] == task}
+        within = {} if task is None else self._within
         for call in self._waiting:
             call.dy = None
         for episode in self._episodes:
             episode.forget()
-        self._episodes, self._waiting, self._told, self._within, self._counted = [], {}, {}, {}, set()
+        self._episodes, self._waiting, self._told, self._within, self._counted = [], {}, told, within, set()
         self._sums: dict[Key, Tensor] = {}
         self._weights: dict[Key, int] = {}
         self._rows: dict[Key, Sample] = {}
@@ -200,7 +217,9 @@ class Capture:
             check.reset()
         self._task = -1
         self._outer = self._last = None
-        self.drew = False
+        self.drew, self.drawn = False, 0.0
+        self._claimed: dict[int, int] = {}  # the last backward pass that went through each layer's calls
+        self._added: dict[int, int] = {}  # the last one that added to its weight's gradient
 
     def clear(self) -> None:
         """The gradients are cleared: forget what was measured of them, but not of labels drawn for the next ones."""
@@ -218,7 +237,6 @@ class Capture:
         """The model is called."""
         if self._depth == 0:
             self._inner = Episode(len(self._episodes))
-            self.forward.clear()
         self._depth += 1
 
     def end(self, logits: Tensor | None) -> Call | None:
@@ -229,7 +247,8 @@ class Capture:
         episode, self._inner = self._inner, None
         if episode is None or logits is None:
             return None
-        return Call(LOGITS, episode, len(logits), 1, len(logits))
+        episode.rows = len(logits) if logits.dim() else 0
+        return Call(LOGITS, episode, episode.rows, 1, episode.rows)
 
     def called(self, index: int, x: Tensor, output: Tensor) -> Call:
         """A layer is called on x."""
@@ -237,12 +256,14 @@ class Capture:
         episode = self._episode() if task < 0 else self._through(task)
         dim = self.dims[index] if layer.free is not None and x.dim() - layer.free > self.dims[index] else 0
         with calm(x.device):
-            own, places = layer.count(x.movedim(dim, 0))
+            own, places = layer.count(x.movedim(dim, 0)) if x.numel() else (0, 1)
             episode.first = episode.first or own
             offset, samples = (0, own) if dim else part_of_batch(x, own, episode.first)
-            call = Call(index, episode, own, places, samples, offset, dim, task)
+            call = Call(index, episode, own, places, samples, offset, dim=dim, task=task)
             x = x.detach()
-            if watch:
+            call.deep = layer.free is not None and x.dim() - layer.free > 1
+            call.positions = layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
+            if watch and own:
                 with self._timed():
                     call.looked = self._checksum(index).look(x, output)
                 draws = self._draws(index, episode, call, x.device)
@@ -251,7 +272,6 @@ class Capture:
                 call.kept = [(m, m.before(layer, moved, draws[m.draws], kept), draws[m.draws]) for m in watch.moments]
         if self.edges is not None:
             self.edges.append(torch.autograd.graph.get_gradient_edge(output))
-            self.forward[index] = max(call.samples, self.forward.get(index, 0))
         return call
 
     def _episode(self) -> Episode:
@@ -259,11 +279,13 @@ class Capture:
         if self._inner is not None:
             return self._inner
         if self._outer is None or self._outer.counts:
-            self._outer = Episode(len(self._episodes))
+            self._outer = Episode(len(self._episodes), outside=True)
         return self._outer
 
     def _through(self, task: int) -> Episode:
         """The one that a backward pass is going through, in which something is computed again (checkpointing)."""
+        if self._inner is not None:  # the model itself is computed again
+            return self._inner
         told = [episode for episode, (when, _, _) in self._told.items() if when == task]
         if told:
             return told[-1]
@@ -300,22 +322,45 @@ class Capture:
                 self._within[inner] = call.task
             self._turn(self._pass(), call.episode)
             if call.looked is not None:
+                self._claimed[call.index] = self._pass()
                 with self._timed(), calm(dy.device):
                     self._checks[call.index].claim(call.looked, dy.detach(), call.own * call.places)
         if counts:
+            self._twice |= call.episode.sampled
             seen = self._seen[call.index]
             seen.calls += 1
+            seen.deep |= call.deep and call.dim == 0
+            seen.again |= call.episode.outside and call.episode.made[call.index] > 1
             self._counted.add(self._pass())
-            self._hear(call.episode)
+            self._hear(call.episode, call)
             seen.grown |= any(draw.grown for draw in call.episode.aligned.get(call.index, {}).values())
             self._reach(call, dy.detach())
 
-    def _hear(self, episode: Episode) -> None:
-        """Take in the gradient of an episode's output, if it came with a pass that counts."""
+    def _hear(self, episode: Episode, near: Call | None = None) -> None:
+        """Take in the gradient of an episode's output, if it came with a pass that counts. `near` is the layer's call
+        that the pass reaches next.
+        """
         told = self._told.get(episode)
-        if told is not None and told[0] in self._counted:
-            del self._told[episode]
-            self._reach(told[1], told[2])
+        if told is None or told[0] not in self._counted:
+            return
+        del self._told[episode]
+        _, call, dy = told
+        call.form = call.form or self._form(dy, near)
+        self._reach(call, dy)
+
+    def _form(self, dy: Tensor, near: Call | None) -> str:
+        """What the predictions in the model's output are, by its gradient and the layer that is next to it."""
+        if dy.dim() in (1, 2) and near is None:
+            return "rows"
+        if dy.dim() == 0 or near is None:
+            return "none"
+        layer = self.layers[near.index]
+        wide = layer.shape.blocks * layer.shape.out
+        if dy.dim() == 2 and near.places > 1 and dy.shape[1] == near.places != wide:
+            return "elements"  # a number for each place, such as the logarithm of a token's probability
+        if dy.dim() < 3:
+            return "rows"
+        return "last" if layer.free is not None and dy.shape[-1] == wide else "none"
 
     def _pass(self) -> int:
         """The backward pass that runs now, the outermost one."""
@@ -331,6 +376,7 @@ class Capture:
         self.drew = False
         self._turn(self._pass(), None)
         self._seen[index].passes += place == 0
+        self._added[index] = self._pass()
         with self._timed(), calm(gradient.device):
             self._checksum(index).deposit(place, gradient.detach())
 
@@ -354,24 +400,29 @@ class Capture:
         if task == self._task:
             return
         if self._task >= 0:
-            self._drop_cleared()
+            self._drop_cleared(task)
             waiting = {call.episode for call in self._waiting}
             for done in self._episodes:
                 if done is not episode and done not in waiting:
                     self._close(done)
         self._task = task
 
-    def _drop_cleared(self) -> None:
-        """Forget everything if a gradient that had been added to is gone."""
+    def _drop_cleared(self, task: int) -> None:
+        """Forget everything if a gradient that had been added to is gone, or if the last pass has not come to its end.
+
+        `task` is the backward pass that begins.
+        """
+        if any(self._added.get(index) != last for index, last in self._claimed.items() if last == self._task):
+            return self.discard(task)  # an error ended it between a layer's output and its weight
         grads = [(check, check.layer.parameters[0].grad) for check in self._checks.values()]
         if any(g is None and self._seen[k].passes for k, (_, g) in zip(self._checks, grads)):
-            return self.discard()
+            return self.discard(task)
         there = [(check, g) for check, g in grads if g is not None and not g.is_sparse]
         if there:
             norms = torch._foreach_norm([g for _, g in there])
             zero = [(n == 0) & (check.squares > 0) for n, (check, _) in zip(norms, there)]
             if bool(torch.stack([z.cpu() for z in zero]).any()):
-                self.discard()
+                self.discard(task)
         return None
 
     def _reach(self, call: Call, dy: Tensor) -> None:
@@ -379,7 +430,7 @@ class Capture:
         episode = self._last = call.episode
         if episode not in self._episodes:
             self._episodes.append(episode)
-        if episode.nearest is None and (call.index != LOGITS or dy.dim() < 3):
+        if episode.nearest is None and call.form != "none":
             episode.nearest = call
         if call.dy is not None:
             dy = call.dy + dy
@@ -395,13 +446,14 @@ class Capture:
         """A call's gradient is complete."""
         episode = call.episode
         with calm(dy.device):
-            if episode.nearest is call and episode.predictions is None:
-                episode.predictions = self.drawn if self.inside else self._predictions(call, dy)
+            if episode.nearest is call and episode.predictions is None and not self.inside:
+                episode.predictions = self._predictions(call, dy)
             if call.index == LOGITS:
                 if self.judged is not None and dy.dim() > 1:
                     episode.sharpness = promote(dy).flatten(1).square().sum(1)
                 return
             index, layer = call.index, self.layers[call.index]
+            self._seen[index].once |= bool(call.positions)
             episode.counts[index] = max(call.samples, episode.counts.get(index, 0))
             due = self.watches[index].moments if index in self.watches and call.own * call.places else ()
             dy = dy.movedim(call.dim, 0)
@@ -426,8 +478,10 @@ class Capture:
         if call.index == LOGITS:
             if not dy.numel():
                 return 0.0
-            call.episode.steepness = steepness(dy.reshape(len(dy), -1))
-            return (dy.reshape(len(dy), -1).abs().amax(1) > 0).sum(dtype=torch.float64)
+            rows = {"rows": lambda: dy.reshape(len(dy), -1), "last": lambda: dy.flatten(0, -2)}
+            rows = rows.get(call.form, lambda: dy.reshape(-1, 1))()
+            call.episode.steepness = steepness(rows)
+            return (torch.linalg.vector_norm(rows, torch.inf, 1) > 0).sum(dtype=torch.float64)
         layer = self.layers[call.index]
         if call.own * call.places == 0:
             return 0.0
@@ -443,30 +497,44 @@ class Capture:
 
     # --- sampled labels ---
 
-    def sample(self, losses: Tensor, predictions: float, samples: int) -> None:
+    def sample(self, loss: Tensor, predictions: float) -> None:
         """Run a backward pass of labels drawn from the model's own prediction, towards the watched outputs only.
 
-        losses: their sum over everything, such that a sample's parts come out with weight 1. `predictions` of
-        `samples` samples are in it.
+        loss: the sum over `predictions` of their losses.
+
+        Raises:
+            ValueError: where no watched layer is behind the loss, or labels were drawn for its forward pass before.
+
         """
-        if not self.armed or not self.edges:
+        if not self.wants_labels:
             return
-        self.drawn, self.inside = predictions, True
+        assert self.edges is not None
+        before = {episode for episode in self._episodes if episode.sampled}
+        calls = {k: self._seen[k].calls for k in self.watches}
+        self.inside = True
         try:
-            torch.autograd.grad(losses, self.edges, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(loss, self.edges, retain_graph=True, allow_unused=True)
         finally:
             self.inside = False
+        reached = [k for k in self.watches if self._seen[k].calls > calls[k]]
+        if self._twice or not reached:
+            self._twice = False
+            raise ValueError(
+                "sample(output) was called before for this forward pass: give all outputs at once, with a function as "
+                "likelihood="
+                if reached or before
+                else "sample(output): the output does not come from the model that is trained here"
+            )
+        for episode in self._episodes:
+            episode.sampled = True
         self.drew = True
-        self.edges.clear()
+        self.drawn += predictions
+        self.edges = [edge for edge, g in zip(self.edges, found) if g is None]
 
     @property
     def wants_labels(self) -> bool:
         """Whether something is to be measured on sampled labels."""
         return self.armed and bool(self.edges)
-
-    def samples_in_forward(self) -> int:
-        """The samples of the last forward pass."""
-        return samples_of(reversed(self.forward.values()))
 
     def seed_of_labels(self) -> int:
         """A seed for drawing labels, another one for every draw of a step."""
@@ -525,7 +593,7 @@ class Capture:
         samples, predictions, steepest, by = 0, 0.0, 0.0, None
         for episode in self._episodes:
             self._close(episode)
-            n = samples_of(episode.counts.values())
+            n = samples_of(episode.counts.values(), {episode.first} & {episode.rows})
             samples += n
             predictions += float(episode.predictions or 0.0)
             steepest = max(steepest, float(episode.steepness))
@@ -533,7 +601,9 @@ class Capture:
             for index, own in episode.counts.items():
                 seen = self._seen[index]
                 seen.samples += own
-                seen.once = seen.once or (own == 1 and n > 1)
+                strange = self.layers[index].kind == "embedding" and n and own % n and n % own
+                seen.once = seen.once or (own == 1 and n > 1) or bool(strange)
+        predictions = self.drawn if self.edges is not None else predictions
         self._check()
         measured = Measured(self._sums, self._weights, samples, self._rows, predictions, by, steepest, dict(self._seen))
         self.discard()
@@ -548,6 +618,7 @@ class Capture:
         numbers = torch.stack([c.numbers().to(device) for c in checks.values()]).tolist()
         for (index, check), sides in zip(checks.items(), numbers):
             self._seen[index].agrees = check.agrees(*sides)
+            self._seen[index].missed = check.rows > 0 and not self._seen[index].passes
 
 
 def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
@@ -565,13 +636,22 @@ def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
     return (offset, batch) if offset + own <= batch else (0, own)
 
 
-def samples_of(counts: Iterable[int]) -> int:
+def counts_up(x: Tensor) -> bool:
+    """Whether whole numbers are 0, 1, 2, ...: places, not what samples have."""
+    return len(x) > 1 and torch.equal(x, torch.arange(len(x), device=x.device, dtype=x.dtype))
+
+
+def samples_of(counts: Iterable[int], agreed: Iterable[int] = ()) -> int:
     """How many samples a pass had: the leading dimension that most layers saw, given from the last layer to the first.
 
     Some layers may fold places into it (windows of attention, tokens before a head) or see a part (experts), so one
-    layer cannot be asked; where two numbers are seen equally often, the one of the earlier layer counts.
+    layer cannot be asked; where two numbers are seen equally often, the one of the earlier layer counts. `agreed` is
+    what the first layer and the model's output have in common: no majority of experts outvotes them.
     """
     order = list(counts)
+    for n in agreed:
+        if n in order:
+            return n
     frequency = Counter(order)
     last = {n: place for place, n in enumerate(order)}
     return max(frequency, key=lambda n: (frequency[n], last[n]), default=0)

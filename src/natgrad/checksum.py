@@ -45,7 +45,7 @@ class Checksum:
         weight = self.layer.parameters[0]
         self.epsilon = torch.finfo(weight.dtype).eps
         self.least = 0.0  # what half precision cannot hold
-        self.rows = 0
+        self.rows = self.calls = 0
         self.claimed, self.terms, self.deposited, self.squares = (weight.new_zeros((), dtype=torch.float64),) * 4
 
     def fits(self) -> bool:
@@ -63,6 +63,7 @@ class Checksum:
 
     def claim(self, looked: Any, dy: Tensor, rows: int) -> None:
         """A call's output has the gradient dy: what that adds to the gradient of the weight."""
+        self.calls += 1
         total, squares = self.layer.bilinear(looked, dy, self.u, self.v)
         self.claimed, self.terms = self.claimed + total, self.terms + squares
         self.rows += rows
@@ -92,12 +93,14 @@ class Checksum:
         difference = abs(claimed - deposited)
         if not math.isfinite(difference):
             return True
-        half = self.epsilon > 1e-5
         scale = math.sqrt(terms) + math.sqrt(squares)
-        accumulated = torch.finfo(torch.promote_types(self.layer.parameters[0].dtype, torch.float32)).eps
-        limit = (ROUNDINGS_HALF if half else ROUNDINGS) * self.epsilon * scale
-        limit += 4 * accumulated * math.sqrt(self.rows * terms)  # a sum of so many terms, one after the other
-        return difference <= limit + ROUNDINGS_HALF * self.least
+        roundings = ROUNDINGS
+        if self.epsilon > 1e-5:  # half precision, in which autocast also adds up the calls of a layer
+            roundings = ROUNDINGS_HALF + math.sqrt(self.calls)
+        weight = self.layer.parameters[0].dtype
+        adds = weight if self.layer.kind == "embedding" else torch.promote_types(weight, torch.float32)
+        one_by_one = ROUNDINGS_HALF * torch.finfo(adds).eps * math.sqrt(self.rows)
+        return difference <= (roundings * self.epsilon + one_by_one) * scale + ROUNDINGS_HALF * self.least
 
 
 def rounds_products(device: torch.device) -> bool:

@@ -109,9 +109,10 @@ class End(Hook):
         capture = self.capture()
         if capture is None:
             return
-        logits = None if transformed() else logits_of(output)
-        if logits is None and not transformed():
-            logits = logits_of(output, 1)  # one number a sample
+        logits = None
+        for dims in (2, 1, 0):  # one number a sample, or a loss
+            if logits is None and not transformed():
+                logits = logits_of(output, dims)
         call = capture.end(logits)
         if logits is not None and call is not None:
             logits.register_hook(Arrival(capture, call))

@@ -23,18 +23,30 @@ from natgrad.curvature.rows import Sample
 from natgrad.gathering import bring_rows
 from natgrad.hooks import Judge
 from natgrad.inversion import Inversion
+from natgrad.layers.find import batch_first_of
 from natgrad.parallel import Parcel, World
 from natgrad.sampling import Sampler
 
-SEEN_BY_STEP, SEEN_BY_LAYER = 4, 7  # numbers in the sum by which ranks tell each other what they saw
+SEEN_BY_STEP, SEEN_BY_LAYER = 4, 8  # numbers in the sum by which ranks tell each other what they saw
 ELSEWHERE = (
-    "its module's calls do not account for its gradient: the weight is changed before its use, used elsewhere too, "
-    "or its module computes more than its kind of layer does"
+    "its module's calls do not account for its gradient: the weight is changed before its use, used elsewhere too "
+    "(a penalty in the loss is weight_decay= here), its module computes more than its kind of layer does, or a hook "
+    "changes its gradient"
 )
 TWICE = "the loss holds derivatives of the network, so a second backward pass goes through the first (double backward)"
 NOT_FINITE = "its statistics are not finite (an overflow, or values that are not finite in the passes)"
-ONCE = "it is called once for the whole batch, so gradients of single samples are not seen"
+ONCE = (
+    "it is called once for the whole batch (with places, or one row where there are many samples), so gradients of "
+    "single samples are not seen"
+)
+MISSED = "a backward pass went through it and did not reach its weight"
 GROWN = "its calls in one forward pass see ever more samples, which only samples=None can add up"
+
+
+def time_first(model: nn.Module) -> list[str]:
+    """Modules that say they have samples in the second dimension of their inputs, and not what is inside of them."""
+    found = [name for name, module in model.named_modules() if batch_first_of(module) is False]
+    return [name for name in found if name and not any(name.startswith(f"{other}.") for other in found)]
 
 
 def shortened(names: Sequence[str], most: int = 3) -> str:
@@ -51,7 +63,7 @@ class Found(NamedTuple):
     by: str
     last: int | None  # the layer whose places were taken for predictions
     weights: dict[Key, float]
-    layers: dict[int, list[float]]  # calls, passes, disagreements, those with a pass twice, samples, once, grown
+    layers: dict[int, list[float]]  # the numbers of each layer's Seen (capture.py), added up
 
     def saw(self, key: Key) -> bool:
         """Whether any rank has measured a statistic."""
@@ -121,6 +133,7 @@ class Preconditioner:
         self.assumed: Assumed | None = None
         self.drops: dict[str, tuple[int, str]] = {}  # by layer: measurements in a row that could not be used, and why
         self._doubts: list[str] = []
+        self.time_first = () if model is None else time_first(model)
 
     def replace(self, cells: Sequence[Cell], origins: Sequence[int] | None = None) -> None:
         """Take these cells from now on, unwatched until `arm`. `origins`: which of the cells before they are."""
@@ -209,7 +222,16 @@ class Preconditioner:
         for index in layers:
             seen = measured.seen.get(index, Seen())
             missed = seen.passes > 0 and not seen.agrees
-            own += [seen.calls, seen.passes, missed, missed and seen.twice, seen.samples, seen.once, seen.grown]
+            own += [
+                seen.calls,
+                seen.passes,
+                missed,
+                missed and seen.twice,
+                seen.samples,
+                seen.once,
+                seen.grown,
+                seen.missed,
+            ]
         numbers = torch.tensor(own, dtype=torch.float64)
         self.world.sum([numbers], "scalars")
         samples, predictions, of_output, of_any, *rest = numbers.tolist()  # SEEN_BY_STEP
@@ -224,11 +246,10 @@ class Preconditioner:
     def _unusable(self, found: Found) -> dict[int, str]:
         """The layers whose measurements say nothing about their curvature, and why."""
         unusable = dict(found.astray)
-        for index, (_, _, _, _, _, once, grown) in found.layers.items():
-            if once:
-                unusable.setdefault(index, ONCE)
-            elif grown:
-                unusable.setdefault(index, GROWN)
+        for index, (_, _, _, _, _, once, grown, missed) in found.layers.items():
+            for happened, why in ((missed, MISSED), (once, ONCE), (grown, GROWN)):
+                if happened:
+                    unusable.setdefault(index, why)
         return unusable
 
     def _count_drops(self, plan: Sequence[Key], unusable: Mapping[int, str], intervals: Mapping[Key, int]) -> None:
@@ -245,7 +266,7 @@ class Preconditioner:
     def _doubt(self, found: Found, measured: Measured, scale: float, reduction: str) -> list[str]:
         told, n = [], found.samples
         unlike: dict[float, list[str]] = {}
-        for index, (_, _, _, _, samples, once, _) in found.layers.items():
+        for index, (_, _, _, _, samples, once, *_) in found.layers.items():
             if samples not in (0, n) and not once:
                 unlike.setdefault(samples, []).append(self.cells[index].name or "the model")
         if unlike:
@@ -256,18 +277,36 @@ class Preconditioner:
                 "batch_dim= says where samples are"
             )
         last = None if found.last is None else self.cells[found.last]
-        if last is not None and last.layer.kind == "conv" and self.predictions is None and found.predictions > n:
+        if last is not None and last.layer.free is None and self.predictions is None and found.predictions > n:
             told.append(
                 f"the loss: {last.name or 'the model'} is the layer nearest to it, so it is taken for a mean over "
                 f"{found.predictions / max(n, 1):g} places of each sample. If a head outside of the model makes one "
                 "prediction of each, pass predictions=1"
             )
+        if 0 < found.predictions < n and self.predictions is None and not self.sampled:
+            told.append(
+                f"some samples: {int(n - found.predictions)} of {int(n)} have no gradient, and the loss is taken for a "
+                "mean over the others, as with ignore_index. If it is a mean over all (a hinge, a clipped ratio), set "
+                "predictions=1"
+            )
+        if self.time_first and any(measured.seen[k].deep for k in found.layers if k in measured.seen):
+            told.append(
+                f"time first: {shortened(self.time_first)} with batch_first=False have samples in the second "
+                "dimension, and layers outside of them are taken to have them in the first. batch_dim= says where they "
+                "are"
+            )
+        if any(seen.again for seen in measured.seen.values()):
+            told.append(
+                "layers outside: layers were called several times outside of the model's own forward pass before a "
+                "backward pass, and are taken for calls on the same samples. Calls of the model itself are parts of a "
+                "larger batch"
+            )
         steep = measured.steepness / scale
         judged = reduction == "mean" and not self.sampled and measured.predictions >= 16
         if judged and steep * measured.predictions > 2 * measured.predictions**0.5:
             told.append(
-                "the loss looks like a sum over samples, not a mean: the gradients of the logits do not fall with "
-                'their number. Pass reduction="sum", or divide the loss by it'
+                "the loss looks like a sum over samples, not a mean (or a mean times a large constant): the gradients "
+                'of the logits do not fall with their number. Pass reduction="sum" if it is a sum, or divide it'
             )
         return told
 
@@ -329,10 +368,10 @@ class Preconditioner:
         elif moment.order == 0:
             value = value / found.weights[key]
         else:
-            if self.sampled:
-                reduction, scale = "sum", 1.0  # our own loss, unscaled
-            weigh = measured.samples / self.world.size if reduction == "mean" else 1 / found.samples
-            value = value * (weigh * means / scale**2)
+            weigh = measured.samples / self.world.size * means if reduction == "mean" else means / found.samples
+            if self.sampled:  # our own loss, a sum over predictions, unscaled
+                weigh, scale = 1 / (found.samples * means), 1.0
+            value = value * (weigh / scale**2)
         return Parcel(value, cell.holders[key[1]], moment.symmetric)
 
     def _advance(self, index: int, key: str, step: int, interval: int) -> None:

@@ -46,7 +46,7 @@ PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")  # numbers of a group that schedules change
 WARNED = 2  # measurements of a layer in a row that cannot be used are said
 LOOSENED = 5  # so many, and the layer trains by the fallback
-NEVER_CALLED = "its module is never called, though its weight gets a gradient"
+NEVER_CALLED = "its module is never called in a pass that adds to its gradient, though its weight gets one"
 NOT_SAMPLED = "its output does not enter the prediction that sample() was given, so its curvature is not known"
 HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
 
@@ -98,10 +98,10 @@ class SecondOrder(Views, Optimizer):
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
             checks.above(name, 1 if value is None else value, 0)
         defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
-        defaults |= {"lr_last": None, "lr_first": None}  # of the steps that were made: a checkpoint has the same keys
         super().__init__(groups, defaults)
         for group in self.param_groups:
             checks.check_group(group)
+            group |= {"lr_last": group["lr"], "lr_first": group["lr"]}  # from the start: checkpoints have the same keys
         self._places: dict[nn.Parameter, int] = {}
         self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
         self.rule, self.length, self.fallback, self.natural = rule, length, fallback, layerwise
@@ -127,7 +127,7 @@ class SecondOrder(Views, Optimizer):
             self.world.start([real(t.detach()) for t in (*model.parameters(), *model.buffers())])
         self.gradients.begin_early(cells)
         self._say_coverage()
-        self.engine.arm(self._steps() + 1)
+        self.engine.arm(self.steps_made + 1)
 
     def __new__(cls, *args: Any, **options: Any) -> SecondOrder:
         """Refuse unknown arguments by the name of the class that was called."""
@@ -196,7 +196,9 @@ class SecondOrder(Views, Optimizer):
                 self.length.allocate(cell.layer, own)
         return states
 
-    def _steps(self) -> int:
+    @property
+    def steps_made(self) -> int:
+        """Steps that were made, skipped ones not counted."""
         return int(next(iter(self.state.values()))["step"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -215,6 +217,7 @@ class SecondOrder(Views, Optimizer):
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if p not in own]
         super().add_param_group(checked[0])
+        self.param_groups[-1] |= dict.fromkeys(("lr_last", "lr_first"), self.param_groups[-1]["lr"])
         if self._scope is not None:
             self._scope |= dict.fromkeys(own, len(self.param_groups) - 1)
         return self._rebuild(before)
@@ -266,7 +269,7 @@ class SecondOrder(Views, Optimizer):
             raise ValueError(
                 'sample(output) needs fisher="sampled"; with fisher="empirical" the data\'s labels are used'
             )
-        draw_labels(self.engine.capture, output, likelihood, self.engine.predictions)
+        draw_labels(self.engine.capture, output, likelihood)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -328,7 +331,7 @@ class SecondOrder(Views, Optimizer):
             self.world.sent.clear()
         for group in self.param_groups:
             checks.check_group(group)
-        step, scale, bad = self._steps() + 1, *loss_scale(self)
+        step, scale, bad = self.steps_made + 1, *loss_scale(self)
         sent_scale = hook_scale(self, scale)
         with self.engine.timed("messages"):
             agreed = self.gradients.agree(self.cells, bad, self.engine.capture.armed, sent_scale)
@@ -470,7 +473,7 @@ class SecondOrder(Views, Optimizer):
     def _rebuild(self, before: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
         """Lay out anew; parameters that have a state `before` keep what fits."""
         with calm(*{p.device for p in self._model.parameters()}):
-            steps, predictions = self._steps(), self.engine.predictions
+            steps, predictions = self.steps_made, self.engine.predictions
             self.engine.capture.disarm()
             checks.regroup(self._model, self.param_groups, self._scope)
             self._places = {}
@@ -524,7 +527,7 @@ class SecondOrder(Views, Optimizer):
                 "momentum begins anew. Save gather_state_dict(), or a torch.distributed.checkpoint of shards",
                 "lost",
             )
-        self.engine.arm(self._steps() + 1)
+        self.engine.arm(self.steps_made + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The state that this rank holds. On several ranks that is a part: `gather_state_dict()` is whole."""

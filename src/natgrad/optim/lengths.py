@@ -45,8 +45,7 @@ class Step:
 
 def rate_of(group: dict[str, Any], key: str) -> float:
     """The learning rate "lr", that of the last step ("lr_last") or of the first one ("lr_first"), of a group."""
-    value = group.get(key)
-    return group["lr"] if value is None else value
+    return group.get(key, group["lr"])
 
 
 Natural = Callable[["Sequence[Step]", Sequence[Tensor]], "list[Tensor]"]

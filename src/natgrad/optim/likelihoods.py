@@ -90,12 +90,10 @@ def draw_labels(
     capture: Capture,
     output: Any,
     likelihood: Likelihood | str | Callable[[Any], Tensor] | None,
-    predictions: float | None,
 ) -> None:
     """Measure the curvature of labels that are drawn from the output, where something is to be measured.
 
-    A sample's loss is the sum over its predictions over how many `predictions` of each there are (None: the mean). The
-    outputs of a Bernoulli's or a normal sample are one prediction: their losses add up, as in a likelihood.
+    The outputs of a Bernoulli's or a normal sample are one prediction: their losses add up, as in a likelihood.
     """
     if isinstance(likelihood, str):
         if likelihood not in LIKELIHOODS:
@@ -121,7 +119,5 @@ def draw_labels(
             if not isinstance(losses, Tensor) or losses.dim() == 0:
                 given = "one number" if isinstance(losses, Tensor) else type(losses).__name__
                 raise ValueError(f"likelihood= gave {given}: give each sample's loss, a tensor [samples, ...]")
-        samples = capture.samples_in_forward() or len(losses)
-        made = float(losses.numel() if isinstance(likelihood, Categorical) else losses.shape[0])
-        drawn = made if predictions is None else predictions * samples
-        capture.sample(losses.sum() * (samples / drawn), drawn, samples)
+        made = losses.numel() if isinstance(likelihood, Categorical) else len(losses)
+        capture.sample(losses.sum(), float(made))

@@ -76,7 +76,8 @@ def exact_copies(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[Any, 
         parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in mine.items()}
         for parameter, mine in without_rows(optimizer).items()
     }
-    for cell, weight in zip(optimizer.cells, weights):
+    for cell in optimizer.cells:  # some of them loosened by now
+        weight = cell.layer.parameters[0]
         if cell.by_rows and cell.owner == optimizer.world.rank:
             own = {key: value for key, value in theirs[weight].items() if key in cell.row_names}
             copies[weight] |= {key: value.detach().to(weight.device, copy=True) for key, value in own.items()}

@@ -52,7 +52,7 @@ def update(
         move_all(optimizer, moving, parts)
         for group in optimizer.param_groups:
             group["lr_last"] = group["lr"]
-            if group.get("lr_first") is None:
+            if not optimizer.steps_made:
                 group["lr_first"] = group["lr"]
     if optimizer.gather == "weights":
         with timed("messages"):
