@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import natgrad
 from helpers import OPTIMIZERS, backward, clone, made, mlp, points, quiet, statistic, weights
@@ -730,4 +731,332 @@ def test_labels_that_were_drawn_survive_clearing_before_the_backward_pass():
             F.cross_entropy(out, y).backward()
             opt.step()
         ends.append(weights(own))
+    assert torch.equal(*ends)
+
+
+# --- what a review with fresh eyes found ---
+
+
+def said_in(opt):
+    """The warnings that a step gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.step()
+    return [str(w.message) for w in caught if issubclass(w.category, natgrad.NatgradWarning)]
+
+
+class Steps(nn.Module):
+    """A recurrent network whose head is called at every step, or once."""
+
+    def __init__(self, each):
+        super().__init__()
+        self.each, self.cell, self.head = each, nn.Linear(7, 3), nn.Linear(3, 5)
+
+    def forward(self, x):
+        h, states = x.new_zeros(len(x), 3), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.cell(torch.cat([x[:, t], h], 1)))
+            states.append(h)
+        return torch.stack([self.head(h) for h in states], 1) if self.each else self.head(torch.stack(states, 1))
+
+
+@every_optimizer
+def test_a_head_called_at_every_step_makes_the_predictions_of_all(kind):
+    ends = []
+    for each in (False, True):
+        torch.manual_seed(0)
+        model = Steps(each)
+
+        def passes(own, opt, step):
+            torch.manual_seed(step)
+            F.cross_entropy(own(torch.randn(8, 6, 4)).flatten(0, 1), torch.randint(5, (48,))).backward()
+
+        own = clone(model)
+        opt = build(kind, own)
+        for step in range(2):
+            passes(own, opt, step)
+            assert said_in(opt) == []
+            opt.zero_grad()
+        assert opt.assumed.predictions == 6
+        ends.append(weights(own))
+    assert_close(*ends, rtol=1e-7, atol=1e-10)
+
+
+def test_numbers_of_each_place_are_predictions():
+    """A model that returns the logarithms of its tokens' probabilities, one a place."""
+
+    class Logs(Tokens):
+        def forward(self, x):
+            return super().forward(x).log_softmax(-1)[..., 0]
+
+    torch.manual_seed(0)
+    model = Logs()
+    opt = build(natgrad.SPNGD, model)
+    (-model(torch.randn(8, 6, 4)).mean()).backward()
+    opt.step()
+    assert opt.assumed.predictions == 6
+
+
+def test_calls_outside_of_the_model_before_one_backward_pass_are_asked_about():
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def act(self, x):
+            return self.inner(x)
+
+    model = Policy()
+    opt = build(natgrad.SPNGD, model)
+    x, y = batch_of(0)
+    F.cross_entropy(torch.cat([model.act(part) for part in x.chunk(4)]), y).backward()
+    (text,) = said_in(opt)
+    assert text.startswith("layers outside")
+
+
+@pytest.mark.parametrize("where", ["around the model", "inside, with a loss"])
+def test_checkpoints_that_are_computed_again_belong_to_their_own_forward_pass(where):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x, y=None):
+            if y is None:
+                return self.head(torch.tanh(self.body(x)))
+            h = checkpoint(lambda v: torch.tanh(self.body(v)), x, use_reentrant=reentrant)
+            return F.cross_entropy(self.head(h), y)
+
+    torch.manual_seed(0)
+    model, ends = Inner(), []
+    for reentrant in (True, False):
+
+        def passes(own, opt, step):
+            x, y = batch_of(step, 24)
+            parts = [(a.clone().requires_grad_(), b) for a, b in zip(x.chunk(3), y.chunk(3))]
+            if where == "around the model":
+                losses = [F.cross_entropy(checkpoint(own, a, use_reentrant=reentrant), b) for a, b in parts]
+            else:
+                losses = [own(a, b) for a, b in parts]
+            (sum(losses) / 3).backward()
+
+        final, n = after(natgrad.SPNGD, model, passes)
+        assert n == 24
+        ends.append(final)
+    assert_close(*ends, **EXACT)
+
+
+@every_optimizer
+def test_a_backward_pass_that_fails_and_is_cleared_leaves_nothing(kind):
+    """The gradient of the head's output is known and its weight's is not when the error comes."""
+
+    def failing(own, opt, step):
+        guard = own[0].register_full_backward_hook(lambda *_: 1 / 0)
+        out = own(batch_of(9)[0])
+        with pytest.raises(ZeroDivisionError):
+            out.sum().backward()
+        guard.remove()
+        own.zero_grad()
+        backward(own, batch_of(step))
+
+    model = mlp()
+    expected = after(kind, model, lambda own, opt, step: backward(own, batch_of(step)))
+    found = after(kind, model, failing)
+    assert found[1] == expected[1] == 16
+    assert_close(found[0], expected[0], **EXACT)
+
+
+def test_an_interrupt_in_a_forward_pass_is_forgotten_by_the_next_step():
+    """torch calls no hook when it is not an Exception that ends a forward pass."""
+    model = nn.Sequential(mlp())
+    opt = build(natgrad.SPNGD, model)
+    hook = model[0][1].register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        model(batch_of(0)[0])
+    hook.remove()
+    for _ in range(2):
+        opt.zero_grad()
+        for part in zip(*(t.chunk(2) for t in batch_of(1))):
+            backward(model, part)
+        opt.step()
+    assert opt.engine.samples == 16
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Conv2d(3, 3, 3, padding=1), (0, 3, 4, 4)),
+        (lambda: nn.GroupNorm(1, 3), (0, 3, 4, 4)),
+        (lambda: nn.LayerNorm(3), (0, 5, 3)),
+        (lambda: nn.Linear(3, 3), (0, 3)),
+    ],
+    ids=["conv", "group norm", "layer norm", "linear"],
+)
+@every_optimizer
+def test_layers_on_no_samples_wait(kind, layer, shape):
+    class Rare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rare, self.main = layer(), mlp()
+
+        def forward(self, x):
+            return self.main(x) + self.rare(x.new_zeros(shape)).sum()
+
+    model = Rare()
+    opt = build(kind, model)
+    for step in range(2):
+        opt.zero_grad()
+        backward(model, batch_of(step))
+        assert said_in(opt) == []
+
+
+def test_places_are_not_taken_for_tokens():
+    """Positions 0, 1, 2, ... of one dimension, as many as there are samples."""
+
+    class Gpt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.place, self.head = nn.Embedding(9, 4), nn.Embedding(8, 4), nn.Linear(4, 9)
+
+        def forward(self, i):
+            return self.head(torch.tanh(self.token(i) + self.place(torch.arange(i.shape[1]))))
+
+    torch.manual_seed(0)
+    model = Gpt()
+    opt = build(natgrad.KFAC, model)
+    for _ in range(6):
+        i = torch.randint(9, (8, 8))
+        opt.zero_grad()
+        F.cross_entropy(model(i).flatten(0, 1), i.flatten()).backward()
+        quiet(opt.step)
+    assert {row.layer: row.covered for row in opt.coverage()} == {"token": True, "place.weight": False, "head": True}
+
+
+def test_samples_without_a_gradient_are_asked_about():
+    model = nn.Sequential(nn.Linear(4, 1))
+    opt = natgrad.SENG(model, lr=0.1)
+    x = batch_of(0)[0]
+    torch.relu(1 - 3 * model(x)[:, 0]).mean().backward()
+    (text,) = said_in(opt)
+    assert text.startswith("some samples: ")
+    assert "predictions=1" in text
+
+
+def test_modules_with_time_first_put_the_layers_around_them_in_question():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn, self.head = nn.Embedding(9, 4), nn.LSTM(4, 4), nn.Linear(4, 9)
+
+        def forward(self, i):
+            return self.head(self.rnn(self.embed(i))[0])
+
+    torch.manual_seed(0)
+    for options, count in (({}, 1), ({"batch_dim": 1}, 0)):
+        model = Words()
+        opt = quiet(natgrad.KFAC, model, lr=0.1, **options)
+        i = torch.randint(9, (7, 5))
+        F.cross_entropy(model(i).flatten(0, 1), i.flatten()).backward()
+        assert len(said_in(opt)) == count
+        assert opt.assumed.samples == (7 if count else 5)
+
+
+def test_labels_of_several_passes_and_of_one_output_twice():
+    """Each output is scaled by its own labels, whatever else was computed in between."""
+    model = ActorCritic()
+    x = batch_of(0, 64)[0]
+    found = []
+    for between in (0, 1, 10):
+        opt = natgrad.KFAC(model, lr=1e-30, samples=None, fisher="sampled", decay=0.0)
+        out = model(x)[0]
+        if between:
+            model(x[:between])
+        opt.sample(out)
+        out.sum().backward()
+        quiet(opt.step)
+        opt.zero_grad()
+        found.append(statistic(opt, "policy", "G").clone())
+    assert_close(found[1], found[0], **EXACT)
+    assert_close(found[2], found[0], **EXACT)
+    opt = natgrad.KFAC(model, lr=1e-30, samples=None, fisher="sampled")
+    (one, value), (other, _) = model(x[:32]), model(x[32:])
+    opt.sample(one)
+    opt.sample(other)
+    with pytest.raises(ValueError, match="called before for this forward pass"):
+        opt.sample(value, "normal")
+    (one.sum() + other.sum()).backward()
+    quiet(opt.step)
+    assert opt.assumed.samples == 64
+    with pytest.raises(ValueError, match="does not come from the model"):
+        model(x)
+        opt.sample(torch.randn(8, 3, requires_grad=True) * 1)
+
+
+def test_a_hook_comes_back_with_a_layer_that_was_frozen_for_a_while():
+    class Doubled(nn.Linear):
+        twice = False
+
+        def forward(self, x):
+            return super().forward(x)
+
+    model = mlp()
+    opt = build(natgrad.KFAC, model, refresh=2)
+    for step in range(9):
+        model[0].requires_grad_(step not in (2, 3, 4))
+        backward(model, batch_of(step))
+        quiet(opt.step)
+        opt.zero_grad()
+    assert row_covered(opt, "0")
+    inner = type(model[0]).forward
+    model[0].forward = lambda x: inner(model[0], 2 * x) if model.training else None
+    for step in range(4):
+        backward(model, batch_of(step))
+        quiet(opt.step)
+        opt.zero_grad()
+    assert not row_covered(opt, "0")
+
+
+def row_covered(opt, name):
+    return any(row.covered for row in opt.coverage() if row.layer == name)
+
+
+@pytest.mark.parametrize("rows", [4_096, 65_536])
+def test_a_frequent_token_is_added_up_one_by_one_and_agrees(rows):
+    """torch adds the gradients of one token up in a row, in single precision."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 3))
+    opt = natgrad.SPNGD(model, lr=1e-3)
+    i = (torch.rand(rows, 4) < 0.01).long()
+    F.cross_entropy(model(i).mean(1), torch.randint(3, (rows,))).backward()
+    assert said_in(opt) == []
+    assert all(row.covered for row in opt.coverage())
+
+
+def test_a_state_whose_layers_had_been_loosened_keeps_the_rows_of_those_behind():
+    ends = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+        opt = build(natgrad.SENG, model, refresh=3)
+        broken = model[2].register_forward_pre_hook(lambda m, a: None)
+        opt.loosen({1: "for this test"}) if not resumed else None
+        opt.engine.arm(1)
+        for step in range(2):
+            if resumed and step == 0:
+                opt.loosen({1: "for this test"})
+                opt.engine.arm(1)
+            backward(model, batch_of(step))
+            opt.step()
+            opt.zero_grad()
+        if resumed:
+            other = build(natgrad.SENG, model, refresh=3)
+            quiet(other.load_state_dict, opt.state_dict())
+            opt = other
+        broken.remove()
+        for step in range(2, 4):
+            backward(model, batch_of(step))
+            opt.step()
+            opt.zero_grad()
+        ends.append(weights(model))
     assert torch.equal(*ends)

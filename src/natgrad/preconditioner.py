@@ -353,6 +353,8 @@ class Preconditioner:
         means, by = found.predictions / max(found.samples, 1), found.by
         if reduction == "sum" and not self.sampled:
             means, by = 1.0, 'reduction="sum"'
+        elif self.sampled and self.predictions is None:
+            by = "as many as labels were drawn"
         elif self.predictions is not None:
             means, by = float(self.predictions), "as predictions= says"
         self.assumed = Assumed(self.samples, means, by)
