@@ -828,10 +828,11 @@ def test_checkpoints_that_are_computed_again_belong_to_their_own_forward_pass(wh
             return F.cross_entropy(self.head(h), y)
 
     torch.manual_seed(0)
-    model, ends = Inner(), []
-    for reentrant in (True, False):
+    model, ends, reentrant = Inner(), [], True
+    for turn in (True, False):
+        reentrant = turn
 
-        def passes(own, opt, step):
+        def passes(own, opt, step, reentrant=turn):
             x, y = batch_of(step, 24)
             parts = [(a.clone().requires_grad_(), b) for a, b in zip(x.chunk(3), y.chunk(3))]
             if where == "around the model":
@@ -987,9 +988,10 @@ def test_labels_of_several_passes_and_of_one_output_twice():
     (one.sum() + other.sum()).backward()
     quiet(opt.step)
     assert opt.assumed.samples == 64
+    model(x)
+    stranger = torch.randn(8, 3, requires_grad=True) * 1
     with pytest.raises(ValueError, match="does not come from the model"):
-        model(x)
-        opt.sample(torch.randn(8, 3, requires_grad=True) * 1)
+        opt.sample(stranger)
 
 
 def test_a_hook_comes_back_with_a_layer_that_was_frozen_for_a_while():

@@ -258,10 +258,9 @@ def computes_otherwise(module: nn.Module) -> str:
         if name in vars(module):
             return f"its {name} was replaced on the module; natgrad knows that of {kind.__name__}"
         if getattr(type(module), name) is not getattr(kind, name):
-            return (
-                f"{type(module).__name__} has a {name} of its own; natgrad knows that of {kind.__name__} "
-                "(teach it with layer_of.register)"
-            )
+            own = type(module)
+            said = own.__name__ if own.__name__ != kind.__name__ else f"{own.__module__}.{own.__name__}"
+            return f"{said} has a {name} of its own; natgrad knows that of {kind.__name__} (see layer_of.register)"
     return ""
 
 
