@@ -16,6 +16,7 @@ STAGES = {
     "data": "#D9D9D9",
     "network": "#0072B2",
     "measure": "#E69F00",
+    "checksum": "#F3D58B",
     "messages": "#CC79A7",
     "factor": "#D55E00",
     "precondition": "#009E73",

@@ -17,7 +17,7 @@ MEMORY = 0.05
 SMALLEST = 0.005
 """Share of a step below which a stage is not named, unless it has been more before."""
 
-ORDER = ("data", "network", "measure", "messages", "factor", "precondition", "probe", "update", "other")
+ORDER = ("data", "network", "measure", "checksum", "messages", "factor", "precondition", "probe", "update", "other")
 """Stages as they follow one another; others come after them."""
 
 Row = list[tuple[str, str]]

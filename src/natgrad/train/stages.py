@@ -36,7 +36,7 @@ def own_seconds(optimizer: Optimizer) -> dict[str, float]:
 def split(laps: dict[str, float], before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """Split the optimizer's lap into the stages that it has counted itself."""
     inner = {stage: seconds - before.get(stage, 0.0) for stage, seconds in after.items()}
-    measured = inner.get("measure", 0.0)  # by hooks, while the network runs
+    measured = inner.get("measure", 0.0) + inner.get("checksum", 0.0)  # by hooks, while the network runs
     told = sum(inner.values()) - inner.get("update", 0.0) - measured
     rest = {"network": max(0.0, laps["network"] - measured), "update": max(0.0, laps["update"] - told)}
     return {**laps, **inner, **rest}
@@ -51,6 +51,7 @@ def second_order(optimizer: Optimizer) -> dict[str, Any]:
         "damping": told.param_groups[0]["damping"],
         "refreshed": told.refreshed,
         "skipped": told.skipped,
+        "preconditioned": told.preconditioned.share,
         "intervals": told.intervals(),
         "traffic": told.traffic(),
     }
