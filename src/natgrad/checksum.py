@@ -73,8 +73,8 @@ class Checksum:
         """Autograd adds a gradient to the parameter `place` of the layer."""
         direction = self.layer.unpack(self.v.unsqueeze(2) * self.u.unsqueeze(1))[place]
         products = direction.reshape(gradient.shape) * gradient
-        self.deposited = self.deposited + products.sum(dtype=torch.float64)
-        self.squares = self.squares + products.square().sum(dtype=torch.float64)
+        self.deposited = self.deposited + products.sum().double()
+        self.squares = self.squares + torch.linalg.vector_norm(products).double().square()
 
     def _round(self, dtype: torch.dtype) -> None:
         if not dtype.is_floating_point:

@@ -136,8 +136,8 @@ class Layer(ABC):
 
         The gradient of W is the sum over rows of g a^T, so v^T dW u is the sum over rows of (g . v)(a . u).
         """
-        terms = looked * self.projected_output(dy, v)
-        return terms.sum(dtype=torch.float64), terms.square().sum(dtype=torch.float64)
+        terms = self.projected_output(dy, v).mul_(looked)
+        return terms.sum().double(), torch.linalg.vector_norm(terms).double().square()
 
     def sample_gradients(self, rows: Tensor, output_rows: Tensor, samples: int) -> Tensor:
         """Per-sample gradients [n, b, o, i]: sums over a sample's places of g a^T.

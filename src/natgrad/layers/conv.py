@@ -182,33 +182,44 @@ class Conv(Layer):
         output would compute a whole vector register of outputs.
         """
         x = promote(self._batched(x))
-        taps = math.prod(self.kernel)
-        weight = (u[:, :-1] if self.biased else u).unflatten(1, (taps, self.channels))  # [b, t, c]
-        grouped = x.unflatten(1, (self.groups, self.channels))
+        weight = (u[:, :-1] if self.biased else u).unflatten(1, (-1, self.channels))  # [b, t, c]
+        if self.mode != "zeros":
+            x = self._padded(x)
         if self.groups == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            maps = torch.einsum("nhwc,tc->nthw", x.permute(0, 2, 3, 1), weight[0]).unsqueeze(1)
+            flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
+            maps = (weight[0] @ flat.T).view(-1, len(x), 1, *x.shape[2:]).unbind(0)
         else:
-            maps = (weight @ grouped.flatten(3)).unflatten(3, x.shape[2:])  # [n, b, t, pixels]
-        maps = self._padded(maps.flatten(1, 2)).unflatten(1, (self.groups, taps))
-        sizes = [(size - d * (k - 1) - 1) // s + 1 for size, (k, s, _, _, d) in zip(maps.shape[3:], self.geometry)]
-        total: Tensor | None = None
-        for t, tap in enumerate(itertools.product(*(range(k) for k in self.kernel))):
-            places = [
-                slice(at * d, at * d + (size - 1) * s + 1, s)
-                for at, size, (_, s, _, _, d) in zip(tap, sizes, self.geometry)
-            ]
-            shifted = maps[(slice(None), slice(None), t, *places)]
-            total = shifted.clone() if total is None else total.add_(shifted)
-        assert total is not None
+            grouped = x.unflatten(1, (self.groups, self.channels)).flatten(3)
+            maps = (weight @ grouped).unflatten(3, x.shape[2:]).unbind(2)  # for each tap [n, b, pixels]
+        total = x.new_zeros(len(x), self.groups, *self._outputs(x))
+        for tap, values in zip(itertools.product(*(range(k) for k in self.kernel)), maps):
+            read, written = zip(*(self._reach(*one) for one in zip(tap, self.geometry, x.shape[2:], total.shape[2:])))
+            total[(..., *written)] += values[(..., *read)]
         total = total.flatten(2)
         return total + u[:, -1:] if self.biased else total
 
-    def _padded(self, maps: Tensor) -> Tensor:
-        """Maps with the padding that the module gives its input."""
+    def _outputs(self, x: Tensor) -> list[int]:
+        """How many outputs there are in every dimension of an input, which is padded unless with zeros."""
+        zeros = self.mode == "zeros"
+        return [
+            (size + total * zeros - d * (k - 1) - 1) // s + 1
+            for size, (k, s, _, total, d) in zip(x.shape[2:], self.geometry)
+        ]
+
+    def _reach(self, tap: int, geometry: tuple, size: int, outputs: int) -> tuple[slice, slice]:
+        """The pixels of a line that a tap reads, and the outputs for which it does."""
+        _, stride, before, _, dilation = geometry
+        start = dilation * tap - (before if self.mode == "zeros" else 0)
+        first = max(0, -(start // stride)) if start < 0 else 0
+        last = min(outputs - 1, (size - 1 - start) // stride)
+        if last < first:
+            return slice(0, 0), slice(0, 0)
+        return slice(first * stride + start, last * stride + start + 1, stride), slice(first, last + 1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """An input with the padding that the module gives it, where that is not zeros."""
         widths = [w for _, _, before, total, _ in reversed(self.geometry) for w in (before, total - before)]
-        if not any(widths):
-            return maps
-        return pad(maps, widths) if self.mode == "zeros" else pad(maps, widths, mode=self.mode)
+        return pad(x, widths, mode=self.mode) if any(widths) else x
 
     def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
         dy = promote(self._batched(dy))
