@@ -46,7 +46,8 @@ class NLCG(SecondOrder):
         mode: "hardened", or "faithful": the authors' release to the letter, in one defined order.
         prescale: eta of the release's LARS-like scaling of each variable's gradient, suggested 0.001; None: off.
         **shared: params, reduction, max_norm, scaler and world, as for SPNGD; with a curvature as preconditioner also
-            damping (1e-2), refresh (1), samples (8), decay (0.9), fisher, predictions, max_size, seed and strict.
+            damping (1e-2), refresh (1), samples (8), decay (0.9), fisher, predictions, batch_dim, max_size, seed and
+            strict.
 
     The strong choice is a curvature with the curvature step, which needs no learning rate: `NLCG(model,
     preconditioner=spngd_blocks, beta=polak_ribiere, step=CurvatureStep(), fisher="sampled")`.

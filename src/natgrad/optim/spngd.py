@@ -33,11 +33,12 @@ class SPNGD(SecondOrder):
         rule: where it goes: Momentum(before=..., coefficient=corrected | tied | heavy_ball) or a Rule of yours.
         rescale: "always" (the paper, eq. 24) or "shrink" (its release) holds weights at their He norm.
         **shared: params (torch's groups; a group may set lr, momentum, weight_decay, damping, refresh), reduction of
-            the loss ("mean" or "sum"), predictions (so many of a sample does a mean loss average: one class of an
-            image, all places of a text; None: as many as its rows of logits, or as its last layer has places),
-            max_norm, scaler (a GradScaler, if you unscale yourself, call reduce() or overlap), fallback (direction of
-            parameters without curvature), max_size (sides above it stay diagonal), strict (refuse such parameters),
-            seed, world.
+            the loss ("mean" or "sum"; None is a mean), predictions (how many predictions of a sample a mean loss
+            averages: one class of an image, all places of a text; None counts the rows of logits that have a gradient),
+            batch_dim (where samples are in inputs of several dimensions, for all modules or by name; None: first, or
+            as `batch_first` of the modules around says), max_norm, scaler (a GradScaler, if you unscale yourself, call
+            reduce() or overlap), fallback (direction of parameters without curvature), max_size (sides above it stay
+            diagonal), strict (refuse such parameters), seed, world.
 
     Raises:
         ValueError: names the value that cannot be and the way out.
