@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import natgrad
 from examples import CASES, NAMES
 from helpers import OPTIMIZERS, Mixed, backward, clone, made, mlp, points, quiet, statistic, train
+from natgrad.capture import EVERY, FIRST
 from natgrad.checksum import Checksum
 from natgrad.curvature.rows import explicit
 from natgrad.layers import Loose, layer_of
@@ -300,6 +301,60 @@ def test_strict_refuses_what_the_checksum_finds_and_nothing_is_changed():
     with pytest.raises(ValueError, match="strict=True, but body: its module's calls do not account"):
         opt.step()
     assert all(torch.equal(p, s) for p, s in zip(model.parameters(), start))
+
+
+def test_the_first_measurements_have_a_checksum_and_then_one_of_so_many():
+    """A use of the weight elsewhere is found by the checksum alone; what the module shows is looked at every time."""
+    torch.manual_seed(0)
+    model = Two()
+    opt = natgrad.SPNGD(model, lr=0.001, refresh=1)
+    compared = []
+    for k in range(40):
+        compared.append(set(opt.engine.capture._checked))
+        train(opt, model, [points(12, k)])
+    assert compared[:FIRST] == [{0, 1}] * FIRST
+    assert [k % EVERY for k in range(FIRST, 40) if 0 in compared[k]] == [0] * (32 // EVERY)
+    assert [(k + 1) % EVERY for k in range(FIRST, 40) if 1 in compared[k]] == [0] * (32 // EVERY)
+    model.forward = lambda x: Reused.forward(model, x)
+    said = []
+    for k in range(EVERY):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(opt, model, [points(12, k)])
+        said += [str(w.message) for w in caught]
+    assert sum("body: its module's calls do not account" in text for text in said) == 1
+
+
+def test_what_the_module_shows_is_noticed_between_checksums():
+    torch.manual_seed(0)
+    model = Masked()
+    on = [False]
+    model.forward = lambda x: Masked.forward(model, x) if on[0] else Two.forward(model, x)
+    opt = natgrad.SPNGD(model, lr=0.001, refresh=1)
+    train(opt, model, [points(12, k) for k in range(FIRST + 3)])
+    assert 0 not in opt.engine.capture._checked
+    on[0] = True
+    with pytest.warns(natgrad.NatgradWarning, match="body: its module's calls do not account"):
+        train(opt, model, [points(12, 0)])
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_cleared_gradients_are_noticed_between_checksums(set_to_none):
+    ends = []
+    for leaky in (False, True):
+        torch.manual_seed(0)
+        model = Two()
+        opt = natgrad.SPNGD(model, lr=0.01, refresh=1)
+        for k in range(FIRST + 4):
+            if leaky:
+                backward(model, points(5, 50 + k))
+                model.zero_grad(set_to_none=set_to_none)
+            backward(model, points(12, k))
+            opt.step()
+            opt.zero_grad()
+            assert opt.engine.samples == 12
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
 
 
 # --- the checksum where gradients are added up, scaled and sent ---

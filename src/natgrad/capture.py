@@ -39,6 +39,7 @@ from natgrad.sampling import Aligned, Sampler, Window
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
 
+FIRST, EVERY = 8, 8  # a layer's first measurements have a checksum, and after them one of so many
 TOGETHER = -2  # the "layer" by which all layers draw the same samples
 LOGITS = -1  # the "layer" whose output is the model's
 
@@ -64,6 +65,7 @@ class Seen:
     missed: bool = False  # a backward pass went through it and did not reach its weight
     deep: bool = False  # its input has more than one dimension that could be that of samples
     again: bool = False  # it was called more than once outside of the model
+    swapped: bool = False  # its module had another weight or another forward method than it had been found with
 
 
 class Measured(NamedTuple):
@@ -124,6 +126,7 @@ class Call:
     kept: list[tuple[Statistic, Any, Draw]] = field(default_factory=list)
     looked: Any = None
     deep: bool = False  # its input has more than one dimension that could be that of samples
+    swapped: bool = False  # the module was not as it had been found
     positions: Any = False  # its input counts 0, 1, 2, ..., as places do and samples do not
     dy: Tensor | None = None
 
@@ -153,6 +156,8 @@ class Capture:
         self._twice = False  # for a forward pass for which labels had been drawn before
         self.judged: Judge | None = None  # where rows are weighed by the gradients of the logits
         self._checks: dict[int, Checksum] = {}
+        self._checked: set[int] = set()  # layers that have a checksum in this step
+        self._measured: Counter[int] = Counter()  # how often each layer was measured
         self._handles: list[Any] = []
         self._hooked: set[tuple[int, int]] = set()  # parameters with a hook: a layer, and a place among its parameters
         self._finalizer = weakref.finalize(self, _remove, self._handles)
@@ -176,6 +181,7 @@ class Capture:
         """Watch until `disarm`. All layers count samples; those in `watches` are measured."""
         self.watches, self.sampler = dict(watches), sampler
         self._depth, self._inner = 0, None  # an interrupt may have ended a forward pass unseen
+        self._checked = {k for k in watches if (n := self._measured[k]) < FIRST or (n + k) % EVERY == 0}
         armed = self.armed
         for index, layer in enumerate(self.layers):
             if isinstance(layer, Loose):
@@ -264,8 +270,10 @@ class Capture:
             call.deep = layer.free is not None and x.dim() - layer.free > 1
             call.positions = layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
             if watch and own:
-                with self._timed():
-                    call.looked = self._checksum(index).look(x, output)
+                call.swapped = swapped(layer)
+                if index in self._checked:
+                    with self._timed():
+                        call.looked = self._checksum(index).look(x, output)
                 draws = self._draws(index, episode, call, x.device)
                 moved = x.movedim(dim, 0)
                 kept = output if dim == 0 else None
@@ -313,16 +321,21 @@ class Capture:
             if counts:  # whether the pass counts is known at the first layer
                 self._told[call.episode] = self._pass(), call, dy.detach()
             return
-        layer, seen = self.layers[call.index], self._seen[call.index]
+        layer = self.layers[call.index]
         if not self.inside:
             if not deposits(layer.parameters[0]):
-                seen.twice |= torch.is_grad_enabled()  # with create_graph: a loss of these gradients may follow
+                # with create_graph a loss of these gradients may follow
+                self._seen[call.index].twice |= torch.is_grad_enabled()
                 return
             if call.task >= 0 and call.task != (inner := torch._C._current_graph_task_id()):
                 self._within[inner] = call.task
             self._turn(self._pass(), call.episode)
-            if call.looked is not None:
+            if call.index in self.watches:
                 self._claimed[call.index] = self._pass()
+                self._seen[call.index].swapped |= call.swapped
+            if call.looked is None:
+                self._checked.discard(call.index)  # of a step that had no checksum of it
+            elif call.index in self._checked:
                 with self._timed(), calm(dy.device):
                     self._checks[call.index].claim(call.looked, dy.detach(), call.own * call.places)
         if counts:
@@ -378,7 +391,7 @@ class Capture:
         self._seen[index].passes += place == 0
         self._added[index] = self._pass()
         with self._timed(), calm(gradient.device):
-            self._checksum(index).deposit(place, gradient.detach())
+            self._checksum(index).deposit(place, gradient.detach(), index in self._checked)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -611,14 +624,16 @@ class Capture:
 
     def _check(self) -> None:
         """Compare the two sides of every layer's checksum; the host waits once."""
-        checks = {k: c for k, c in self._checks.items() if k in self.watches and (self._seen[k].passes or c.rows)}
+        self._measured.update(self.watches.keys())
+        for index in self._claimed.keys() & self.watches.keys():
+            self._seen[index].missed = not self._seen[index].passes
+        checks = {k: c for k, c in self._checks.items() if k in self._checked and self._seen[k].passes}
         if not checks:
             return
         device = next(iter(checks.values())).claimed.device
         numbers = torch.stack([c.numbers().to(device) for c in checks.values()]).tolist()
         for (index, check), sides in zip(checks.items(), numbers):
             self._seen[index].agrees = check.agrees(*sides)
-            self._seen[index].missed = check.rows > 0 and not self._seen[index].passes
 
 
 def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
@@ -634,6 +649,12 @@ def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
         return 0, own
     offset = int(x.storage_offset() - base.storage_offset()) // max(stride, 1)
     return (offset, batch) if offset + own <= batch else (0, own)
+
+
+def swapped(layer: Layer) -> bool:
+    """Whether a module computes with other parameters than those of its layer, or with another method than its kind."""
+    own = layer.module._parameters.values()
+    return "forward" in vars(layer.module) or any(all(known is not p for p in own) for known in layer.parameters)
 
 
 def counts_up(x: Tensor) -> bool:

@@ -69,8 +69,11 @@ class Checksum:
         self.claimed, self.terms = self.claimed + total, self.terms + squares
         self.rows += rows
 
-    def deposit(self, place: int, gradient: Tensor) -> None:
-        """Autograd adds a gradient to the parameter `place` of the layer."""
+    def deposit(self, place: int, gradient: Tensor, compared: bool = True) -> None:
+        """Autograd adds a gradient to the parameter `place` of the layer. Not `compared`, only its size counts."""
+        if not compared:
+            self.squares = self.squares + torch.linalg.vector_norm(gradient).double().square()
+            return
         direction = self.layer.unpack(self.v.unsqueeze(2) * self.u.unsqueeze(1))[place]
         products = direction.reshape(gradient.shape) * gradient
         self.deposited = self.deposited + products.sum().double()

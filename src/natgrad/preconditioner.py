@@ -221,7 +221,7 @@ class Preconditioner:
         own += [float(measured.weights.get(key, idle[key])) for key in plan]
         for index in layers:
             seen = measured.seen.get(index, Seen())
-            missed = seen.passes > 0 and not seen.agrees
+            missed = seen.passes > 0 and (seen.swapped or not seen.agrees)
             own += [
                 seen.calls,
                 seen.passes,
