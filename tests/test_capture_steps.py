@@ -145,3 +145,25 @@ def test_a_model_that_keeps_its_output_is_forgotten_with_its_optimizer():
     del opt, model
     forget()
     assert gone() is None
+
+
+def test_passes_that_do_not_count_leave_nothing_to_grow():
+    """Saliency maps and evaluations between steps, with the hooks in place."""
+    model = mlp()
+    opt = spngd(model)
+    x = points(12, 0)[0].requires_grad_()
+    for _ in range(20):
+        torch.autograd.grad(model(x).sum(), x)
+        model(x)
+    assert len(opt.engine.capture._told) <= 1
+    train(opt, model, [points(12, 0)])
+    assert not opt.engine.capture._told
+    sampled = spngd(mlp(), fisher="sampled")
+    for _ in range(3):
+        out = sampled._model(points(12, 0)[0])
+        sampled.sample(out)
+        sampled._model(points(5, 1)[0])  # for which no labels are drawn
+        out.sum().backward()
+        sampled.step()
+        sampled.zero_grad()
+        assert not sampled.engine.capture.edges

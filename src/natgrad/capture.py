@@ -181,6 +181,8 @@ class Capture:
         """Watch until `disarm`. All layers count samples; those in `watches` are measured."""
         self.watches, self.sampler = dict(watches), sampler
         self._depth, self._inner = 0, None  # an interrupt may have ended a forward pass unseen
+        if self.edges:
+            self.edges.clear()  # of passes for which no labels were drawn; they hold their graphs
         self._checked = {k for k in watches if (n := self._measured[k]) < FIRST or (n + k) % EVERY == 0}
         armed = self.armed
         for index, layer in enumerate(self.layers):
@@ -234,6 +236,8 @@ class Capture:
         for index, check in self._checks.items():
             check.reset()
             self._seen[index].passes = 0
+        self._claimed.clear()
+        self._added.clear()
         self._task = -1
         return None
 
@@ -318,8 +322,10 @@ class Capture:
         """The gradient of a call's output is known."""
         counts = self.inside or self.edges is None
         if call.index == LOGITS:
-            if counts:  # whether the pass counts is known at the first layer
-                self._told[call.episode] = self._pass(), call, dy.detach()
+            if counts:  # whether the pass counts is known at the first layer; those before it did not
+                task = self._pass()
+                self._told = {e: t for e, t in self._told.items() if t[0] == task or t[0] in self._counted}
+                self._told[call.episode] = task, call, dy.detach()
             return
         layer = self.layers[call.index]
         if not self.inside:
