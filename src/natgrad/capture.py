@@ -265,15 +265,15 @@ class Capture:
         layer, watch, task = self.layers[index], self.watches.get(index), self._pass()
         episode = self._episode() if task < 0 else self._through(task)
         dim = self.dims[index] if layer.free is not None and x.dim() - layer.free > self.dims[index] else 0
-        with calm(x.device):
-            own, places = layer.count(x.movedim(dim, 0)) if x.numel() else (0, 1)
-            episode.first = episode.first or own
-            offset, samples = (0, own) if dim else part_of_batch(x, own, episode.first)
-            call = Call(index, episode, own, places, samples, offset, dim=dim, task=task)
-            x = x.detach()
-            call.deep = layer.free is not None and x.dim() - layer.free > 1
-            call.positions = layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
-            if watch and own:
+        own, places = layer.count(x.movedim(dim, 0) if dim else x) if x.numel() else (0, 1)
+        episode.first = episode.first or own
+        offset, samples = (0, own) if dim or own >= episode.first else part_of_batch(x, own, episode.first)
+        call = Call(index, episode, own, places, samples, offset, dim=dim, task=task)
+        call.deep = layer.free is not None and x.dim() - layer.free > 1
+        if watch and own:
+            with calm(x.device):
+                x = x.detach()
+                call.positions = layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
                 call.swapped = swapped(layer)
                 if index in self._checked:
                     with self._timed():
@@ -351,8 +351,10 @@ class Capture:
             seen.deep |= call.deep and call.dim == 0
             seen.again |= call.episode.outside and call.episode.made[call.index] > 1
             self._counted.add(self._pass())
-            self._hear(call.episode, call)
-            seen.grown |= any(draw.grown for draw in call.episode.aligned.get(call.index, {}).values())
+            if self._told:
+                self._hear(call.episode, call)
+            if call.kept:
+                seen.grown |= any(draw.grown for draw in call.episode.aligned.get(call.index, {}).values())
             self._reach(call, dy.detach())
 
     def _hear(self, episode: Episode, near: Call | None = None) -> None:
@@ -464,6 +466,9 @@ class Capture:
     def _finish(self, call: Call, dy: Tensor) -> None:
         """A call's gradient is complete."""
         episode = call.episode
+        if not call.kept and episode.nearest is not call and call.index != LOGITS:  # it is counted alone
+            episode.counts[call.index] = max(call.samples, episode.counts.get(call.index, 0))
+            return
         with calm(dy.device):
             if episode.nearest is call and episode.predictions is None and not self.inside:
                 episode.predictions = self._predictions(call, dy)
