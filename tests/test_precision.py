@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from natgrad import capture
 from natgrad.data import Digits
 from natgrad.models import CifarResNet, Mlp
 from natgrad.parallel import World, run_threads
@@ -150,7 +151,7 @@ def test_channels_last_is_another_order_in_memory_and_nothing_else(splits, optim
 @pytest.fixture
 def counted(monkeypatch):
     """Compile by tracing alone, and count the graphs that run."""
-    gc.collect()  # optimizers of other tests, whose hooks would have all compiled models run eagerly
+    monkeypatch.setattr(capture, "_armed", set())  # other tests' hooks would have all compiled models run eagerly
     runs = []
 
     def backend(graph, inputs):

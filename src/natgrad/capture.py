@@ -200,7 +200,7 @@ class Capture:
         if (model := self.model()) is not None:
             self._handles.append(model.register_forward_pre_hook(Begin(self), prepend=True))
             self._handles.append(model.register_forward_hook(End(self), always_call=True))
-        _eager(+1)  # a compiled graph has no place for these hooks
+        _eager(self._handles)  # a compiled graph has no place for these hooks
 
     def disarm(self) -> None:
         """Remove every hook."""
@@ -717,15 +717,15 @@ def calm(*devices: torch.device) -> Iterator[None]:
 
 
 _lock = threading.RLock()  # collecting garbage inside may remove the hooks of a forgotten capture
-_watching = 0
+_armed: set[int] = set()  # lists of handles, one for each capture that watches
 
 
-def _eager(change: int) -> None:
+def _eager(handles: list[Any]) -> None:
     """Compiled models run eagerly while anybody watches."""
-    global _watching
     with _lock:
-        _watching += change
-        torch.compiler.set_stance("force_eager" if _watching else "default")
+        if handles:
+            _armed.add(id(handles))
+        torch.compiler.set_stance("force_eager" if _armed else "default")
 
 
 def _remove(handles: list[Any]) -> None:
@@ -733,4 +733,6 @@ def _remove(handles: list[Any]) -> None:
         for handle in handles:
             handle.remove()
         handles.clear()
-        _eager(-1)
+        with _lock:
+            _armed.discard(id(handles))
+            torch.compiler.set_stance("force_eager" if _armed else "default")
