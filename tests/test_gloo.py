@@ -1,6 +1,7 @@
 """The border: real processes that talk over gloo."""
 
 import socket
+import weakref
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def work(rank, port, name, wrapped, results):
     ids=["plain", "ddp", "ddp later", "overlap", "seng", "seng ddp"],
 )
 def test_two_processes_are_one_rank(name, wrapped):
-    with mp.Manager() as manager:
+    with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(work, (free_port(), name, wrapped, results), RANKS)
         first, second = results[0], results[1]
@@ -106,6 +107,30 @@ def collected(transport):
     return got
 
 
+SENDERS = ("all_reduce", "reduce", "broadcast", "reduce_scatter_single", "all_gather_single", "P2POp")
+
+
+def kept(group, times=50):
+    """How many tensors the collectives were given, and how many of these a thread of gloo still has behind them."""
+    given, alive = [], 0
+
+    def noting(send):
+        def call(*args, **options):
+            given.extend(weakref.ref(a) for a in args if isinstance(a, torch.Tensor))
+            return send(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SENDERS:
+            patch.setattr(dist, name, noting(getattr(dist, name)))
+        transport = Processes(group)
+        for _ in range(times):
+            collected(transport)
+            alive += sum(ref() is not None for ref in given)
+    return len(given), alive
+
+
 def messages(rank, port, results):
     """Every collective with chunks of every kind of length, on every other process of the world."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
@@ -116,18 +141,22 @@ def messages(rank, port, results):
             return
         direct, bridged = Processes(group), Processes(group)
         bridged._on_wire = torch.clone  # as where tensors of the host take the way over the device
-        results[direct.rank] = collected(direct), collected(bridged)
+        results[direct.rank] = collected(direct), collected(bridged), kept(group)
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_chunks_of_any_length_travel_between_processes():
-    with mp.Manager() as manager:
+    with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(messages, (free_port(), results), 4)
-        brought = [(me, got) for me, both in results.items() for got in both]
+        brought = [(me, got) for me, (*both, _) in results.items() for got in both]
+        tensors = [last for *_, last in results.values()]
     assert len(brought) == 6
+    for given, alive in tensors:  # a thread that drops one later may lock up whoever destroys the group
+        assert given > 50 * len(SENDERS)
+        assert alive == 0
     for me, got in brought:
         for name, lengths in LENGTHS.items():
             for k, value in zip((2, 1), got[name, "reduce"]):

@@ -140,7 +140,7 @@ def work(rank, port, folder, results):
 def found(tmp_path_factory):
     """What both ranks saw, of one start of the processes."""
     folder = str(tmp_path_factory.mktemp("checkpoint") / "shards")
-    with mp.Manager() as manager:
+    with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(work, (free_port(), folder, results), RANKS)
         return [results[rank] for rank in range(RANKS)]

@@ -131,7 +131,7 @@ def process(rank, port, line, results):
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [False, True], ids=["scheduled", "curvature step"])
 def test_two_wrapped_processes_are_one_rank(line):
-    with mp.Manager() as manager:
+    with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(process, (free_port(), line, results), 2)
         first, second = results[0], results[1]

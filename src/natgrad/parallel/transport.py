@@ -12,7 +12,9 @@ longest chunk is ten times the mean, so a message of equal, padded chunks would 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +71,8 @@ class Processes:
         self._globally = [r if group is None else dist.get_global_rank(group, r) for r in range(self.size)]
         backend = str(dist.get_backend(group))
         self._grouped = "nccl" in backend  # its list forms take chunks of any length, in one launch
+        # the devices whose messages threads of gloo carry
+        self._threaded = (("cpu",) if self._grouped else ("cpu", "cuda")) if "gloo" in backend else ()
         # without gloo beside it, what lives on the host (counts, flags, intervals) takes the way over the device
         self._bridge = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
         # renamed in torch 2.13, which warns about the old names
@@ -76,55 +80,59 @@ class Processes:
         self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     def all_reduce(self, buffer: Tensor, op: str = "sum") -> Tensor:
-        sent = self._on_wire(buffer)
-        dist.all_reduce(sent, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
+        sent, lent = self._on_wire(buffer), Lent(self._threaded)
+        dist.all_reduce(lent(sent), {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
+        lent.take_back()
         return sent.to(buffer.device)
 
     def reduce_scatter(self, chunks: Sequence[Tensor]) -> Pending:
-        lengths, home = [c.numel() for c in chunks], chunks[0].device
+        lengths, home, lent = [c.numel() for c in chunks], chunks[0].device, Lent(self._threaded)
         options: dict[str, Any] = {"group": self.group, "async_op": True}
         sent = chunks = [self._on_wire(c) for c in chunks]
         if padding(lengths) <= PADDING:
             mine, sent = chunks[0].new_empty(max(lengths)), [padded(chunks)]
-            works = [self._scatter(mine, sent[0], **options)]
+            works = [self._scatter(lent(mine), lent(sent[0]), **options)]
         elif self._grouped and chunks[0].is_cuda:
             mine = torch.empty_like(chunks[self.rank])
             works = [dist.reduce_scatter(mine, sent, **options)]
         else:
             mine = chunks[self.rank]
-            works = [dist.reduce(c, self._globally[r], **options) for r, c in enumerate(chunks) if len(c)]
+            works = [dist.reduce(lent(c), self._globally[r], **options) for r, c in enumerate(chunks) if len(c)]
 
         def wait() -> Tensor:
             finish(works)
             sent.clear()  # until now the messages needed them
+            lent.take_back()
             return mine[: lengths[self.rank]].to(home)
 
         return wait
 
     def all_gather(self, chunk: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         options: dict[str, Any] = {"group": self.group, "async_op": True}
-        home, chunk = chunk.device, self._on_wire(chunk)
+        home, chunk, lent = chunk.device, self._on_wire(chunk), Lent(self._threaded)
         if padding(lengths) <= PADDING:
             whole = chunk.new_empty(self.size, max(lengths))
             long = torch.cat([chunk, chunk.new_zeros(max(lengths) - len(chunk))])
-            works, chunks = [self._gather(whole.flatten(), long, **options)], list(whole)
+            works, chunks = [self._gather(lent(whole.flatten()), lent(long), **options)], list(whole)
         else:
             chunks = [chunk if r == self.rank else chunk.new_empty(n) for r, n in enumerate(lengths)]
             if self._grouped and chunk.is_cuda:
                 works = [dist.all_gather(chunks, chunk.clone(), **options)]
             else:
-                works = [dist.broadcast(c, self._globally[r], **options) for r, c in enumerate(chunks) if len(c)]
+                works = [dist.broadcast(lent(c), self._globally[r], **options) for r, c in enumerate(chunks) if len(c)]
         finish(works)
+        lent.take_back()
         return [c[:n].to(home) for c, n in zip(chunks, lengths)]
 
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
-        incoming = {r: self._on_wire(t) for r, t in sorted(into.items())}
-        sends = [
-            dist.P2POp(dist.isend, self._on_wire(t), self._globally[r], self.group) for r, t in sorted(out.items())
-        ]
-        receives = [dist.P2POp(dist.irecv, t, self._globally[r], self.group) for r, t in incoming.items()]
-        if sends or receives:
-            finish(dist.batch_isend_irecv([*sends, *receives]))
+        incoming, lent = {r: self._on_wire(t) for r, t in sorted(into.items())}, Lent(self._threaded)
+        outgoing = {r: self._on_wire(t) for r, t in sorted(out.items())}
+        moves = [dist.P2POp(dist.isend, lent(t), self._globally[r], self.group) for r, t in outgoing.items()]
+        moves += [dist.P2POp(dist.irecv, lent(t), self._globally[r], self.group) for r, t in incoming.items()]
+        if moves:
+            finish(dist.batch_isend_irecv(moves))
+        moves.clear()
+        lent.take_back()
         for r, tensor in into.items():
             if incoming[r] is not tensor:
                 tensor.copy_(incoming[r])
@@ -163,10 +171,42 @@ def padded(chunks: Sequence[Tensor]) -> Tensor:
     return torch.cat([part for c in chunks for part in (c, c.new_zeros(longest - len(c)))])
 
 
-def finish(works: Sequence[Any]) -> None:
-    """Wait for every message."""
+def finish(works: list[Any]) -> None:
+    """Wait for every message, and let go of it."""
     for work in works:
         work.wait()
+    works.clear()
+
+
+class Lent:
+    """Tensors of messages, as aliases that the messages alone hold, so that it shows when they have let go.
+
+    A thread of gloo drops a message some time after it was waited for, and needs Python's lock to drop its tensors. If
+    the process group is destroyed meanwhile by somebody who holds this lock (DistributedDataParallel's reducer does),
+    both wait for each other; if Python ends meanwhile, the process aborts. So every message is waited for until the
+    thread has dropped it too, mostly no time at all.
+    """
+
+    PATIENCE = 10.0  # seconds, after which the thread has other trouble
+
+    def __init__(self, kinds: Collection[str]):
+        self.kinds = kinds  # of the devices whose messages gloo's threads carry
+        self._aliases: list[Any] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type not in self.kinds:
+            return tensor
+        alias = tensor.detach()
+        self._aliases.append(weakref.ref(alias))
+        return alias
+
+    def take_back(self) -> None:
+        """Wait until no message holds any of them."""
+        deadline = time.monotonic() + self.PATIENCE
+        for alias in self._aliases:
+            while alias() is not None and time.monotonic() < deadline:
+                time.sleep(2e-5)  # gives the lock away
+        self._aliases.clear()
 
 
 if dist.is_available():
