@@ -3,6 +3,7 @@
 import copy
 import gc
 import warnings
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -86,6 +87,17 @@ class Net(nn.Module):
         return x, torch.randint(3, (n,), generator=generator)
 
 
+class Two(nn.Module):
+    """A body and a head; subclasses say how they use them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
 def mlp(bias=True):
     return nn.Sequential(nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3, bias=bias))
 
@@ -129,6 +141,11 @@ def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
+def row(optimizer, name):
+    """What coverage() says of the layer or parameter `name`."""
+    return next(r for r in optimizer.coverage() if r.layer == name)
+
+
 def statistic(optimizer, name, key):
     """A statistic of the layer `name`."""
     cell = next(c for c in optimizer.cells if c.name == name)
@@ -140,6 +157,31 @@ def quiet(build, *args, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", natgrad.NatgradWarning)
         return build(*args, **options)
+
+
+@contextmanager
+def unwarned():
+    """natgrad has nothing to warn of here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", natgrad.NatgradWarning)
+        yield
+
+
+@contextmanager
+def heard():
+    """A list that has natgrad's warnings at the end."""
+    said = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [w for w in caught if issubclass(w.category, natgrad.NatgradWarning)]
+
+
+def said_by(call, *args):
+    """What natgrad warns of in a call, as texts."""
+    with heard() as said:
+        call(*args)
+    return [str(w.message) for w in said]
 
 
 def forget():

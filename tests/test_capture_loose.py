@@ -10,26 +10,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import natgrad
-from helpers import backward, clone, hooks, mlp, points, quiet, train, weights
+from helpers import Two, backward, clone, hooks, mlp, points, quiet, row, train, weights
 
 
 def spngd(model, **options):
     return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 1, **options})
-
-
-def row(opt, name):
-    return next(r for r in opt.coverage() if r.layer == name)
-
-
-class Two(nn.Module):
-    """A body and a head; subclasses say how they are used."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.body(x)))
 
 
 class Behind(Two):

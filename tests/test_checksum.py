@@ -1,8 +1,5 @@
 """The checksum of every measured layer: plain layers agree to rounding, others train without curvature and say so."""
 
-import warnings
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import natgrad
 from examples import CASES, NAMES
-from helpers import OPTIMIZERS, Mixed, backward, clone, made, mlp, points, quiet, statistic, train
+from helpers import OPTIMIZERS, Mixed, Two, backward, clone, heard, made, mlp, points, quiet, statistic, train, unwarned
 from natgrad.capture import EVERY, FIRST
 from natgrad.checksum import Checksum
 from natgrad.curvature.rows import explicit
@@ -120,17 +117,6 @@ def test_every_layer_of_every_model_agrees_or_is_on_the_fallback(name, dtype):
 
 
 # --- ways of changing a weight before its use, or of using it otherwise ---
-
-
-class Two(nn.Module):
-    """A body and a head; subclasses say how they use them."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.body(x)))
 
 
 class Masked(Two):
@@ -248,7 +234,7 @@ def test_a_weight_that_is_used_otherwise_is_never_silent(name, double):
     """Either the rows of the layer are exact all the same, or it has none and coverage() says why."""
     torch.manual_seed(0)
     model, batch = CHANGES[name](), points(8, 1, torch.float64)
-    with pytest.warns(natgrad.NatgradWarning) if name in SAID else quiet_context():
+    with pytest.warns(natgrad.NatgradWarning) if name in SAID else unwarned():
         opt = natgrad.SENG(model, lr=1e-30, samples=None, sketch=None, refresh=1, momentum=0.0)
         backward(model, batch)
         opt.step()
@@ -263,14 +249,6 @@ def test_a_weight_that_is_used_otherwise_is_never_silent(name, double):
 EXACT = {"hook on the output", "hook in place"}  # the hooks of natgrad come first
 SAID = set(CHANGES) - EXACT
 """In a network of two layers, one is more than half of the weights or found out at the first step."""
-
-
-@contextmanager
-def quiet_context():
-    """No warning of natgrad is expected."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", natgrad.NatgradWarning)
-        yield
 
 
 @every_optimizer
@@ -318,10 +296,9 @@ def test_the_first_measurements_have_a_checksum_and_then_one_of_so_many():
     model.forward = lambda x: Reused.forward(model, x)
     said = []
     for k in range(EVERY):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with heard() as found:
             train(opt, model, [points(12, k)])
-        said += [str(w.message) for w in caught]
+        said += [str(w.message) for w in found]
     assert sum("body: its module's calls do not account" in text for text in said) == 1
 
 
@@ -381,7 +358,7 @@ def test_it_holds_under_accumulation_and_clipping(kind, set_to_none):
             (backward(model, points(8, 3 * step + k)) / 3).detach()
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
 
-    with quiet_context():
+    with unwarned():
         for step in range(3):
             passes(step)
             opt.step()
@@ -398,7 +375,7 @@ def test_it_holds_in_half_precision(kind, dtype):
     opt = made(kind, model, lr=0.01, refresh=1)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**10)
     x, y = torch.randn(512, 3, 8, 8), torch.randint(5, (512,))
-    with quiet_context():
+    with unwarned():
         for _ in range(10):
             with torch.autocast("cpu", dtype):
                 loss = F.cross_entropy(model(x), y)
@@ -419,7 +396,7 @@ def test_it_holds_under_activation_checkpointing(reentrant):
 
     model = Checkpointed()
     opt = natgrad.SPNGD(model, lr=0.01, refresh=1)
-    with quiet_context():
+    with unwarned():
         clean(opt, model, lambda step: backward(model, points(8, step)))
 
 

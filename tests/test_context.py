@@ -1,7 +1,5 @@
 """The user's context, whatever it is: measuring and steps are in the precision of the tensors and on plain tensors."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import natgrad
-from helpers import OPTIMIZERS, backward, clone, made, mlp, points, train, weights
+from helpers import OPTIMIZERS, backward, clone, made, mlp, points, train, unwarned, weights
 
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -29,8 +27,7 @@ def test_every_layer_trains_in_float16_at_a_large_batch(kind):
     opt = kind(model, lr=0.01, **({"step": natgrad.Scheduled(feedback=None)} if kind is natgrad.NLCG else {}))
     start = [p.detach().clone() for p in model.parameters()]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", natgrad.NatgradWarning)
+    with unwarned():
         for _ in range(4):
             with torch.autocast("cpu", torch.float16):
                 loss = F.cross_entropy(model(x), y)

@@ -1,7 +1,5 @@
 """The model of today: what was frozen, unfrozen, added, replaced or moved since the optimizer was built."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -10,13 +8,9 @@ from torch.optim import lr_scheduler
 from torch.testing import assert_close
 
 import natgrad
-from helpers import OPTIMIZERS, backward, clone, made, mlp, points, quiet, train, weights
+from helpers import OPTIMIZERS, backward, clone, made, mlp, points, quiet, row, train, unwarned, weights
 
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
-
-
-def row(opt, name):
-    return next(r for r in opt.coverage() if r.layer == name)
 
 
 # --- frozen and unfrozen ---
@@ -90,7 +84,6 @@ def test_unfreezing_leaves_the_other_layers_steps_alone(kind):
     model["b"].requires_grad_(False)
     options = {"lr": 0.05, "refresh": 1, "samples": None}
     if kind is natgrad.NLCG:
-        options["length"] = None
         pytest.skip("its inner products are over all parameters")
     opts = made(kind, alone, length=natgrad.plain, **options), made(kind, model, length=natgrad.plain, **options)
     for k in range(5):
@@ -132,8 +125,7 @@ def test_parameters_that_were_left_out_stay_out():
     model = mlp()
     opt = natgrad.SPNGD(model, lr=0.1, params=list(model[2].parameters()))
     start = model[0].weight.detach().clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", natgrad.NatgradWarning)
+    with unwarned():
         train(opt, model, [points(12, k) for k in range(2)])
     assert torch.equal(model[0].weight, start)
 
@@ -148,8 +140,7 @@ def test_what_was_added_is_named_and_taken_in_by_rebuild():
     model.add_module("new", nn.Linear(3, 3))
     with pytest.warns(natgrad.NatgradWarning, match=r"new.weight was added.*rebuild"):
         train(opt, model, [points(12, 1)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", natgrad.NatgradWarning)
+    with unwarned():
         train(opt, model, [points(12, 2)])  # said once
     start = model.new.weight.detach().clone()
     opt.rebuild()

@@ -1,7 +1,5 @@
 """Which passes count for a step, what a sample is, and what a loss is a mean of: against computations by autograd."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import natgrad
-from helpers import OPTIMIZERS, backward, clone, made, mlp, points, quiet, statistic, weights
+from helpers import OPTIMIZERS, backward, clone, heard, made, mlp, points, quiet, said_by, statistic, unwarned, weights
 
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -414,8 +412,7 @@ def test_an_expert_without_samples_waits(kind):
     model = Sparse()
     opt = build(kind, model)
     start = model.rare.weight.detach().clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", natgrad.NatgradWarning)
+    with unwarned():
         for some in (0, 0, 5):
             x, y = batch_of(some)
             opt.zero_grad()
@@ -497,8 +494,7 @@ def test_a_mean_over_places_outside_of_the_model_is_one_prediction():
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, 3)
     opt = natgrad.SPNGD(conv, lr=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", natgrad.NatgradWarning)
+    with unwarned():
         F.cross_entropy(conv(torch.randn(6, 2, 5, 5)).mean((2, 3)), torch.randint(3, (6,))).backward()
         opt.step()
     assert (opt.assumed.samples, opt.assumed.predictions) == (6, 1)
@@ -571,12 +567,11 @@ def test_layers_that_disagree_about_samples_are_named_once():
     said = []
     for _ in range(3):
         x = torch.randn(6, 2, 4)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with heard() as found:
             backward(model, (x, torch.randint(3, (6,))))
             opt.step()
             opt.zero_grad()
-        said += [str(w.message) for w in caught if issubclass(w.category, natgrad.NatgradWarning)]
+        said += [str(w.message) for w in found]
     assert len(said) == 1
     assert "layers disagree about the samples of a step: 6 in most, 12 in w" in said[0]
 
@@ -596,12 +591,11 @@ def test_a_layer_called_once_for_the_whole_batch_is_not_curved_by_sums():
     start = model.places.weight.detach().clone()
     said = []
     for _ in range(6):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with heard() as found:
             backward(model, (torch.randint(9, (8, 5)), torch.randint(3, (8,))))
             opt.step()
             opt.zero_grad()
-        said += [str(w.message) for w in caught if issubclass(w.category, natgrad.NatgradWarning)]
+        said += [str(w.message) for w in found]
     assert len(said) == 2
     assert "places: it is called once for the whole batch" in said[0]
     assert "after 5 measurements in a row it will train by the fallback" in said[0]
@@ -619,8 +613,7 @@ def test_a_loss_that_looks_like_a_sum_is_asked_about():
     for options, reduction in (({}, "mean"), ({"reduction": "sum"}, "sum")):
         own = mlp()
         opt = natgrad.SPNGD(own, lr=1e-4, **options)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", natgrad.NatgradWarning)
+        with unwarned():
             backward(own, batch_of(0, 64), reduction=reduction)
             opt.step()
 
@@ -737,14 +730,6 @@ def test_labels_that_were_drawn_survive_clearing_before_the_backward_pass():
 # --- what a review with fresh eyes found ---
 
 
-def said_in(opt):
-    """The warnings that a step gives."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        opt.step()
-    return [str(w.message) for w in caught if issubclass(w.category, natgrad.NatgradWarning)]
-
-
 class Steps(nn.Module):
     """A recurrent network whose head is called at every step, or once."""
 
@@ -775,7 +760,7 @@ def test_a_head_called_at_every_step_makes_the_predictions_of_all(kind):
         opt = build(kind, own)
         for step in range(2):
             passes(own, opt, step)
-            assert said_in(opt) == []
+            assert said_by(opt.step) == []
             opt.zero_grad()
         assert opt.assumed.predictions == 6
         ends.append(weights(own))
@@ -810,7 +795,7 @@ def test_calls_outside_of_the_model_before_one_backward_pass_are_asked_about():
     opt = build(natgrad.SPNGD, model)
     x, y = batch_of(0)
     F.cross_entropy(torch.cat([model.act(part) for part in x.chunk(4)]), y).backward()
-    (text,) = said_in(opt)
+    (text,) = said_by(opt.step)
     assert text.startswith("layers outside")
 
 
@@ -908,7 +893,7 @@ def test_layers_on_no_samples_wait(kind, layer, shape):
     for step in range(2):
         opt.zero_grad()
         backward(model, batch_of(step))
-        assert said_in(opt) == []
+        assert said_by(opt.step) == []
 
 
 def test_places_are_not_taken_for_tokens():
@@ -938,7 +923,7 @@ def test_samples_without_a_gradient_are_asked_about():
     opt = natgrad.SENG(model, lr=0.1)
     x = batch_of(0)[0]
     torch.relu(1 - 3 * model(x)[:, 0]).mean().backward()
-    (text,) = said_in(opt)
+    (text,) = said_by(opt.step)
     assert text.startswith("some samples: ")
     assert "predictions=1" in text
 
@@ -958,7 +943,7 @@ def test_modules_with_time_first_put_the_layers_around_them_in_question():
         opt = quiet(natgrad.KFAC, model, lr=0.1, **options)
         i = torch.randint(9, (7, 5))
         F.cross_entropy(model(i).flatten(0, 1), i.flatten()).backward()
-        assert len(said_in(opt)) == count
+        assert len(said_by(opt.step)) == count
         assert opt.assumed.samples == (7 if count else 5)
 
 
@@ -1031,7 +1016,7 @@ def test_a_frequent_token_is_added_up_one_by_one_and_agrees(rows):
     opt = natgrad.SPNGD(model, lr=1e-3)
     i = (torch.rand(rows, 4) < 0.01).long()
     F.cross_entropy(model(i).mean(1), torch.randint(3, (rows,))).backward()
-    assert said_in(opt) == []
+    assert said_by(opt.step) == []
     assert all(row.covered for row in opt.coverage())
 
 
