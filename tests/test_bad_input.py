@@ -11,7 +11,7 @@ from torch import nn
 
 import natgrad
 from helpers import Mixed, mlp, points, train
-from natgrad.optim.lengths import PredictedChange
+from natgrad.optim import MeasuredChange, PredictedChange
 
 NAN, INF = float("nan"), float("inf")
 
@@ -158,11 +158,12 @@ def test_schedules_may_take_lr_to_zero_later():
 def test_lengths_and_staleness(value):
     with pytest.raises(ValueError, match=f"limit={value}"):
         PredictedChange(value)
-    with pytest.raises(ValueError, match=f"per_sample={value}"):
-        PredictedChange(per_sample=value)
+    for name in ("limit", "first", "most"):
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            MeasuredChange(**{name: value})
     if value != 0:
-        with pytest.raises(ValueError, match=f"least={value}"):
-            PredictedChange(least=value)
+        with pytest.raises(ValueError, match=f"memory={value}"):
+            MeasuredChange(memory=value)
     with pytest.raises(ValueError, match=f"tolerance={value}"):
         natgrad.Adaptive(tolerance=value)
     if not math.isnan(value):

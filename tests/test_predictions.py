@@ -58,18 +58,14 @@ def trained(model, batches, kind=natgrad.SPNGD, world=None, reduction="mean", **
 @pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.KFAC, natgrad.NLCG], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("wrap", [nn.Identity, Flat], ids=["places", "rows"])
 def test_places_are_predictions(kind, wrap):
-    """Rows that know nothing of each other may come as samples or as places of samples: the same steps.
-
-    Save for the bound on a step's change, which counts samples: places of one text are not as good as texts.
-    """
-    options = {} if kind is natgrad.NLCG else {"length": natgrad.PredictedChange(per_sample=None)}
+    """Rows that know nothing of each other may come as samples or as places of samples: the same steps."""
     batches = [texts(8, seed) for seed in range(3)]
     apart = [(x.flatten(0, 1), labels.flatten()) for x, labels in batches]
     model = mlp()
-    expected, _ = trained(model, apart, kind, **options)
-    found, _ = trained(model if wrap is nn.Identity else wrap(model), batches, kind, **options)
+    expected, _ = trained(model, apart, kind)
+    found, _ = trained(model if wrap is nn.Identity else wrap(model), batches, kind)
     assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    told, _ = trained(model if wrap is nn.Identity else wrap(model), batches, kind, predictions=1, **options)
+    told, _ = trained(model if wrap is nn.Identity else wrap(model), batches, kind, predictions=1)
     assert not torch.allclose(told, expected, rtol=1e-4)
 
 

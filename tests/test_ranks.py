@@ -50,7 +50,8 @@ def test_without_loose_parameters(optimizer, double):
     [
         {"length": natgrad.trust},
         {"length": natgrad.PredictedChange(1e-3)},
-        {"length": natgrad.PredictedChange(per_sample=1e-5, least=0.0)},
+        {"length": natgrad.MeasuredChange(1e-3, first=2.0)},
+        {"length": natgrad.MeasuredChange(1e-3), "rule": natgrad.Momentum(before=True)},
         {"rule": natgrad.Momentum(before=True, coefficient=natgrad.tied)},
         {"rescale": "always"},
         {"max_norm": 0.1},

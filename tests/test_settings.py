@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import natgrad
-from natgrad.optim import lengths
 from natgrad.parallel import World
 from natgrad.staleness import Adaptive
 from natgrad.train.optimizers import KFac, SpNgd
@@ -29,8 +28,6 @@ OTHER = {
     "max_size": 4,
     "length": "trust",
     "largest_change": 0.5,
-    "change_per_sample": 0.5,
-    "least_change": 0.5,
     "coefficient": "tied",
     "before": True,
     "displaced": True,
@@ -47,8 +44,8 @@ OTHER = {
     "gather": "directions",
 }
 ADAPTIVE = {key: {"refresh": None} for key in ("tolerance", "widen_below", "limit")}
-PREDICTED = {key: {"length": "predicted_change"} for key in ("largest_change", "change_per_sample", "least_change")}
-NEEDS = {**ADAPTIVE, **PREDICTED, "norm_damping": {"norms": "unitwise"}}
+BOUNDED = {"largest_change": {"length": "predicted_change"}}
+NEEDS = {**ADAPTIVE, **BOUNDED, "norm_damping": {"norms": "unitwise"}}
 
 
 def handed_over(settings, monkeypatch):
@@ -105,14 +102,13 @@ def test_names_become_what_they_say(monkeypatch):
     given = handed_over(settings, monkeypatch)
     assert given["refresh"] == Adaptive(0.2, 7, 5)
     assert given["curvature"] == (natgrad.Kronecker, natgrad.Identity())
-    assert given["length"] == lengths.PredictedChange(0.5, per_sample=None)
+    assert given["length"] == natgrad.PredictedChange(0.5)
     assert given["world"] == (torch.bfloat16, None, False)
     assert handed_over(KFac(), monkeypatch)["refresh"] == Adaptive()
     assert handed_over(KFac(refresh=10), monkeypatch)["refresh"] == 10
-    assert how_far("predicted_change") == lengths.PredictedChange()
-    assert how_far("predicted_change", None, None, 0.0) == lengths.PredictedChange(least=0.0)
-    assert how_far("predicted_change", None, 1e-5) == lengths.PredictedChange(per_sample=1e-5)
-    assert how_far("predicted_change", 0.5, 1e-5) == lengths.PredictedChange(0.5, per_sample=1e-5)
+    assert how_far("predicted_change") == natgrad.PredictedChange()
+    assert how_far("measured_change") == natgrad.MeasuredChange()
+    assert how_far("measured_change", 0.5) == natgrad.MeasuredChange(0.5)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +118,6 @@ def test_names_become_what_they_say(monkeypatch):
         (SpNgd(refresh=3, widen_below=1), "widen_below=1 .*refresh=3"),
         (KFac(limit=4, refresh=10), "limit=4 .*refresh=10.*--optimizer.refresh None"),
         (SpNgd(length="plain", largest_change=0.1), "largest_change=0.1 .*length=plain"),
-        (SpNgd(length="trust", change_per_sample=0.1), "change_per_sample=0.1 .*length=trust"),
-        (SpNgd(length="trust", least_change=0.1), "least_change=0.1 .*length=trust"),
-        (SpNgd(largest_change=0.1, least_change=0.01), "least_change=0.01 .*largest_change=0.1 .*change-per-sample"),
         (SpNgd(limit=0), "limit=0"),
         (KFac(max_norm=-1.0), "max_norm=-1"),
         (KFac(decay=1.0), "decay=1"),

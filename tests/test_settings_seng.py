@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import natgrad
-from natgrad.optim import lengths
 from natgrad.optim.rules import Momentum, tied
 from natgrad.parallel import World
 from natgrad.train.optimizers import Seng
@@ -35,8 +34,6 @@ OTHER = {
     "legacy_local": True,
     "length": "trust",
     "largest_change": 0.5,
-    "change_per_sample": 0.5,
-    "least_change": 0.5,
     "coefficient": "tied",
     "before": True,
     "displaced": True,
@@ -52,8 +49,6 @@ OTHER = {
 NEEDS = {
     **{name: {"legacy": True, "replicated": True} for name in LEGACY},
     "largest_change": {"length": "predicted_change"},
-    "change_per_sample": {"length": "predicted_change"},
-    "least_change": {"length": "predicted_change"},
 }
 
 
@@ -119,7 +114,7 @@ def test_names_become_what_they_say(monkeypatch):
     given = handed_over(settings, monkeypatch)
     assert given["sketch"] == natgrad.RowNorm(9)
     assert given["legacy"] == natgrad.Legacy(128, 10)
-    assert given["length"] == lengths.PredictedChange(0.5, per_sample=None)
+    assert given["length"] == natgrad.PredictedChange(0.5)
     assert given["rule"] == Momentum(False, tied, False)
     assert given["world"] == (torch.bfloat16, None, False, False)
     assert handed_over(Seng(), monkeypatch)["legacy"] is None

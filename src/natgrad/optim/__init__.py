@@ -11,10 +11,11 @@ from natgrad.optim.betas import (
     polak_ribiere,
 )
 from natgrad.optim.blocks import LayerBlocks, kfac_blocks, spngd_blocks
+from natgrad.optim.change import LastStep, MeasuredChange, PredictedChange, measured_change, predicted_change
 from natgrad.optim.checks import NatgradWarning
 from natgrad.optim.fallback import Adam, adam
 from natgrad.optim.kfac import KFAC
-from natgrad.optim.lengths import PredictedChange, plain, predicted_change, trust
+from natgrad.optim.lengths import plain, trust
 from natgrad.optim.likelihoods import Bernoulli, Categorical, Normal
 from natgrad.optim.metrics import DiagonalBFGS, Metric, SecondMoment
 from natgrad.optim.nlcg import NLCG
@@ -33,7 +34,9 @@ __all__ = [
     "Categorical",
     "CurvatureStep",
     "DiagonalBFGS",
+    "LastStep",
     "LayerBlocks",
+    "MeasuredChange",
     "Metric",
     "Momentum",
     "NatgradWarning",
@@ -52,6 +55,7 @@ __all__ = [
     "hestenes_stiefel",
     "hs_dy",
     "kfac_blocks",
+    "measured_change",
     "plain",
     "polak_ribiere",
     "predicted_change",

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -22,18 +24,19 @@ from natgrad.capture import calm
 from natgrad.cell import DORMANT, Cell
 from natgrad.curvature import Curvature, Identity
 from natgrad.layers import Found, Loose, find_layers
-from natgrad.layers.base import real
+from natgrad.layers.base import real, real_type
 from natgrad.optim import checks
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import Census
+from natgrad.optim.change import LastStep
 from natgrad.optim.coverage import count_preconditioned
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
-from natgrad.optim.lengths import Keeps, Length, layerwise
+from natgrad.optim.lengths import Keeps, Length, Remembers, layerwise
 from natgrad.optim.likelihoods import Likelihood, draw_labels
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
-from natgrad.optim.rules import Rule, takes_loose
+from natgrad.optim.rules import Rule, directions_kept, takes_loose
 from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
 from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
 from natgrad.optim.update import master, update
@@ -46,6 +49,7 @@ PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")  # numbers of a group that schedules change
 WARNED = 2  # measurements of a layer in a row that cannot be used are said
 LOOSENED = 5  # so many, and the layer trains by the fallback
+SAYS_NOTHING = 1 / 30  # of lr is left in the mean of many steps: which lr it is makes no difference
 NEVER_CALLED = "its module is never called in a pass that adds to its gradient, though its weight gets one"
 NOT_SAMPLED = "its output does not enter the prediction that sample() was given, so its curvature is not known"
 HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
@@ -61,7 +65,7 @@ class SecondOrder(Views, Optimizer):
         *,
         curvature: Blocks,
         rule: Rule,
-        length: Length,
+        length: Length | Remembers,
         refresh: int | Staleness,
         momentum: float,
         damping: float,
@@ -97,14 +101,16 @@ class SecondOrder(Views, Optimizer):
         checks.batch_dims(batch_dim)
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
             checks.above(name, 1 if value is None else value, 0)
-        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
+        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
+        defaults |= dict(length.numbers) if isinstance(length, Remembers) else {}
         super().__init__(groups, defaults)
         for group in self.param_groups:
             checks.check_group(group)
             group |= {"lr_last": group["lr"], "lr_first": group["lr"]}  # from the start: checkpoints have the same keys
         self._places: dict[nn.Parameter, int] = {}
         self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
-        self.rule, self.length, self.fallback, self.natural = rule, length, fallback, layerwise
+        self.rule, self.fallback, self.natural = rule, fallback, layerwise
+        self.length: Length | Remembers = length
         self.rescale: Rescale | None = rescale
         self.gather = gather
         self.scaler, self.decay, self.skipped = scaler, decay, 0
@@ -115,6 +121,7 @@ class SecondOrder(Views, Optimizer):
         self.world = world if isinstance(world, World) else World(world)
         self.gradients = Gradients(self.world, max_norm, partial(known_scale, self))
         self.said: set[str] = set()  # warnings that were given
+        self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
         self._join_config = uneven.nobody()
         self._scope = None if params is None else checks.scope_of(params)
         self._model = model
@@ -188,13 +195,28 @@ class SecondOrder(Views, Optimizer):
         kept = partial(master, narrow=self.narrow) if mine or self.gather == "directions" else lambda p: {}
         states: dict = {p: {"step": torch.tensor(0.0), **kept(p)} for p in cell.layer.parameters}
         cell.allocate(own := states[cell.layer.parameters[0]], rank)
-        if mine and isinstance(cell.layer, Loose) and not takes_loose(self.rule):
+        loose = isinstance(cell.layer, Loose) and not takes_loose(self.rule)
+        if mine and loose:
             self.fallback.allocate(cell.layer, own)
         elif mine:
             self.rule.allocate(cell.layer, own)
-            if isinstance(self.length, Keeps):
-                self.length.allocate(cell.layer, own)
+        looks_back = isinstance(self.length, Remembers) and self.length.looks_back
+        if mine and isinstance(self.length, Keeps) and (looks_back or not loose):
+            self.length.allocate(cell.layer, own)
+        if mine and looks_back and (loose or directions_kept(self.rule) is None):
+            weight = cell.layer.parameters[0]
+            own["last"] = torch.zeros(cell.layer.shape, dtype=real_type(weight), device=weight.device)
         return states
+
+    @property
+    def last_step(self) -> LastStep | None:
+        """How long the last step was and why; None before the first one, and for lengths that bound nothing."""
+        group = self.param_groups[0]
+        if not self.steps_made or "bound" not in group:
+            return None
+        return LastStep(
+            group["change"], group["bound"], group["factor"], group.get("ratio", 1.0), group.get("loose", 1.0)
+        )
 
     @property
     def steps_made(self) -> int:
@@ -350,7 +372,25 @@ class SecondOrder(Views, Optimizer):
             self._take_in(scale)
         for state in self.state.values():
             state["step"] += 1
+        self._hear_length()
         self.engine.arm(step + 1)
+
+    def _hear_length(self) -> None:
+        """Warn once if steps have been shortened so much for so long that the learning rate says nothing."""
+        found = self.last_step
+        if found is None:
+            return
+        self.factors.append(max(found.factor, 1e-30))
+        if len(self.factors) == self.factors.maxlen:
+            share = math.exp(fmean(map(math.log, self.factors)))
+            if share < SAYS_NOTHING:
+                lr = self.param_groups[0]["lr"]
+                self.say(
+                    f"lr={lr:g} says nothing yet: the last {len(self.factors)} steps were shortened to {share:.2g} of "
+                    f"it by the bound on how much a step may change the outputs (see last_step); a schedule acts once "
+                    f"it has brought lr to {lr * share:.2g}",
+                    "lr says nothing",
+                )
 
     def _take_in(self, scale: float) -> None:
         """Lay out anew for parameters that were unfrozen. In this step, not measured, they follow their gradients."""

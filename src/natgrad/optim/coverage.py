@@ -91,14 +91,19 @@ def count_preconditioned(cells: Sequence[Cell], present: Sequence[bool]) -> Prec
     return Preconditioned(len(own), weights[0], len(moved), weights[1])
 
 
-def coverage(cells: Sequence[Cell], whys: Sequence[str], fallback: str, vectors: int) -> CoverageTable:
-    """A row for every layer, in the model's order. `vectors`: what is kept beside curvature, as often as weights."""
+def coverage(
+    cells: Sequence[Cell], whys: Sequence[str], fallback: str, vectors: int, loose_vectors: int
+) -> CoverageTable:
+    """A row for every layer, in the model's order.
+
+    vectors: how many tensors of a weight's size are kept beside its curvature; loose_vectors: of loose parameters.
+    """
     rows = CoverageTable()
     for cell, why in zip(cells, whys):
         loose = isinstance(cell.layer, Loose)
         weight = cell.layer.parameters[0]
         if loose:
-            numbers, flops = 2 * weight.numel(), 0.0
+            numbers, flops = loose_vectors * weight.numel(), 0.0
         else:
             cost = cell.curvature.cost(cell.layer, REFERENCE_ROWS)
             numbers = held(cell, cost) + vectors * cell.layer.shape.numel

@@ -8,7 +8,8 @@ from torch import nn
 
 from natgrad.optim.base import SecondOrder
 from natgrad.optim.blocks import Blocks, kfac_blocks
-from natgrad.optim.lengths import Length, predicted_change
+from natgrad.optim.change import measured_change
+from natgrad.optim.lengths import Length, Remembers
 from natgrad.optim.rules import Momentum, Rule
 from natgrad.staleness import Adaptive, Staleness
 
@@ -37,7 +38,7 @@ class KFAC(SecondOrder):
         decay: float = 0.5,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = kfac_blocks,
-        length: Length = predicted_change,
+        length: Length | Remembers = measured_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
         gather: Literal["weights", "directions"] = "weights",
         **shared: Any,

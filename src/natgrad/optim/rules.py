@@ -43,7 +43,8 @@ def heavy_ball(momentum: float, lr: float, last: float, first: float) -> float:
 
 class Rule(Protocol):
     """A rule of direction. One that has `moved` too hears of weights that were rescaled (see Momentum); one that has
-    `takes_loose = True` is given the parameters without curvature too, which else train by the fallback.
+    `takes_loose = True` is given the parameters without curvature too, which else train by the fallback. One that keeps
+    each layer's last direction in its state says under which name (`keeps_directions`).
     """
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
@@ -56,6 +57,11 @@ class Rule(Protocol):
 def takes_loose(rule: Rule) -> bool:
     """Whether a rule directs the parameters without curvature."""
     return getattr(rule, "takes_loose", False)
+
+
+def directions_kept(rule: Rule) -> str | None:
+    """The name under which a rule keeps a layer's last direction in its state, or None."""
+    return getattr(rule, "keeps_directions", None)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,11 @@ class Momentum:
                 step.direction = with_decay(step, direction)
             else:
                 step.direction = step.state["momentum"].add_(with_decay(step, direction))
+
+    @property
+    def keeps_directions(self) -> str | None:
+        """The buffer, where it holds the last direction as it was."""
+        return None if self.before or self.displaced else "momentum"
 
     def moved(self, layer: Layer, state: dict[str, Any], direction: torch.Tensor) -> None:
         """Take over a weight's displacement over -lr where it was not the direction alone."""

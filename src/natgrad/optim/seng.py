@@ -13,7 +13,7 @@ from natgrad.hooks import Judge
 from natgrad.layers import Layer, Loose
 from natgrad.optim import checks
 from natgrad.optim.base import SecondOrder
-from natgrad.optim.lengths import Length, Step, layerwise, plain
+from natgrad.optim.lengths import Length, Remembers, Step, layerwise, plain
 from natgrad.optim.network import Network
 from natgrad.optim.rules import Momentum, Rule
 from natgrad.parallel import World
@@ -73,7 +73,7 @@ class SENG(SecondOrder):
         block: Literal["layer", "network"] = "layer",
         budget: int = 2**30,
         legacy: Legacy | None = None,
-        length: Length = plain,
+        length: Length | Remembers = plain,
         rule: Rule = Momentum(before=False),  # noqa: B008
         world: Any = None,
         **shared: Any,

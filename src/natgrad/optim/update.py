@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from natgrad.cell import Cell
 from natgrad.layers import Loose
 from natgrad.layers.base import promote, real
-from natgrad.optim.lengths import Step, trust_ratio
+from natgrad.optim.lengths import Remembers, Step, trust_ratio
 from natgrad.optim.rescale import rescale
-from natgrad.optim.rules import takes_loose, with_decay
+from natgrad.optim.rules import directions_kept, takes_loose, with_decay
 from natgrad.parallel import Parcel
 
 if TYPE_CHECKING:
@@ -28,16 +28,12 @@ def update(
     Cells in `bare` have not been measured, and take their gradient's direction at the length of their weight.
     """
     cells, timed = optimizer.cells, optimizer.engine.timed
-    for group in optimizer.param_groups:  # a number of the groups, so that a resumed run knows it
-        group["batch"] = optimizer.engine.samples or group.get("batch", 0)
     with timed("precondition"):
         steps = [prepare(optimizer, k, g, k in bare) for k, g in gradients.items() if cells[k].ready or k in bare]
-        curved = [step for step in steps if step.curved]
-        optimizer.rule(curved, optimizer.natural, optimizer.world)
-        factors = {id(s): f for s, f in zip(curved, optimizer.length(curved, optimizer.world))}
+        factors = aim(optimizer, steps, bool(bare))
         parts: dict[nn.Parameter, Tensor] = {}
         for step in steps:
-            factor = factors[id(step)] if step.curved else trust_ratio(step)
+            factor = factors.get(id(step), 1.0)
             whole = isinstance(factor, float) and factor == 1 and optimizer.gather == "weights"
             unpacked = step.layer.unpack(step.direction if whole else step.direction * factor)
             parts |= zip(step.layer.parameters, unpacked)
@@ -58,6 +54,37 @@ def update(
         with timed("messages"):
             parcels = [Parcel(real(p.detach()), cell.owner) for cell in moving for p in cell.layer.parameters]
             optimizer.world.gather_narrow(parcels, "weights")
+
+
+def aim(optimizer: SecondOrder, steps: Sequence[Step], bare: bool) -> dict[int, Tensor | float]:
+    """Fill in all directions; return the factors of those that have another length, by id of the step.
+
+    bare: none of the steps has a curvature, and nobody learns from them.
+    """
+    length, curved = optimizer.length, [step for step in steps if step.curved]
+    learns = isinstance(length, Remembers)
+    judged = list(steps) if learns and length.looks_back else curved
+    if learns and not bare:
+        length.look_back(judged)
+    if not bare:
+        optimizer.rule(curved, optimizer.natural, optimizer.world)
+    for step in steps:
+        if not step.curved:
+            step.direction = with_decay(step, step.direction)
+            step.direction = step.direction * trust_ratio(step)
+    if bare:
+        return {}
+    if not learns:
+        return {id(s): f for s, f in zip(curved, length(curved, optimizer.world))}
+    numbers = {name: optimizer.param_groups[0].get(name, value) for name, value in length.numbers.items()}
+    found = length.lengths(judged, optimizer.world, numbers)
+    for group in optimizer.param_groups:
+        group.update(numbers)
+    still = {id(cell) for cell in optimizer.cells} - {id(step.cell) for step in judged}
+    for cell in optimizer.cells:  # a layer that stood still has no last step to look back on
+        if id(cell) in still and "went" in cell.state():
+            cell.state()["went"].zero_()
+    return {id(s): f for s, f in zip(judged, found)}
 
 
 def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Parameter, Tensor]) -> None:
@@ -81,13 +108,14 @@ def prepare(optimizer: SecondOrder, index: int, gradient: Tensor, bare: bool = F
     def precondition(given: Tensor) -> Tensor:
         return cell.precondition(given, damping, fresh and given is gradient)
 
-    step = Step(cell.layer, gradient, precondition, cell.state(), groups, gradient, cell=cell, fresh=fresh)
+    state = cell.state()
+    step = Step(cell.layer, gradient, precondition, state, groups, gradient, cell=cell, fresh=fresh)
+    step.past = state.get("last", state.get(directions_kept(optimizer.rule)))
     if bare:
-        step.curved, step.direction = False, with_decay(step, gradient)
+        step.curved = False
     elif isinstance(cell.layer, Loose) and not takes_loose(optimizer.rule):
         step.curved = False
-        direction = optimizer.fallback.direction(step.state, gradient, groups[0]["momentum"])
-        step.direction = with_decay(step, direction)
+        step.direction = optimizer.fallback.direction(state, gradient, groups[0]["momentum"])
     return step
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from natgrad.cell import Cell
 from natgrad.optim.coverage import CoverageTable, Preconditioned, coverage
 from natgrad.optim.fallback import Fallback
-from natgrad.optim.lengths import Keeps, Length
+from natgrad.optim.lengths import Keeps, Length, Remembers
+from natgrad.optim.rules import Rule, directions_kept
 from natgrad.parallel import World
 from natgrad.preconditioner import Assumed, Preconditioner
 
@@ -20,7 +21,8 @@ class Views:
     engine: Preconditioner
     world: World
     fallback: Fallback
-    length: Length
+    length: Length | Remembers
+    rule: Rule
     whys: list[str]
     probe: Callable[[dict[nn.Parameter, Tensor]], None] | None = None  # makes directions as long as they should be
     skipped: int  # steps given up because a gradient was not finite
@@ -40,8 +42,10 @@ class Views:
 
     def coverage(self) -> CoverageTable:
         """A row for every layer: its curvature, why, its size and cost. Printed, it is a table."""
-        vectors = 1 + isinstance(self.length, Keeps)  # the rule's, the length's
-        return coverage(self.cells, self.whys, self.fallback.name, vectors)
+        vectors, loose = 1 + isinstance(self.length, Keeps), 2  # the rule's, the length's; of the fallback
+        if isinstance(self.length, Remembers) and self.length.looks_back:  # the last direction, if it is nowhere else
+            vectors, loose = vectors + (directions_kept(self.rule) is None), loose + 1
+        return coverage(self.cells, self.whys, self.fallback.name, vectors, loose)
 
     def intervals(self) -> dict[str, int]:
         """The present refresh interval of every statistic, by layer and statistic."""

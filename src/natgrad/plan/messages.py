@@ -17,7 +17,7 @@ from natgrad.curvature.base import part_of
 from natgrad.curvature.rowwork import Form, sent
 from natgrad.optim import SecondOrder
 from natgrad.optim.conjugate import Conjugate
-from natgrad.optim.lengths import PredictedChange
+from natgrad.optim.lengths import Remembers
 from natgrad.optim.search import CurvatureStep
 from natgrad.parallel import Parcel, World
 from natgrad.plan.ghost import Built, Message
@@ -154,7 +154,8 @@ class Step:
             self.world.mean(directions, self._name("directions"))
         for count in conjugate_sums(optimizer):
             self._numbers(count)
-        self._numbers(int(isinstance(optimizer.length, PredictedChange) and self.world.owners))
+        if isinstance(optimizer.length, Remembers):
+            self._numbers(optimizer.length.sums * self.world.owners)
 
     def _weights(self, optimizer: SecondOrder, parameters: Sequence[nn.Parameter]) -> None:
         owners = {p: c.owner for c in optimizer.cells for p in c.layer.parameters}

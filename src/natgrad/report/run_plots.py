@@ -91,11 +91,14 @@ def _scores(axes: Axes, logs: list[Log], label: str, where: Place) -> None:
 
 
 def numbers(logs: list[Log]) -> Figure | None:
-    """Small multiples by step: learning rate, damping, share of statistics refreshed, memory, images a second."""
+    """Small multiples by step: learning rate, damping, statistics refreshed, lengths of steps, memory, speed."""
     shown: list[tuple[str, Place]] = [
         ("Learning rate", _value("lr")),
         ("Damping", _value("damping")),
         ("Refreshed, %, mean of 10 steps", _value("refreshed", 100)),
+        ("Step as made, % of lr times direction", _value("factor", 100)),
+        ("Predicted change of outputs, 2 KL", _value("change")),
+        ("Curvature, shown over predicted", _value("ratio")),
         ("Memory of rank 0, GB", _value("memory", 1e-9)),
         ("Images a second", _value("images_per_second")),
     ]

@@ -84,6 +84,8 @@ class Figures:
         second = self.last.second_order
         if "damping" in second:
             numbers.append(("damping", f"{second['damping']:.3g}"))
+        if second.get("factor", 1.0) < 1:
+            numbers.append(("step", f"{second['factor']:.0%} of lr"))
         speed = [("", f"{brief(self.seconds)} a step"), ("", f"{self.last.images_per_second:.0f} images/s")]
         if "refreshed" in second:
             speed.append(("refreshed", f"{self.refreshed:.0%}"))

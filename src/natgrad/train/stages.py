@@ -54,4 +54,5 @@ def second_order(optimizer: Optimizer) -> dict[str, Any]:
         "preconditioned": told.preconditioned.share,
         "intervals": told.intervals(),
         "traffic": told.traffic(),
+        **({} if told.last_step is None else told.last_step._asdict()),
     }

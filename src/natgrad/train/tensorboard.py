@@ -1,7 +1,8 @@
 """A run's numbers for TensorBoard, by step and by epoch: `tensorboard --logdir runs`.
 
 TensorBoard counts in whole numbers, so steps and epochs have a folder each. What is read as it was shown elsewhere:
-loss, lr, damping, the share of refreshed statistics, seconds by stage, images a second, memory, test scores.
+loss, lr, damping, the share of refreshed statistics, how long the step was, seconds by stage, images a second, memory,
+test scores.
 """
 
 import importlib.util
@@ -24,6 +25,10 @@ def check_installed() -> None:
         raise ValueError("--tensorboard needs a package: pip install 'natgrad[tensorboard]', or leave the option out")
 
 
+TOLD = ("damping", "refreshed", "change", "bound", "factor", "ratio", "loose")
+"""What is written of a second-order optimizer's step."""
+
+
 class Board:
     """Writes into `folder`; of a run that is taken up after step `resume_at`, what was told later is taken back."""
 
@@ -44,7 +49,7 @@ class Board:
         numbers = {
             "loss": step.loss,
             "lr": step.lr,
-            **{name: step.second_order[name] for name in ("damping", "refreshed") if name in step.second_order},
+            **{name: step.second_order[name] for name in TOLD if name in step.second_order},
             "seconds": step.seconds,
             "images_per_second": step.images_per_second,
             **({"memory_gb": memory / 1e9} if memory is not None else {}),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from natgrad.optim import predicted_change
+from natgrad.optim import measured_change
 from natgrad.schedules import Cosine, Polynomial, Schedule, WarmUp
 from natgrad.train.compare.space import Choice, LogUniform, Space, edges, points
 from natgrad.train.optimizers import AdamW, KFac, Lamb, Lars, Muon, Nlcg, Seng, Settings, Sgd, Shampoo, Soap, SpNgd
@@ -66,10 +66,10 @@ BESIDE = Choice((0.0, 0.03, 0.1, 0.3))
 """Weight decay: in the gradient; on the scale of Adam's steps; beside natural gradients, on the scale of theirs."""
 DAMPING = LogUniform(1e-4, 1e-1)
 BETAS = Choice(((0.9, 0.999), (0.9, 0.95), (0.8, 0.95), (0.95, 0.99)))
-DEFAULT_CHANGE = predicted_change.per_sample
+DEFAULT_CHANGE = measured_change.limit
 CURVED: Space = {
     "lr": LogUniform(0.01, 1.0),
-    "change_per_sample": LogUniform(1e-5, 2e-4),
+    "largest_change": LogUniform(0.05, 1.0),
     "damping": DAMPING,
     "weight_decay": BESIDE,
 }
@@ -154,13 +154,13 @@ CONTENDERS = (
     Contender(
         "SPNGD",
         "natgrad",
-        SpNgd(lr=0.1, change_per_sample=DEFAULT_CHANGE),
+        SpNgd(lr=0.1, largest_change=DEFAULT_CHANGE),
         {**CURVED, "rescale": Choice((None, "always"))},
     ),
     Contender(
         "KFAC",
         "natgrad",
-        KFac(lr=0.1, change_per_sample=DEFAULT_CHANGE),
+        KFac(lr=0.1, largest_change=DEFAULT_CHANGE),
         {**CURVED, "refresh": Choice((None, 1, 3))},
     ),
     Contender("SENG", "natgrad", Seng(lr=1.0, refresh=4), SKETCHED, {"ratio": 1.0}),

@@ -16,36 +16,24 @@ from natgrad.staleness import Adaptive, Staleness
 from natgrad.train.optimizers.base import Settings
 
 COEFFICIENTS = {"corrected": rules.corrected, "tied": rules.tied, "heavy_ball": rules.heavy_ball}
-LENGTHS = {"plain": lengths.plain, "trust": lengths.trust, "predicted_change": lengths.predicted_change}
+BOUNDS = {"predicted_change": natgrad.PredictedChange, "measured_change": natgrad.MeasuredChange}
+LENGTHS = {"plain": lengths.plain, "trust": lengths.trust, **{name: kind() for name, kind in BOUNDS.items()}}
+LengthName = Literal["plain", "trust", "predicted_change", "measured_change"]
 NORMS = {"unitwise": natgrad.UnitWise, "full": natgrad.Full}
 """What normalisations get, by the name that a recipe gives; another kind of block is one more entry here."""
 INVERSES = {"cholesky": natgrad.Kronecker, "eigen": natgrad.EigenKronecker}
 WIRES = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def how_far(
-    length: str,
-    largest_change: float | None = None,
-    change_per_sample: float | None = None,
-    least_change: float | None = None,
-) -> lengths.Length:
+def how_far(length: str, largest_change: float | None = None) -> lengths.Length | lengths.Remembers:
     """The length as a function."""
-    told = {"largest_change": largest_change, "change_per_sample": change_per_sample, "least_change": least_change}
-    for name, value in told.items():
-        if value is not None and length != "predicted_change":
-            raise ValueError(
-                f"{name}={value:g} says nothing to length={length}; set --optimizer.length predicted_change"
-            )
-    if largest_change is not None and change_per_sample is None:
-        if least_change is not None:
-            raise ValueError(
-                f"least_change={least_change:g} says nothing where largest_change={largest_change:g} holds for all "
-                "batches; set --optimizer.change-per-sample too"
-            )
-        return lengths.PredictedChange(largest_change, None)
-    named = {"limit": largest_change, "per_sample": change_per_sample, "least": least_change}
-    given = {name: value for name, value in named.items() if value is not None}
-    return lengths.PredictedChange(**given) if given else LENGTHS[length]
+    if largest_change is None:
+        return LENGTHS[length]
+    if length not in BOUNDS:
+        raise ValueError(
+            f"largest_change={largest_change:g} says nothing to length={length}; set --optimizer.length measured_change"
+        )
+    return BOUNDS[length](largest_change)
 
 
 @dataclass(frozen=True)
@@ -80,16 +68,11 @@ class Curved(Settings):
     """Damping of normalisations, as a multiple of the others' (the release: 16)."""
     max_size: int = 8192
     """A side of a layer above this many dimensions keeps the diagonal of its factor only."""
-    length: Literal["plain", "trust", "predicted_change"] = "predicted_change"
+    length: LengthName = "measured_change"
     """How far a step goes along its direction."""
     largest_change: float | None = None
-    """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 0.1, or
-    less where a batch is small."""
-    change_per_sample: float | None = None
-    """With length predicted_change: this much of it for each sample of a batch; None: 2e-5, or no such bound where
-    largest_change is set."""
-    least_change: float | None = None
-    """With length predicted_change: what the smallest batch may change; None: 0.01."""
+    """Twice the change of the output (KL) above which a step is shortened; None: 0.25 as it is measured, 0.01 as it is
+    predicted."""
     coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike (the paper)."""
     before: bool = False
@@ -127,7 +110,7 @@ class Curved(Settings):
             "samples": self.samples,
             "curvature": self.blocks(),
             "max_size": self.max_size,
-            "length": how_far(self.length, self.largest_change, self.change_per_sample, self.least_change),
+            "length": how_far(self.length, self.largest_change),
             "rule": Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
             "rescale": self.rescale,
             "max_norm": self.max_norm,

@@ -10,7 +10,7 @@ import natgrad
 from natgrad.optim.rules import Momentum
 from natgrad.parallel import World
 from natgrad.train.optimizers.base import Settings
-from natgrad.train.optimizers.curved import COEFFICIENTS, WIRES, how_far
+from natgrad.train.optimizers.curved import COEFFICIENTS, WIRES, LengthName, how_far
 
 SKETCHES = {
     "count": natgrad.CountSketch,
@@ -57,16 +57,11 @@ class Seng(Settings):
     """Take U b of layers above the threshold from sums of factors alone, as the release does."""
     legacy_local: bool = False
     """Average the directions of every rank's own samples, as the release does."""
-    length: Literal["plain", "trust", "predicted_change"] = "plain"
+    length: LengthName = "plain"
     """How far a step goes along its direction."""
     largest_change: float | None = None
-    """With length predicted_change: twice the change of the output (KL) above which a step is shortened; None: 0.1, or
-    less where a batch is small."""
-    change_per_sample: float | None = None
-    """With length predicted_change: this much of it for each sample of a batch; None: 2e-5, or no such bound where
-    largest_change is set."""
-    least_change: float | None = None
-    """With length predicted_change: what the smallest batch may change; None: 0.01."""
+    """Twice the change of the output (KL) above which a step is shortened; None: 0.25 as it is measured, 0.01 as it is
+    predicted."""
     coefficient: Literal["corrected", "tied", "heavy_ball"] = "corrected"
     """Momentum as the learning rate falls: corrected keeps it, tied lets it fall alike."""
     before: bool = False
@@ -106,7 +101,7 @@ class Seng(Settings):
             block=self.block,
             budget=self.budget,
             legacy=self.release(),
-            length=how_far(self.length, self.largest_change, self.change_per_sample, self.least_change),
+            length=how_far(self.length, self.largest_change),
             rule=Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
             rescale=self.rescale,
             max_norm=self.max_norm,

@@ -1,0 +1,206 @@
+"""How much a step may change the network's outputs: as curvature predicts it, or as the next gradient has shown it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from natgrad.layers import Layer, Loose
+from natgrad.layers.base import real_type
+from natgrad.optim.lengths import Step
+from natgrad.parallel import World
+
+TINY = 1e-300
+
+
+class LastStep(NamedTuple):
+    """What is known of the length of the step that was made last."""
+
+    change: float
+    """lr^2 d^T F d as the curvature predicts it, of the step as it was made: twice the KL divergence in nats."""
+    bound: float
+    """The largest predicted change that was permitted."""
+    factor: float
+    """By this the step was shortened, 1 where it was not."""
+    ratio: float
+    """Curvature along earlier steps as gradients have shown it, over what was predicted; 1 where nobody measures it."""
+    loose: float
+    """By this the step of parameters without curvature was shortened."""
+
+
+@dataclass(frozen=True)
+class PredictedChange:
+    """All layers together shortened so that lr^2 d^T F d, twice the change of the output (KL), is at most `limit`.
+
+    The KL clip of Ba, Grosse and Martens (2017, section 5.3) takes d . g for d^T F d, which holds for one natural
+    gradient. A direction that repeats others, d = sum m^k F^-1 g_k, has F d = h = sum m^k g_k as long as F stands
+    still: gradients are summed as their directions are, and d . h is taken (ours). d . g is by 1/(1 - m) too small
+    while gradients agree, and nothing once d has overshot, just when a step should be held back. One number travels.
+    """
+
+    limit: float = 0.01
+    numbers: ClassVar[Mapping[str, float]] = {"change": 0.0, "bound": 0.0, "factor": 1.0}
+    sums: ClassVar[int] = 1
+    looks_back: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not self.limit > 0:
+            raise ValueError(f"PredictedChange(limit={self.limit}): give a change above 0")
+
+    def allocate(self, layer: Layer, state: dict) -> None:
+        """Make room for the sum of gradients of one layer."""
+        allocate_sum(layer, state)
+
+    def look_back(self, steps: Sequence[Step]) -> None:
+        """What came of the last step does not matter here."""
+
+    def lengths(self, steps: Sequence[Step], world: World, numbers: dict[str, float]) -> list[float]:
+        """The same factor for every layer; `numbers` are told what was done."""
+        change = torch.zeros(1, dtype=torch.float64)
+        if steps:  # one wait for the device
+            change += torch.stack([predicted(step) for step in steps]).sum().cpu()
+        world.over_owners([change], "scalars")
+        factor = shortened(change.item(), self.limit)
+        numbers.update(change=abs(change.item()) * factor**2, bound=self.limit, factor=factor)
+        return [factor] * len(steps)
+
+
+@dataclass(frozen=True)
+class MeasuredChange:
+    """All layers together shortened so that outputs change by at most `limit`, as the next gradients show it (ours).
+
+    Blocks know nothing of each other, so for directions on which layers agree they predict too little: s^T F s was 10
+    to 50 times as much as the sum over layers on convolutional networks, 3 to 300 times on a transformer, and it moves
+    within a run (docs/math.md). After a step s from gradient g to g', s . (g' - g) is the curvature along s as it was,
+    other layers' part included. Means of it and of the prediction, the last steps weighing most, give their ratio, and
+    the next step may predict limit / ratio. `first` is the ratio before anything has been measured, and weighs as
+    much as `memory` leaves of it; a ratio is never taken as so small that more than `most` is predicted.
+
+    Parameters without curvature have a length and no prediction: their step is a share of their weight's norm, as the
+    learning rate says. They are shortened so that s . (g' - g) of theirs stays below `limit` too.
+
+    Three dot products a layer more than for a plain length; no pass and no message more than for PredictedChange.
+    """
+
+    limit: float = 0.25
+    first: float = 25.0
+    most: float = 0.1
+    memory: float = 0.8
+    numbers: ClassVar[Mapping[str, float]] = {
+        **PredictedChange.numbers,
+        "ratio": 1.0,
+        "loose": 1.0,
+        "shown": 0.0,
+        "foreseen": 0.0,
+        "heard": 0.0,
+        "shown_loose": 0.0,
+        "walked_loose": 0.0,
+    }
+    sums: ClassVar[int] = 6
+    looks_back: ClassVar[bool] = True
+
+    def __post_init__(self):
+        for name in ("limit", "first", "most"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"MeasuredChange({name}={getattr(self, name)}): give a number above 0")
+        if not 0 <= self.memory < 1:
+            raise ValueError(f"MeasuredChange(memory={self.memory}): give a share from 0 to below 1")
+
+    def allocate(self, layer: Layer, state: dict) -> None:
+        """Make room for the sum of gradients of one layer, and for what its last step was."""
+        if not isinstance(layer, Loose):
+            allocate_sum(layer, state)
+        state["went"] = torch.zeros(3, dtype=torch.float64)  # length along the direction, prediction, slope
+
+    def look_back(self, steps: Sequence[Step]) -> None:
+        """How every layer's last direction meets its new gradient, before a rule changes the direction."""
+        for step in steps:
+            step.met = torch.sum(step.past * step.gradient, dtype=torch.float64) if step.past is not None else None
+
+    def lengths(self, steps: Sequence[Step], world: World, numbers: dict[str, float]) -> list[float]:
+        """One factor for layers with curvature and one for parameters without, from what `numbers` remember."""
+        predictions, slopes = self._look_ahead(steps)
+        sums = torch.zeros(2, 3, dtype=torch.float64)  # curved, loose: shown, foreseen, and the prediction of this step
+        for step, prediction, (_, met) in zip(steps, predictions, slopes):
+            length, foreseen, before = step.state["went"].tolist()
+            shown = -length * met - before
+            sums[0 if foretold(step) else 1] += torch.tensor(
+                [shown if length else 0.0, foreseen if length else 0.0, prediction], dtype=torch.float64
+            )
+        world.over_owners([sums], "scalars")
+        (shown, foreseen, change), (shown_loose, walked, change_loose) = sums.tolist()
+        self._learn(numbers, (shown, foreseen), (shown_loose, walked))
+        bound = min(self.most, self.limit / numbers["ratio"])
+        factor = shortened(change, bound)
+        bend = numbers["shown_loose"] / max(numbers["walked_loose"], TINY)
+        loose = shortened(change_loose * max(bend, 0.0), self.limit)
+        numbers.update(change=abs(change) * factor**2, bound=bound, factor=factor, loose=loose)
+        for step, prediction, (slope, _) in zip(steps, predictions, slopes):
+            own = factor if foretold(step) else loose
+            step.state["went"].copy_(
+                torch.tensor([step.lr * own, prediction * own**2, -step.lr * own * slope], dtype=torch.float64)
+            )
+            if "last" in step.state:
+                step.state["last"].copy_(step.direction)
+        return [factor if foretold(step) else loose for step in steps]
+
+    def _look_ahead(self, steps: Sequence[Step]) -> tuple[list[float], list[tuple[float, float]]]:
+        """Each layer's predicted change (of loose ones lr^2), and (d . g, last d . g), with one wait for the device."""
+        if not steps:
+            return [], []
+        nothing = torch.zeros((), dtype=torch.float64, device=steps[0].direction.device)
+        told = [
+            torch.stack(
+                [
+                    predicted(s) if foretold(s) else nothing + s.lr**2,
+                    torch.sum(s.direction * s.gradient, dtype=torch.float64),
+                    nothing if s.met is None else s.met,
+                ]
+            )
+            for s in steps
+        ]
+        predictions, *slopes = torch.stack(told, 1).tolist()
+        return predictions, list(zip(*slopes))
+
+    def _learn(self, numbers: dict[str, float], curved: tuple[float, float], loose: tuple[float, float]) -> None:
+        """Running sums of what was shown and foreseen, and their ratio, at first that of `first`."""
+        fresh = 1 - self.memory
+        for (shown, foreseen), names in ((curved, ("shown", "foreseen")), (loose, ("shown_loose", "walked_loose"))):
+            if foreseen > 0:
+                numbers["heard"] += names[0] == "shown"
+                for name, value in zip(names, (shown, foreseen)):
+                    numbers[name] = self.memory * numbers[name] + fresh * value
+        left = self.memory ** numbers["heard"] * self.limit
+        ratio = (numbers["shown"] + left) / (numbers["foreseen"] + left / self.first)
+        numbers["ratio"] = max(ratio, self.limit / self.most)
+
+
+def allocate_sum(layer: Layer, state: dict) -> None:
+    """The sum of a layer's gradients that goes with its direction."""
+    weight = layer.parameters[0]
+    state["gradients"] = torch.zeros(layer.shape, dtype=real_type(weight), device=weight.device)
+
+
+def foretold(step: Step) -> bool:
+    """Whether a layer's curvature predicts what its step changes."""
+    return "gradients" in step.state
+
+
+def predicted(step: Step) -> Tensor:
+    """lr^2 d . h of one layer, with h taken one step further."""
+    gradients = step.state["gradients"].mul_(step.kept).add_(step.gradient)
+    return step.lr**2 * torch.sum(step.direction * gradients, dtype=torch.float64)
+
+
+def shortened(change: float, bound: float) -> float:
+    """The factor, at most 1, that brings a change that is quadratic in it to the bound."""
+    return min(1.0, math.sqrt(bound / max(abs(change), TINY)))
+
+
+predicted_change = PredictedChange()
+measured_change = MeasuredChange()
