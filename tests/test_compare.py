@@ -14,8 +14,11 @@ from natgrad.train.compare import protocol as rules
 from natgrad.train.compare import run as carry
 from natgrad.train.compare import trials, work
 from natgrad.train.compare.protocol import Protocol, check, plan_of
+from natgrad.train.compare.space import LogUniform
 from natgrad.train.compare.tasks import Profile, Task
-from natgrad.train.compare.trials import Trial, agree, diverged, judged_at, run_trial
+from natgrad.train.compare.trials import Trial, agree, diverged, judged_at, learning, run_trial, some_of, train_loss
+from natgrad.train.log import write_json
+from natgrad.train.loop import prepare
 from natgrad.train.optimizers import Sgd
 from natgrad.train.recipe import Recipe
 
@@ -32,10 +35,10 @@ TASK = Task(
 )
 
 
-def made_in(folder, **changes):
+def made_in(folder, task=TASK, **changes):
     protocol = Protocol(out=str(folder), **changes)
-    check(TASK, protocol)
-    status = carry.run(TASK, protocol, World())
+    check(task, protocol)
+    status = carry.run(task, protocol, World())
     return status, json.loads((folder / "results.json").read_text()) if status == "finished" else None
 
 
@@ -151,6 +154,92 @@ def test_two_ranks_choose_alike(tmp_path):
     first, second = run_threads(2, made_by_rank)
     assert first == second
     assert [name for name, _ in first] == ["Nesterov", "KFAC"]
+
+
+STILL = replace(TASK, spaces={"SGD": {"lr": LogUniform(1e-9, 1e-8)}}, firsts={"SGD": {"lr": 1e-9}})
+"""SGD learns nothing here."""
+RACE = {"optimizers": ("SGD", "KFAC"), "batch": (100,), "steps": 48, "far_behind": 0.5, "seeds": 2}
+
+
+def points_tried(results):
+    return {cell["contender"]: [len(budget["tried"]) for budget in cell["budgets"]] for cell in results["cells"]}
+
+
+def test_an_optimizer_that_is_far_behind_gets_one_point_and_the_same_seeds(tmp_path, monkeypatch, capsys):
+    _, results = made_in(tmp_path, STILL, **RACE)
+    assert points_tried(results) == {"SGD": [1, 1], "KFAC": [1, 2]}
+    assert {cell["contender"]: cell["far_behind"] for cell in results["cells"]} == {"SGD": True, "KFAC": False}
+    assert all(len(budget["finals"]) == 2 for cell in results["cells"] for budget in cell["budgets"])
+    said = capsys.readouterr().out
+    assert "batch 100: far behind after the first round, one point goes on: SGD" in said
+    assert "SGD*" in said
+    monkeypatch.setattr(work, "run_trial", None)
+    assert made_in(tmp_path, STILL, **RACE)[1]["cells"] == results["cells"]
+    assert len(list((tmp_path / "trials").iterdir())) == 4 + 4 + (1 + 1) + (2 + 1) + 2 * 2 * 2
+
+
+def test_without_a_share_or_with_zero_everybody_goes_on_alike(tmp_path):
+    small = {**RACE, "trials": 2, "seeds": 1, "steps": 4}
+    tried = points_tried(made_in(tmp_path / "none", STILL, **{**small, "far_behind": None})[1])
+    assert tried == points_tried(made_in(tmp_path / "zero", STILL, **{**small, "far_behind": 0.0})[1])
+    assert tried["SGD"] == tried["KFAC"]
+
+
+@pytest.mark.slow
+def test_workers_find_the_same_one_far_behind(tmp_path):
+    _, results = made_in(tmp_path, STILL, **RACE, workers=2)
+    assert points_tried(results) == {"SGD": [1, 1], "KFAC": [1, 2]}
+
+
+def test_two_ranks_find_the_same_one_far_behind(tmp_path):
+    protocol = Protocol(out=str(tmp_path / "out"), **RACE)
+
+    def made_by_rank(world):
+        found = {}
+        one = carry.Work(STILL, protocol, plan_of(STILL, protocol), world, carry.Stop())
+        done = lambda outcome: found.update({outcome.contender.name: outcome.far_behind})  # noqa: E731
+        assert work.drive(one.cells(), one.make, one.stopped, done)
+        return found
+
+    assert run_threads(2, made_by_rank) == [{"SGD": True, "KFAC": False}] * 2
+
+
+def test_settings_of_a_finished_comparison_are_run_without_tuning(made, tmp_path):
+    _, results = made
+    write_json(tmp_path / "there" / "results.json", results)
+    given = {"settings": str(tmp_path / "there"), "settings_batch": 100}
+    tmp_path = tmp_path / "here"
+    _, taken = made_in(tmp_path, batch=("full",), seeds=1, **given)
+    assert not list((tmp_path / "trials").glob("tuning-*"))
+    assert taken["plan"]["settings"] == {"full": "tiny at batch 100"}
+    chosen = {cell["contender"]: cell["budgets"][0]["values"] for cell in results["cells"] if cell["batch"] == 100}
+    for cell in taken["cells"]:
+        assert cell["budgets"][0]["values"] == chosen[cell["contender"]]
+        assert cell["budgets"][0]["tried"] == []
+    assert "none; settings at full of tiny at batch 100" in (tmp_path / "report.html").read_text()
+
+
+def test_half_of_the_steps_may_be_left_out(tmp_path, capsys):
+    _, results = made_in(tmp_path, optimizers=("Nesterov",), batch=(100,), trials=1, seeds=1, half=False)
+    assert [budget["steps"] for budget in results["cells"][0]["budgets"]] == [8]
+    assert "batch 100, 8 steps; goal" in capsys.readouterr().out
+
+
+def test_a_run_is_judged_on_so_many_samples_of_each_split():
+    splits = TASK.recipe.data.load()
+    some = replace(TASK, judged=50)
+    for final in (False, True):
+        judged = learning(some, splits, final)
+        assert len(judged.test) == 50
+        assert torch.equal(judged.train.labels, learning(TASK, splits, final).train.labels)
+    assert some_of(splits.test, 10_000) is some_of(splits.test, None) is splits.test
+    assert torch.equal(some_of(splits.test, 3).labels, splits.test.labels[[0, 179, 359]])
+    job = prepare(TASK.recipe, World(), splits)
+    few = replace(job, splits=replace(splits, test=some_of(splits.train, 50)))
+    assert train_loss(job, 50) == few.score().loss
+    assert train_loss(job, None) == job.score("train").loss
+    assert rules.task_values(some)["judged"] == 50
+    assert "judged" not in rules.task_values(TASK)
 
 
 def test_ranks_agree_on_what_rank_0_says():

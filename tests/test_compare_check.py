@@ -5,7 +5,7 @@ import pytest
 from natgrad.data import Digits
 from natgrad.models import Mlp
 from natgrad.train.compare import protocol as rules
-from natgrad.train.compare.protocol import Protocol, check
+from natgrad.train.compare.protocol import Protocol, check, plan_of
 from natgrad.train.compare.tasks import Profile, Task, find_task, tasks
 from natgrad.train.optimizers import Sgd
 from natgrad.train.recipe import Recipe
@@ -23,6 +23,11 @@ REFUSED = {
     "both": ({"workers": 2, "ranks": 2}, "workers=2 beside ranks=2"),
     "an optimizer": ({"optimizers": ("nobody",)}, "'nobody'"),
     "a profile": ({"profile": "huge"}, "'huge'.*small"),
+    "a share": ({"far_behind": 1.5}, "far_behind=1.5.*--far-behind"),
+    "no settings": ({"settings": "no/such"}, "'no/such' holds no finished comparison"),
+    "a size alone": ({"settings_batch": 100}, "settings_batch=100 .*without --settings"),
+    "points beside": ({"settings": "runs/a", "trials": 3}, "trials=3 says nothing beside --settings.*--trials out"),
+    "a share beside": ({"settings": "a", "far_behind": 0.5}, "far_behind=0.5 .*leave --far-behind out"),
 }
 
 
@@ -46,10 +51,18 @@ def test_data_elsewhere_are_named_and_refused_where_there_are_none():
 @pytest.mark.parametrize("name", sorted(tasks()))
 def test_every_profile_of_a_task_names_who_and_what_it_knows(name):
     task = find_task(name)
-    for profile in task.profiles.values():
+    for title, profile in task.profiles.items():
         assert len(task.chosen(profile.optimizers)) == len(profile.optimizers)
         assert all(task.steps_of(batch) >= 8 for batch in profile.batch)
         first_order = [one for one in task.chosen(profile.optimizers) if one.kind == "first-order"]
         assert first_order, "somebody has to set the goal"
+        assert plan_of(task, Protocol(profile=title)).profile == profile
     with pytest.raises(ValueError, match=r"did you mean|choose among"):
         find_task(name + "x")
+
+
+def test_a_profile_that_tunes_nothing_asks_for_settings():
+    task = find_task("text")
+    with pytest.raises(ValueError, match=r"trials=0 must be at least 1 .*--settings to the folder"):
+        check(task, Protocol(profile="large"))
+    check(task, Protocol(profile="large", trials=1))

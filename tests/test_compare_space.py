@@ -81,7 +81,7 @@ def test_schedules_are_what_their_names_say():
 
 def test_contenders_are_named_in_any_case_and_near_misses_are_suggested():
     assert [one.name for one in chosen(("kfac", "SGD"))] == ["SGD", "KFAC"]
-    assert len(chosen(())) == 14
+    assert len(chosen(())) == 15
     with pytest.raises(ValueError, match="did you mean SOAP"):
         chosen(("SOPA",))
     with pytest.raises(ValueError, match="choose among SGD, Nesterov"):

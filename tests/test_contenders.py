@@ -12,7 +12,7 @@ from helpers import clone, points
 from natgrad.__main__ import main
 from natgrad.models import CifarResNet, Transformer
 from natgrad.parallel import World, run_threads
-from natgrad.train.optimizers import Lamb, Lars, Muon, Shampoo, Soap
+from natgrad.train.optimizers import Dash, Lamb, Lars, Muon, Shampoo, Soap
 from natgrad.train.optimizers.matrices import hidden_matrices
 
 pytest.importorskip("pytorch_optimizer")
@@ -22,6 +22,7 @@ ALL = {
     "Muon": Muon(),
     "Shampoo": Shampoo(every=1),
     "SOAP": Soap(every=1),
+    "DASH": Dash(every=1),
 }
 
 
@@ -128,6 +129,16 @@ def test_shampoo_takes_the_inverse_fourth_roots_of_its_statistics():
     assert (layer.weight.detach() - expected).norm() < 0.1 * (plain - expected).norm()
 
 
+def test_dash_goes_along_shampoos_direction_at_the_length_of_adams_step():
+    layer = nn.Linear(5, 5, bias=False)
+    optimizer = Dash(lr=0.1, betas=(0.0, 0.5), every=1).build(layer, World())
+    before, G = layer.weight.detach().clone(), torch.randn(5, 5)
+    give(layer.weight, G)
+    optimizer.step()
+    U, _, Vh = torch.linalg.svd(G)  # (G G^T)^-1/4 G (G^T G)^-1/4 = U V^T, which is sqrt(5) long as Adam's step is 5
+    torch.testing.assert_close((before - layer.weight.detach()) / 0.1, 5**0.5 * U @ Vh, rtol=1e-2, atol=1e-2)
+
+
 def test_soap_is_adam_in_the_eigenbasis_and_its_first_step_only_measures():
     layer = nn.Linear(4, 3, bias=False)
     optimizer = Soap(lr=0.1, betas=(0.9, 0.9), every=1).build(layer, World())
@@ -179,7 +190,7 @@ def test_two_ranks_take_the_step_of_one(name):
         torch.testing.assert_close(first, alone, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Muon", "Shampoo", "SOAP"])
+@pytest.mark.parametrize("name", ["Muon", "Shampoo", "SOAP", "DASH"])
 def test_state_is_held_under_the_real_weights_and_goes_on_after_loading(name):
     model = Small()
     x, y = points(32, 0)
@@ -212,9 +223,31 @@ def test_schedules_reach_the_optimizers_inside():
     assert all(torch.equal(old, p) for old, p in zip(before, model.parameters()))
 
 
-def test_weights_that_cannot_be_viewed_as_a_matrix_are_refused():
-    conv = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="not contiguous; leave out channels_last"):
+@pytest.mark.parametrize("name", ["Muon", "Shampoo", "SOAP", "DASH"])
+def test_weights_in_channels_last_memory_take_the_same_steps(name):
+    start = nn.Sequential(nn.Conv2d(2, 8, 2, bias=False), nn.Flatten(), nn.Linear(8, 3))
+    gradients = [[torch.randn_like(p) for p in start.parameters()] for _ in range(3)]
+
+    def train(layout):
+        model = clone(start).to(memory_format=layout)
+        optimizer = ALL[name].build(model, World())
+        for step in gradients:
+            for parameter, gradient in zip(model.parameters(), step):
+                form = layout if gradient.dim() == 4 else torch.contiguous_format
+                parameter.grad = gradient.contiguous(memory_format=form)
+            optimizer.step()
+        return model[0].weight.detach()
+
+    plain, last = train(torch.contiguous_format), train(torch.channels_last)
+    assert not last.is_contiguous()
+    assert not torch.equal(plain, start[0].weight)
+    torch.testing.assert_close(last, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_that_are_no_matrix_in_memory_are_refused():
+    conv = nn.Conv2d(3, 8, 3)
+    conv.weight = nn.Parameter(conv.weight.detach().permute(0, 3, 2, 1))
+    with pytest.raises(ValueError, match=r"has strides .* make it contiguous"):
         Muon().build(nn.Sequential(conv, nn.Flatten(), nn.Linear(8, 2)), World())
 
 

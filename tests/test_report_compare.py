@@ -9,7 +9,7 @@ import pytest
 from natgrad.report import write
 from natgrad.report.compare_page import page
 from natgrad.report.compare_read import comparison_of, read_comparison
-from natgrad.report.compare_table import at_edges, findings, losses, rows, verdicts
+from natgrad.report.compare_table import at_edges, fewer_points, findings, losses, rows, verdicts
 from natgrad.report.compare_terminal import show
 
 MACHINE = {
@@ -151,6 +151,32 @@ def test_the_findings_begin_with_the_largest_batch(made):
     assert said[1] == "Of natgrad's none gets there."
     assert said[2] == "Of Muon, Shampoo and SOAP SOAP is there first, after 6 steps (0.75 of them) and 9.0 s."
     assert "SPNGD is there first, after 4 steps (0.50 of them) and 6.0 s." in said[4]
+
+
+def test_who_went_on_with_one_point_has_a_star_and_the_reason(capsys):
+    some = results()
+    some["plan"]["profile"]["far_behind"] = 0.6
+    some["cells"][0]["far_behind"] = True
+    made = comparison_of(some)
+    assert [row.cells()[0] for row in rows(made, "10")] == ["SPNGD", "Nesterov*"]
+    assert "(less than 0.6 of the best optimizer's progress)" in fewer_points(made, "10")
+    assert fewer_points(made, "full") == ""
+    assert "<td>Nesterov*</td>" in page(made)
+    show(made)
+    said = capsys.readouterr().out
+    assert "Nesterov*" in said
+    assert said.count("* Far behind") == 1
+
+
+def test_settings_that_were_taken_over_are_said_and_one_budget_is_enough(capsys):
+    some = results()
+    some["plan"]["settings"] = {"10": "other at batch 5"}
+    for one in some["cells"]:
+        one["budgets"] = [{**one["budgets"][0], "tried": []}]
+    made = comparison_of(some)
+    assert "none; settings at 10 of other at batch 5" in page(made)
+    show(made)
+    assert "batch 10, 8 steps; goal" in capsys.readouterr().out
 
 
 def test_edges_are_named_with_where_they_were_chosen(made):

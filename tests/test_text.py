@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import natgrad
 from natgrad.data import hold_out
-from natgrad.data.text import Charlm, Texts, frequent, windows
+from natgrad.data.text import Charlm, Stdlib, Texts, frequent, sources, windows
 from natgrad.models import Transformer
 from natgrad.parallel import World
 from natgrad.train.evaluate import evaluate
@@ -28,6 +28,54 @@ def test_windows_follow_each_other_and_share_one_character():
     order = frequent("abcabca", 3)
     assert order == {"a": 0, "b": 1}
     assert windows("abcabcab", order, 3).tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
+
+
+def test_characters_that_are_rare_or_beyond_ascii_are_the_last_number():
+    assert windows("ab\u00e9\U0001f40d", {"b": 0, "\u00e9": 1}, 3).tolist() == [[2, 0, 1, 2]]
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A folder like python's library: twelve modules, and folders that are left out."""
+    for place in range(12):
+        (tmp_path / f"{place:02}.py").write_text(f"module {place}")
+    for name in ("test", "idlelib", "pydoc_data", "site-packages", "pkg/tests"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.py").write_text("left out")
+    (tmp_path / "pkg" / "z.txt").write_text("no module")
+    (tmp_path / "pkg" / "latin.py").write_bytes(b"caf\xe9")
+    return tmp_path
+
+
+def test_modules_come_in_the_order_of_their_paths_and_every_tenth_is_for_the_test(library):
+    train, test = sources(library)
+    assert test == "module 0\nmodule 10"
+    assert train == "\n".join([*(f"module {n}" for n in range(12) if n % 10), "caf\ufffd"])
+
+
+def test_a_library_without_modules_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds 0 modules .*installed as files"):
+        sources(tmp_path / "none")
+
+
+def test_pythons_own_library_is_a_text_of_millions_of_characters():
+    splits, source = Stdlib().load(), Stdlib()
+    assert splits.train.images.shape[1] == source.shape()[2] + 1 == 129
+    assert splits.train.images.numel() > 5e6
+    assert len(splits.test) > 1024
+    assert int(splits.train.images.max()) <= source.classes() - 1 == 127
+    assert (splits.train.images == 127).double().mean() < 1e-3
+
+
+def test_a_tied_head_is_the_embedding_and_begins_like_an_untied_one():
+    tied, untied = (
+        (torch.manual_seed(0), Transformer(1, 16, 2, tied).build((1, 1, 8), 9))[1] for tied in (True, False)
+    )
+    assert tied.head.weight is tied.letters.weight
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (tied, untied)]
+    assert sizes[1] - sizes[0] == 9 * 16
+    others = dict(untied.named_parameters())
+    assert all(torch.equal(p, others[name]) for name, p in tied.named_parameters())
 
 
 def test_a_target_is_the_character_after(splits):

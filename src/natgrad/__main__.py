@@ -32,8 +32,12 @@ EXTRAS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command; return its exit code. Without arguments it is this process's, which then keeps freed memory."""
+    if arguments is None:
+        from natgrad.train.malloc import keep_freed_memory
+
+        keep_freed_memory()
+        arguments = sys.argv[1:]
     try:
         return dispatch(arguments)
     except KeyboardInterrupt:

@@ -24,6 +24,8 @@ class Transformer(Architecture):
     """Numbers that stand for a character."""
     heads: int = 4
     """Parts of the width that attend on their own."""
+    tied: bool = False
+    """The head shares the weight of the characters' embedding (Press and Wolf 2017)."""
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
@@ -32,13 +34,13 @@ class Transformer(Architecture):
             raise ValueError(f"width={self.width} cannot be shared by heads={self.heads}; give a multiple of the heads")
 
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        return Characters(shape[-1], classes, self.blocks, self.width, self.heads)
+        return Characters(shape[-1], classes, self.blocks, self.width, self.heads, self.tied)
 
 
 class Characters(nn.Module):
     """x [n, places] of character numbers -> logits [n, places, characters] of the next ones."""
 
-    def __init__(self, places: int, classes: int, blocks: int, width: int, heads: int) -> None:
+    def __init__(self, places: int, classes: int, blocks: int, width: int, heads: int, tied: bool = False) -> None:
         super().__init__()
         self.letters = nn.Embedding(classes, width)
         self.places = nn.Embedding(places, width)
@@ -49,6 +51,8 @@ class Characters(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+        if tied:
+            self.head.weight = self.letters.weight
 
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)

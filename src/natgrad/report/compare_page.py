@@ -6,7 +6,7 @@ from typing import Any
 from natgrad.report import compare_curves as curves
 from natgrad.report import compare_plots as plots
 from natgrad.report.compare_read import KINDS, Comparison
-from natgrad.report.compare_table import KIND_WORDS, at_edges, findings, headings, rows, verdicts
+from natgrad.report.compare_table import KIND_WORDS, at_edges, fewer_points, findings, headings, rows, verdicts
 from natgrad.report.page import document, framed, pair
 from natgrad.report.style import look
 
@@ -36,7 +36,7 @@ def _sections(results: Comparison) -> list[str]:
 
 
 SCALING = (
-    "Of the two budgets that everyone is tuned for, the one that gets there sooner; medians over seeds. Along the "
+    "Where two budgets are tuned for, the one that gets there sooner; medians over seeds. Along the "
     "dotted line twice the batch takes half the steps; where an optimizer leaves that slope, larger batches stop "
     "helping it. A cross: not reached."
 )
@@ -70,9 +70,9 @@ def _table(results: Comparison, batch: str) -> str:
     ]
     unit = "%" if results.metric == "accuracy" else "nats"
     note = (
-        f"Medians over seeds (range), in {unit}. Goal: {results.text(results.goal(batch))}. Both budgets are tuned "
-        "for; steps and seconds to the goal are of the one that gets there sooner. Share of steps: over the steps that "
-        "the goal's setter had. Seconds count training, not judging."
+        f"Medians over seeds (range), in {unit}. Goal: {results.text(results.goal(batch))}. Where two budgets are "
+        "tuned for, steps and seconds to the goal are of the one that gets there sooner. Share of steps: over the "
+        f"steps that the goal's setter had. Seconds count training, not judging. {fewer_points(results, batch)}"
     )
     table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return f'<div class="wide">{table}</div><p class="note">{escape(note)}</p>'
@@ -122,11 +122,8 @@ def _choices(results: Comparison) -> str:
 def _facts(results: Comparison) -> str:
     machine, plan = results.machine, results.plan
     profile, task = plan["profile"], plan["task"]
-    halving = ", by successive halving (all at a quarter of the steps, half at half, a quarter at all)"
-    best = f"the best {profile['finalists']}"
     facts = {
-        "tuning": f"{profile['trials']} points each{halving if profile['halving'] else ''}, {best} "
-        f"again with another seed, chosen by loss on {task['held_out']:.0%} of the training samples, held out",
+        "tuning": _tuning(plan),
         "seeds": f"1 to {profile['seeds']}",
         "processes": f"{plan['ranks']} ranks a run, {plan['workers']} runs at a time",
         "machine": f"{machine['device']}, {machine['cores']} cores, {machine['system']}",
@@ -139,6 +136,19 @@ def _facts(results: Comparison) -> str:
     lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items())
     command = escape(machine["command"])
     return f'<h2>How this was made</h2><pre>{command}</pre><table class="facts"><tbody>{lines}</tbody></table>'
+
+
+def _tuning(plan: dict[str, Any]) -> str:
+    """How settings were found, or where they were taken from."""
+    if plan.get("settings"):
+        return "none; settings " + "; ".join(f"at {batch} of {told}" for batch, told in plan["settings"].items())
+    profile = plan["profile"]
+    halving = ", by successive halving (all at a quarter of the steps, half at half, a quarter at all)"
+    again = f", the best {profile['finalists']} again with another seed" if profile["finalists"] > 1 else ""
+    return (
+        f"{profile['trials']} points each{halving if profile['halving'] else ''}{again}, chosen by loss on "
+        f"{plan['task']['held_out']:.0%} of the training samples, held out"
+    )
 
 
 def _words(settings: dict[str, Any]) -> str:

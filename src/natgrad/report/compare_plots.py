@@ -1,7 +1,7 @@
 """The figures of a comparison, each a function of its lines alone. Lines are medians over seeds.
 
-An optimizer has one colour and mark everywhere: blues and greys are first-order, greens Muon, Shampoo and SOAP, warm
-ones natgrad.
+An optimizer has one colour and mark everywhere: blues and greys are first-order, greens Muon, Shampoo, SOAP and DASH,
+warm ones natgrad.
 """
 
 import math
@@ -17,7 +17,7 @@ from natgrad.report.compare_read import Comparison
 
 COLOURS = {
     "first-order": ("#08519C", "#3182BD", "#6BAED6", "#7A7A7A", "#B0B0B0"),
-    "matrix": ("#006D2C", "#41AB5D", "#A1D99B"),
+    "matrix": ("#006D2C", "#41AB5D", "#A1D99B", "#66A5A0"),
     "natgrad": ("#D55E00", "#E69F00", "#B2182B", "#CC79A7", "#8C6D00", "#762A83"),
 }
 MARKS = "osD^vP"

@@ -43,6 +43,8 @@ class Line:
     at_edge: list[str]
     tried: list[dict[str, Any]]
     finals: list[Final]
+    far_behind: bool = False
+    """Whether one point went on after the first round of tuning."""
 
     def ends(self, column: int) -> list[float]:
         """The last point's value in each run that did not diverge."""
@@ -168,4 +170,5 @@ def _line(cell: dict[str, Any], budget: dict[str, Any]) -> Line:
     finals = [Final(**{name: run[name] for name in Final.__dataclass_fields__}) for run in budget["finals"]]
     given = {name: budget[name] for name in ("steps", "values", "at_edge", "tried")}
     held = {name: cell[name] for name in ("kind", "samples", "of")}
+    held["far_behind"] = cell.get("far_behind", False)
     return Line(name=cell["contender"], batch=str(cell["batch"]), finals=finals, **held, **given)

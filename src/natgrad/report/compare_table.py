@@ -11,9 +11,13 @@ KIND_WORDS = {"first-order": "first-order", "matrix": "Muon, Shampoo, SOAP", "na
 OF_KIND = {"first-order": "the first-order ones", "matrix": "Muon, Shampoo and SOAP", "natgrad": "natgrad's"}
 
 
+STAR = "*"
+"""Marks an optimizer that was far behind after the first round of tuning."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """An optimizer at a size of batch: medians over seeds, of its two budgets the better one for each figure."""
+    """An optimizer at a size of batch: medians over seeds, of two budgets the better one for each figure."""
 
     name: str
     kind: str
@@ -27,12 +31,13 @@ class Row:
     train_loss: str
     step_ms: float
     edges: list[str]
+    far_behind: bool = False
 
     def cells(self) -> list[str]:
         """The figures as text, in the order of HEADINGS."""
         reached = math.isfinite(self.steps)
         return [
-            self.name,
+            self.name + STAR * self.far_behind,
             self.end,
             self.half,
             f"{self.steps:g}" if reached else "never",
@@ -94,6 +99,18 @@ def _row(results: Comparison, batch: str, name: str) -> Row:
         train_loss=f"{median(full.train_losses()):.2g}" if full.train_losses() else "-",
         step_ms=full.step_seconds(),
         edges=full.at_edge,
+        far_behind=full.far_behind,
+    )
+
+
+def fewer_points(results: Comparison, batch: str) -> str:
+    """Say what the star in a table means; empty where no optimizer has one."""
+    if not any(line.far_behind for line in results.at(batch)):
+        return ""
+    share = results.plan["profile"]["far_behind"]
+    return (
+        f"{STAR} Far behind after the first round of tuning (less than {share:g} of the best optimizer's progress), so "
+        "that one point went on instead of several."
     )
 
 

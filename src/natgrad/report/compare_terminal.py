@@ -1,7 +1,7 @@
 """A comparison's tables on a terminal."""
 
 from natgrad.report.compare_read import Comparison
-from natgrad.report.compare_table import NARROW, at_edges, findings, rows, verdicts
+from natgrad.report.compare_table import NARROW, at_edges, fewer_points, findings, rows, verdicts
 
 
 def show(results: Comparison) -> None:
@@ -12,8 +12,8 @@ def show(results: Comparison) -> None:
 
     console = Console(highlight=False)
     for batch in results.batches:
-        steps, goal = results.full(batch), results.text(results.goal(batch))
-        title = f"{results.name}, batch {batch}, {steps} and {results.at(batch)[-1].steps} steps; goal {goal}"
+        steps = " and ".join(str(steps) for steps in dict.fromkeys(line.steps for line in results.at(batch)))
+        title = f"{results.name}, batch {batch}, {steps} steps; goal {results.text(results.goal(batch))}"
         printed = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for place, heading in enumerate(NARROW):
             printed.add_column(
@@ -22,6 +22,8 @@ def show(results: Comparison) -> None:
         for row in rows(results, batch):
             printed.add_row(*(cell.replace(" (", "\n(") for cell in row.cells()))
         console.print(printed)
+        if note := fewer_points(results, batch):
+            console.print(note, soft_wrap=True)
     printed = Table(title="Who wins", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("batch", "by", "first-order", "matrix", "natgrad", "winner"):
         printed.add_column(heading)

@@ -12,10 +12,24 @@ from typing import Any, Literal
 from natgrad.optim import measured_change
 from natgrad.schedules import Cosine, Polynomial, Schedule, WarmUp
 from natgrad.train.compare.space import Choice, LogUniform, Space, edges, points
-from natgrad.train.optimizers import AdamW, KFac, Lamb, Lars, Muon, Nlcg, Seng, Settings, Sgd, Shampoo, Soap, SpNgd
+from natgrad.train.optimizers import (
+    AdamW,
+    Dash,
+    KFac,
+    Lamb,
+    Lars,
+    Muon,
+    Nlcg,
+    Seng,
+    Settings,
+    Sgd,
+    Shampoo,
+    Soap,
+    SpNgd,
+)
 
 Kind = Literal["first-order", "matrix", "natgrad"]
-"""First-order ones set the goal; matrix ones precondition without curvature of the loss (Muon, Shampoo, SOAP)."""
+"""First-order ones set the goal; matrix ones precondition without curvature of the loss (Muon, Shampoo, SOAP, DASH)."""
 
 SHAPES: dict[str, Schedule] = {"cosine": Cosine(), "linear": Polynomial(1.0), "quadratic": Polynomial(2.0)}
 SCHEDULE: Space = {"schedule": Choice(tuple(SHAPES)), "warm_up": Choice((0.0, 0.15))}
@@ -148,6 +162,17 @@ CONTENDERS = (
             "lr": LogUniform(2e-3, 0.2),
             "betas": Choice(((0.95, 0.95), (0.9, 0.95), (0.8, 0.95), (0.95, 0.99))),
             "every": Choice((1, 3, 10)),
+            "weight_decay": DECOUPLED,
+        },
+    ),
+    Contender(
+        "DASH",
+        "matrix",
+        Dash(),
+        {
+            "lr": LogUniform(1e-3, 0.1),
+            "betas": BETAS,
+            "every": Choice((1, 5, 20)),
             "weight_decay": DECOUPLED,
         },
     ),

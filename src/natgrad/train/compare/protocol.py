@@ -6,7 +6,7 @@ Everyone gets, at each size of batch, the same number of tuning trials, steps, s
 import functools
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from natgrad.data import Splits
 from natgrad.parallel import World
 from natgrad.train import machine
 from natgrad.train.compare.tasks import Batch, Profile, Task
+from natgrad.train.compare.transfer import Transfer
 from natgrad.train.loop import build_model
 from natgrad.train.recipe import described
 from natgrad.train.run import pick_device
@@ -45,6 +46,15 @@ class Protocol:
     """The best points, which are tried with one more seed before one is chosen; 1: the best is chosen at once."""
     halving: bool | None = None
     """Try all points at a quarter of the steps, the best half at half of them, the best quarter at all."""
+    half: bool | None = None
+    """Tune for half of the steps too, and make final runs of that length."""
+    far_behind: float | None = None
+    """Share of the leader's progress after the first round of tuning, below which an optimizer goes on with one point;
+    progress is the fall of the held-out loss from that of an even guess. 0: everybody goes on alike."""
+    settings: str | None = None
+    """Folder of a finished comparison: nothing is tuned, each optimizer takes the values that were chosen there."""
+    settings_batch: Batch | None = None
+    """With settings: the size of batch there; None: the same as here, or the only one."""
     steps: int | None = None
     """Steps of a run at every size of batch; None: the task's, by size."""
     ranks: int = 1
@@ -68,12 +78,18 @@ class Plan(NamedTuple):
 
     profile: Profile
     folder: Path
+    transfer: Transfer | None = None
+    """Where settings are taken from; None: they are tuned."""
+
+    def budgets(self, steps: int) -> list[int]:
+        """Return the numbers of steps that are tuned for, each by itself, and run: all first."""
+        return sorted({steps, short(steps)}, reverse=True) if self.profile.half else [steps]
 
     def rungs(self, steps: int) -> list["Rung"]:
         """Return the rounds of tuning: how many points, for how many steps. Schedules shrink with the steps."""
         trials, half = self.profile.trials, short(steps)
         if not self.profile.halving:
-            return [Rung(trials, half), Rung(trials, steps)]
+            return [Rung(trials, count) for count in reversed(self.budgets(steps))]
         quarter = max(1, round(steps / 4))
         return [Rung(trials, quarter), Rung(math.ceil(trials / 2), half), Rung(math.ceil(trials / 4), steps)]
 
@@ -86,20 +102,26 @@ class Rung(NamedTuple):
 
 
 def short(steps: int) -> int:
-    """The shorter of the two budgets that everyone is tuned for: half of the steps."""
+    """The shorter of the two budgets: half of the steps."""
     return max(1, round(steps / 2))
 
 
 def plan_of(task: Task, protocol: Protocol) -> Plan:
     """Fill in what the command line left to the profile."""
     base = task.profile(protocol.profile)
-    given = {name: getattr(protocol, name) for name in ("trials", "seeds", "finalists", "halving")}
+    names = ("trials", "seeds", "finalists", "halving", "half", "far_behind")
+    given = {name: getattr(protocol, name) for name in names}
     profile = Profile(
         protocol.optimizers or base.optimizers,
         protocol.batch or base.batch,
         **{name: getattr(base, name) if value is None else value for name, value in given.items()},
     )
-    return Plan(profile, Path(protocol.out or f"runs/compare-{task.name}"))
+    transfer = Transfer(Path(protocol.settings), protocol.settings_batch) if protocol.settings is not None else None
+    if transfer is not None:
+        profile = replace(profile, trials=0, far_behind=None)
+    elif profile.far_behind == 0:
+        profile = replace(profile, far_behind=None)
+    return Plan(profile, Path(protocol.out or f"runs/compare-{task.name}"), transfer)
 
 
 def steps_of(task: Task, protocol: Protocol, batch: Batch) -> int:
@@ -116,7 +138,8 @@ def check(task: Task, protocol: Protocol) -> None:
     """Raise ValueError for anything that can be known to be wrong before processes are started."""
     plan = plan_of(task, protocol)
     numbers: dict[str, Any] = {"ranks": protocol.ranks, "workers": protocol.workers, "steps": protocol.steps}
-    numbers |= {name: getattr(plan.profile, name) for name in ("trials", "finalists", "seeds")}
+    numbers |= {name: getattr(plan.profile, name) for name in ("finalists", "seeds")}
+    check_tuning(protocol, plan)
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1; set --{name}")
@@ -130,7 +153,30 @@ def check(task: Task, protocol: Protocol) -> None:
     task.recipe.data.check()
     for contender in contenders:
         build(task, contender)
+        if plan.transfer is not None:
+            for batch in plan.profile.batch:
+                plan.transfer.values(contender, batch)
     check_folder(task, protocol, plan.folder)
+
+
+def check_tuning(protocol: Protocol, plan: Plan) -> None:
+    """Refuse tuning without points, and numbers of the tuning beside settings that are taken over."""
+    if plan.transfer is None:
+        if plan.profile.trials < 1:
+            raise ValueError(
+                f"trials={plan.profile.trials} must be at least 1 where settings are tuned; set --trials, or "
+                "--settings to the folder of a finished comparison"
+            )
+        if protocol.settings_batch is not None:
+            raise ValueError(f"settings_batch={protocol.settings_batch} says nothing without --settings; leave it out")
+        share = plan.profile.far_behind
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"far_behind={share:g} must lie between 0 and 1; set --far-behind 0.6")
+        return
+    for name in ("trials", "finalists", "halving", "far_behind"):
+        if getattr(protocol, name) is not None:
+            flag, value = name.replace("_", "-"), getattr(protocol, name)
+            raise ValueError(f"{name}={value} says nothing beside --settings, which tunes nothing; leave --{flag} out")
 
 
 def build(task: Task, contender: Any) -> None:
@@ -160,7 +206,7 @@ def task_values(task: Task) -> Any:
     """Return what decides a task's results, as JSON gives it back; where its data lie does not."""
     recipe = described(task.recipe)
     recipe["data"].pop("path", None)
-    names = ("name", "metric", "held_out", "points")
+    names = ("name", "metric", "held_out", "points", *(() if task.judged is None else ("judged",)))
     return json.loads(json.dumps({"recipe": recipe, **{name: getattr(task, name) for name in names}}))
 
 
@@ -180,6 +226,7 @@ def plan_values(task: Task, protocol: Protocol) -> Any:
         "targets": list(task.targets),
         "profile": vars(plan.profile),
         "steps": {str(batch): steps_of(task, protocol, batch) for batch in plan.profile.batch},
+        "settings": {str(batch): plan.transfer.words(batch) for batch in plan.profile.batch} if plan.transfer else None,
         "ranks": protocol.ranks,
         "workers": protocol.workers,
         "spaces": {

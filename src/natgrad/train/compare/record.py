@@ -27,6 +27,7 @@ def cell_values(outcome: Outcome) -> dict[str, Any]:
         "batch": outcome.batch,
         "samples": first["samples"],
         "of": first["of"],
+        "far_behind": outcome.far_behind,
         "budgets": [budget_values(outcome, tuned) for tuned in outcome.tuned],
     }
 

@@ -19,6 +19,7 @@ from natgrad.train import machine
 from natgrad.train.compare.cell import Cell, Outcome, cell, count_steps
 from natgrad.train.compare.contenders import Contender
 from natgrad.train.compare.protocol import Plan, Protocol, check_folder, plan_of, plan_values, steps_of
+from natgrad.train.compare.race import Race, Standing, far_behind
 from natgrad.train.compare.record import results_of
 from natgrad.train.compare.screen import Screen
 from natgrad.train.compare.tasks import Batch, Task
@@ -73,6 +74,7 @@ class Work:
         self.outcomes: list[Outcome] = []
         contenders, sizes = task.chosen(plan.profile.optimizers), plan.profile.batch
         self.pairs: list[tuple[Contender, Batch]] = [(one, batch) for batch in sizes for one in contenders]
+        self.races = {batch: Race(len(contenders), self.decide) for batch in sizes}
         total = len(contenders) * sum(count_steps(plan, self.steps(batch)) for batch in sizes)
         self.screen = Screen(f"compare {task.name}", total) if world.rank == 0 else None
         self.say(f"{len(self.pairs)} pairs of optimizer and batch, {total} steps in all; results in {plan.folder}")
@@ -90,7 +92,11 @@ class Work:
         ranks = self.world.size
         return [cell(one, batch, self.steps(batch), self.plan, self.order, ranks) for one, batch in self.pairs]
 
-    def make(self, trial: Trial) -> "Future[Any]":
+    def make(self, asked: Trial | Standing) -> "Future[Any]":
+        """Have a trial made, or say whether a contender is far behind as soon as all of its race have reported."""
+        return self.races[asked.batch].join(asked) if isinstance(asked, Standing) else self.trial(asked)
+
+    def trial(self, trial: Trial) -> "Future[Any]":
         """Take a trial's result from its file, or have it made and put there. Ranks but 0 know no file."""
         path = trial.file(self.task, self.plan.folder)
         known = remembered(path, self.protocol.reuse) if self.world.rank == 0 else None
@@ -114,6 +120,23 @@ class Work:
         """Return the places of points, best first, as rank 0 knows their results."""
         merits = [merit(runs) for runs in results] if self.world.rank == 0 else [0.0] * len(results)
         return agree(self.world, sorted(range(len(results)), key=lambda place: merits[place]), self.device)
+
+    def decide(self, standings: list[Standing]) -> list[bool]:
+        """Return who is far behind at a size of batch, as rank 0 knows the results, and say so in a line."""
+        share = self.plan.profile.far_behind
+        assert share is not None
+        far = [False] * len(standings)
+        if self.world.rank == 0:
+            losses = [merit(standing.runs) for standing in standings]
+            far = far_behind(losses, self.task.recipe.data.classes(), share)
+        agreed = [bool(one) for one in agree(self.world, [int(one) for one in far], self.device)]
+        names = sorted(standing.contender for standing, one in zip(standings, agreed) if one)
+        if names and self.screen is not None:
+            batch, steps = standings[0].batch, self.steps(standings[0].batch)
+            fewer = count_steps(self.plan, steps) - count_steps(self.plan, steps, far=True)
+            self.screen.drop(len(names) * fewer)
+            self.say(f"batch {batch}: far behind after the first round, one point goes on: {', '.join(names)}")
+        return agreed
 
     def finished(self, outcome: Outcome) -> None:
         """Keep what became of a contender and say it in a line."""

@@ -39,6 +39,12 @@ class Screen:
             self.told = time.monotonic()
             self.say(f"{(self.known + self.made) / self.steps:.0%} of all steps, {self.left()}")
 
+    def drop(self, steps: int) -> None:
+        """Take steps away that will not be made."""
+        self.steps -= steps
+        if self.bar is not None:
+            self.bar.update(self.task, total=self.steps)
+
     def left(self) -> str:
         """Say how much longer it takes at the present pace, in words."""
         pace = self.made / max(time.monotonic() - self.began, 1e-9)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from natgrad.data import Cifar100, Digits, ImageSet
-from natgrad.data.text import Charlm
+from natgrad.data.text import Charlm, Stdlib
 from natgrad.models import CifarResNet, ImageResNet, Transformer
 from natgrad.train.compare.contenders import CONTENDERS, Contender, chosen
 from natgrad.train.compare.space import Space
@@ -23,11 +23,18 @@ EVERYONE = tuple(contender.name for contender in CONTENDERS)
 STRONGEST = ("AdamW", "Muon", "SOAP", "SPNGD", "KFAC", "NLCG-K-FAC")
 IMAGES = ("LARS", *STRONGEST)
 """On images LARS is the strongest first-order optimizer at large batches (digits, all contenders)."""
+ALL_BUT_ONE_SGD = tuple(name for name in EVERYONE if name != "Nesterov")
+FEW = ("LARS", "Muon", "SOAP", "SPNGD")
+WRITERS = ("AdamW", "Muon", "SOAP", "SPNGD")
+"""On tasks of real size, whose runs take minutes to an hour of one core: the more a run costs, the fewer take part."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much of a task's comparison is made; every number can be replaced on the command line."""
+    """How much of a task's comparison is made; every number can be replaced on the command line.
+
+    Without trials nothing is tuned: settings are those of another comparison.
+    """
 
     optimizers: tuple[str, ...]
     batch: tuple[Batch, ...]
@@ -35,6 +42,8 @@ class Profile:
     seeds: int = 3
     finalists: int = 2
     halving: bool = True
+    half: bool = True
+    far_behind: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Task:
     """Share of the training samples on which tuning is judged."""
     points: int = 24
     """Places along a final run at which it is judged."""
+    judged: int | None = None
+    """Samples of a split on which a run is judged at most, evenly spread; None: all."""
     spaces: Mapping[str, Space] = field(default_factory=dict)
     """What is different here in contenders' spaces, by the contender's name."""
     firsts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -163,6 +174,60 @@ CHARLM = Task(
     },
 )
 
+CIFAR100_16 = Task(
+    name="cifar100-16",
+    about="CIFAR-100, 50,000 images averaged to 16x16, on ResNet-8; mirrored and shifted; 10 epochs at every batch",
+    recipe=Recipe(Cifar100(size=16), SMALL, Sgd(), norm_samples=4096, micro_batch=6250, channels_last=True),
+    steps=((1000, 500), (5000, 100), (12500, 40)),
+    full=10,
+    targets=(0.3, 0.4, 0.45),
+    held_out=0.1,
+    points=20,
+    profiles={
+        "cpu": Profile(ALL_BUT_ONE_SGD, (5000,), trials=6, finalists=1, half=False, far_behind=0.6),
+        "batches": Profile(FEW, (1000, 12500, "full"), trials=4, finalists=1, half=False, far_behind=0.6),
+        "full": Profile(EVERYONE, (1000, 5000, 12500, "full"), trials=12),
+    },
+)
+
+CIFAR100_32 = Task(
+    name="cifar100-32",
+    about="CIFAR-100, 50,000 images of 32x32, on ResNet-20; mirrored and shifted; 20 epochs",
+    recipe=Recipe(Cifar100(), CifarResNet(depth=20), Sgd(), norm_samples=4096, micro_batch=1024, channels_last=True),
+    steps=((4096, 245),),
+    full=40,
+    targets=(0.4, 0.5, 0.55),
+    held_out=0.1,
+    points=20,
+    profiles={"cpu": Profile(FEW, (4096,), trials=0, seeds=1, half=False)},
+)
+
+TEXT = Task(
+    name="text",
+    about="the next character of python's standard library, windows of 128, on a transformer of 4 blocks of width 128",
+    recipe=Recipe(Stdlib(), Transformer(blocks=4, width=128), Sgd(), micro_batch=128),
+    steps=((32, 500), (256, 500)),
+    full=20,
+    targets=(2.2, 1.8, 1.5),
+    metric="loss",
+    held_out=0.1,
+    points=10,
+    judged=1024,
+    profiles={
+        "cpu": Profile(WRITERS, (32,), trials=4, seeds=2, finalists=1, half=False, far_behind=0.6),
+        "large": Profile(WRITERS, (256,), trials=0, seeds=1, half=False),
+        "full": Profile(EVERYONE, (32, 256), trials=12),
+    },
+)
+
+TEXT_TIED = replace(
+    TEXT,
+    name="text-tied",
+    about=f"{TEXT.about}, whose head shares the embedding's weight",
+    recipe=replace(TEXT.recipe, model=Transformer(blocks=4, width=128, tied=True)),
+    profiles={**TEXT.profiles, "large": Profile(("AdamW", "SPNGD"), (256,), trials=0, seeds=1, half=False)},
+)
+
 IMAGENET = Task(
     name="imagenet",
     about="ImageNet in train/CLASS and val/CLASS folders, on ResNet-50; for clusters (--ranks or torchrun)",
@@ -182,9 +247,12 @@ IMAGENET = Task(
 )
 
 
+_TASKS = (DIGITS, CIFAR100_SMALL, CIFAR100, CIFAR100_16, CIFAR100_32, CHARLM, TEXT, TEXT_TIED, IMAGENET)
+
+
 def tasks() -> dict[str, Task]:
     """Return all tasks by name."""
-    return {task.name: task for task in (DIGITS, CIFAR100_SMALL, CIFAR100, CHARLM, IMAGENET)}
+    return {task.name: task for task in _TASKS}
 
 
 def find_task(name: str) -> Task:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from natgrad.data import Splits, hold_out
+from natgrad.data import Images, Splits, hold_out
 from natgrad.parallel import World
 from natgrad.train.compare.contenders import Contender
 from natgrad.train.compare.protocol import made_by, samples_of
@@ -65,7 +65,15 @@ class Trial:
 
 def learning(task: Task, splits: Splits, final: bool) -> Splits:
     """Return what a trial learns from and is judged by."""
-    return splits if final else hold_out(splits, task.held_out, seed=0)
+    whole = splits if final else hold_out(splits, task.held_out, seed=0)
+    return replace(whole, test=some_of(whole.test, task.judged))
+
+
+def some_of(images: Images, most: int | None) -> Images:
+    """Return at most so many samples, evenly spread; None: all."""
+    if most is None or most >= len(images):
+        return images
+    return images.take(torch.linspace(0, len(images) - 1, most).long())
 
 
 def run_trial(
@@ -99,7 +107,7 @@ def run_trial(
         "budget": trial.steps,
         "final": trial.final,
         "diverged": None if done else len(told),
-        "train_loss": finite(job.score("train").loss) if trial.final and done else None,
+        "train_loss": train_loss(job, task.judged) if trial.final and done else None,
         "steps": told,
         "evaluations": judged if done else [],
         "made_by": made_by(),
@@ -129,6 +137,12 @@ def judge(job: Job) -> dict[str, float | None]:
     """Return accuracy and loss on the judging split."""
     score = job.score()
     return {"accuracy": score.accuracy, "loss": finite(score.loss)}
+
+
+def train_loss(job: Job, most: int | None) -> float | None:
+    """Return the loss on the training samples, on so many of them where a number is given."""
+    some = replace(job.splits, train=some_of(job.splits.train, most))
+    return finite(replace(job, splits=some).score("train").loss)
 
 
 def finite(value: float) -> float | None:

@@ -19,6 +19,7 @@ from natgrad.parallel import World
 from natgrad.train.compare.cell import Cell, Outcome
 from natgrad.train.compare.tasks import Task
 from natgrad.train.compare.trials import Trial, learning, run_trial
+from natgrad.train.malloc import keep_freed_memory
 from natgrad.train.run import pick_device
 from natgrad.train.stop import Stop
 
@@ -41,9 +42,14 @@ class Bench:
         """The training samples, a part of them held out."""
         return learning(self.task, self.splits, final=False)
 
+    @cached_property
+    def finals(self) -> Splits:
+        """All training samples, and the test's."""
+        return learning(self.task, self.splits, final=True)
+
     def make(self, trial: Trial, stop: Callable[[], bool]) -> Any:
         """Make a trial; None where stopped."""
-        splits = self.splits if trial.final else self.tuning
+        splits = self.finals if trial.final else self.tuning
         return run_trial(trial, self.task, splits, self.world, stop, lambda step: None)
 
 
@@ -97,6 +103,7 @@ _here: list[Any] = []
 def _begin(task: Task, device: str, threads: int, stopping: Any) -> None:
     """Make a worker ready. Ctrl-C reaches it, too, but it is the parent's to say when it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     torch.set_num_threads(threads)
     parent = parent_process()
     assert parent is not None
@@ -118,10 +125,11 @@ class Interrupted(Exception):  # noqa: N818
     """A trial was stopped; on several ranks, on all of them at once."""
 
 
-def drive(cells: list[Cell], make: Callable[[Trial], "Future[Any]"], stop: Callable[[], bool], done: Done) -> bool:
-    """Make all trials that cells ask for, telling of each cell that is done; False where stopped.
+def drive(cells: list[Cell], make: Callable[[Any], "Future[Any]"], stop: Callable[[], bool], done: Done) -> bool:
+    """Make all that cells ask for, telling of each cell that is done; False where stopped.
 
-    Every cell has its next trials under way at once; `make` may take them one after the other.
+    make: returns a future of what a cell has asked for, a trial's result or whether a contender is far behind. Every
+    cell has its next trials under way at once; `make` may take them one after the other.
     """
     driver = Driver(cells, make, done)
     try:
@@ -143,7 +151,7 @@ def drive(cells: list[Cell], make: Callable[[Trial], "Future[Any]"], stop: Calla
 class Driver:
     """Hands trials' results to the cells that asked for them."""
 
-    def __init__(self, cells: list[Cell], make: Callable[[Trial], "Future[Any]"], done: Done) -> None:
+    def __init__(self, cells: list[Cell], make: Callable[[Any], "Future[Any]"], done: Done) -> None:
         self.cells, self.make, self.done = cells, make, done
         self.asked: dict[Future[Any], tuple[int, int]] = {}
         self.results: list[list[Any]] = [[] for _ in cells]

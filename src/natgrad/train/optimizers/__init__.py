@@ -7,13 +7,14 @@ learns its fields by itself.
 from natgrad.train.optimizers.base import Settings, alone, positive
 from natgrad.train.optimizers.curved import KFac, SpNgd
 from natgrad.train.optimizers.layerwise import Lamb, Lars
-from natgrad.train.optimizers.matrices import Muon, Shampoo, Soap
+from natgrad.train.optimizers.matrices import Dash, Muon, Shampoo, Soap
 from natgrad.train.optimizers.nlcg import Nlcg
 from natgrad.train.optimizers.plain import AdamW, RmsProp, Sgd
 from natgrad.train.optimizers.seng import Seng
 
 __all__ = [
     "AdamW",
+    "Dash",
     "KFac",
     "Lamb",
     "Lars",

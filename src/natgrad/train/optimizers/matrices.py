@@ -1,11 +1,11 @@
-"""Muon, Shampoo and SOAP: first-order optimizers of matrices, which see a convolution as [out, in x height x width]."""
+"""Muon, Shampoo, SOAP and DASH: optimizers of matrices, which see a convolution as [out, in x height x width]."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from natgrad.parallel import World
@@ -36,7 +36,7 @@ class Flattened(Optimizer):
         for inner, group in zip(self.inner, self.param_groups):
             views = inner.param_groups[0]["params"]
             for parameter, view in zip(group["params"], views):
-                view.grad = None if parameter.grad is None else parameter.grad.reshape(view.shape)
+                view.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter).reshape(view.shape)
                 inner.state[view] = self.state[parameter]
             inner.param_groups[0].update(_numbers(group))
             inner.step()
@@ -52,10 +52,26 @@ def _numbers(group: dict[str, Any]) -> dict[str, Any]:
 
 def _view(parameter: nn.Parameter) -> nn.Parameter:
     """The same memory as a parameter of at most two dimensions."""
-    flat = parameter.detach().flatten(1) if parameter.dim() > 2 else parameter.detach()
+    flat = _matrix(parameter.detach(), parameter)
     if flat.data_ptr() != parameter.data_ptr():
-        raise ValueError(f"a weight of shape {tuple(parameter.shape)} is not contiguous; leave out channels_last")
+        raise ValueError(
+            f"a weight of shape {tuple(parameter.shape)} has strides {parameter.stride()}, which are no matrix's; "
+            "make it contiguous"
+        )
     return nn.Parameter(flat)
+
+
+def _matrix(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a tensor of the parameter's shape as [out, columns], the columns in the order of the parameter's memory.
+
+    In channels_last memory the columns are [height, width, in]. The order of the columns changes no step but for the
+    blocks into which Shampoo and DASH cut a side that is above their block size.
+    """
+    if tensor.dim() <= 2:
+        return tensor
+    if not parameter.is_contiguous():
+        tensor = tensor.movedim(1, -1)
+    return tensor.flatten(1)
 
 
 def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -168,6 +184,46 @@ class Soap(Settings):
             weight_decay=self.weight_decay,
             precondition_frequency=self.every,
             max_precondition_dim=self.max_size,
+        )
+
+
+@dataclass(frozen=True)
+class Dash(Settings):
+    """DASH (arXiv:2602.02016): Shampoo's direction in blocks, each at the length of Adam's step there.
+
+    Roots are by eigenvectors: the library's Newton iterations begin with random vectors, which differ between ranks.
+    """
+
+    lr: float = 0.01
+    """Learning rate at the start; the schedule multiplies it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the averages of the gradient and of its square; the second also of the statistics."""
+    weight_decay: float = 0.0
+    """Strength of the decoupled weight decay."""
+    every: int = 5
+    """Steps between two computations of the roots (10 in the library, which is for longer runs)."""
+    damping: float = 1e-10
+    """Added to the statistics' diagonals."""
+    block: int = 1024
+    """Sides above this are cut into blocks."""
+
+    def build(self, model: nn.Module, world: World) -> Optimizer:
+        positive("lr", self.lr)
+        positive("damping", self.damping)
+        return alone(Flattened([(_trained(model), self._make)]), model, world)
+
+    def _make(self, parameters: list[nn.Parameter]) -> Optimizer:
+        from pytorch_optimizer import DASH
+
+        return DASH(
+            parameters,
+            self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            precondition_frequency=self.every,
+            block_size=self.block,
+            matrix_eps=self.damping,
+            inverse_root_method="eigh",
         )
 
 
