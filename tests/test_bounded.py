@@ -52,19 +52,38 @@ def test_bounded_f_is_that_of_the_chosen_samples(module, last, monkeypatch):
     chosen = pick.every(21, 5)
     few, every = (SampleMoment(n, diagonal=True) for n in (1, None))
     parts = [m.after(layer, m.before(layer, x.detach(), pick, out), dy, pick) for m in (few, every)]
-    assert (chosen.step, few.behind(layer, 21), every.behind(layer, 21)) == (4, 6, 21)
+    assert (chosen.step, few.behind(layer, 21, 21), every.behind(layer, 21, 21)) == (4, 6, 21)
     assert_close(parts[0], parts[1][chosen] * 2)
 
 
 def test_what_a_bounded_statistic_is_worth():
     """Adaptive widens its tolerance by the samples behind a statistic, not by those of the batch."""
     conv, wide, norm = (layer_of(m) for m in (nn.Conv2d(16, 16, 1, bias=False), nn.Linear(600, 9), nn.BatchNorm2d(4)))
-    assert [InputMoment(8).behind(conv, n) for n in (50, 128, 10**6)] == [50, 64, 64]
-    assert [InputMoment(8).behind(wide, n) for n in (128, 512, 10**6)] == [128, 512, 512]
-    assert [OutputMoment(8).behind(wide, n) for n in (128, 10**6)] == [128, 512]
-    assert [SampleMoment(8).behind(norm, n) for n in (50, 128, 191, 4096)] == [50, 64, 96, 64]
-    for moment in (InputMoment(None), OutputMoment(None), SampleMoment(None), InputMoment(8, diagonal=True)):
-        assert moment.behind(wide, 10**6) == 10**6
+    assert [InputMoment(8).behind(conv, n, n) for n in (50, 128, 10**6)] == [50, 64, 64]
+    assert [InputMoment(8).behind(wide, n, n) for n in (128, 512, 10**6)] == [128, 512, 512]
+    assert [OutputMoment(8).behind(wide, n, n) for n in (128, 10**6)] == [128, 512]
+    assert [SampleMoment(8).behind(norm, n, 7 * n) for n in (50, 128, 191, 4096)] == [50, 64, 96, 64]
+    for moment in (InputMoment(None), OutputMoment(None), InputMoment(8, diagonal=True)):
+        assert moment.behind(wide, 50, 10**6) == 10**6  # each character of a text is a term of its own
+    assert InputMoment(8).behind(wide, 50, 3200) == 512
+    assert SampleMoment(None).behind(norm, 50, 3200) == 50  # whole samples add up before they are squared
+
+
+def test_the_characters_of_a_text_are_counted():
+    """64 texts of 16 characters widen the tolerance as 512 images do, not as 64."""
+
+    class Asked(natgrad.Adaptive):
+        def next(self, memory):
+            asked.append(memory.samples)
+            return super().next(memory)
+
+    asked = []
+    net = nn.Sequential(nn.Linear(256, 8), nn.LayerNorm(8), nn.Linear(8, 5))
+    opt = natgrad.SPNGD(net, lr=0.1, refresh=Asked())
+    x, y = torch.randn(64, 16, 256), torch.randint(5, (64, 16))
+    torch.nn.functional.cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
+    opt.step()
+    assert asked == [512, 512, 64, 36, 512]  # A, G; F of the norm; A of 8 inputs and a bias, G
 
 
 def test_two_draws_of_one_batch_are_alike():
@@ -77,5 +96,5 @@ def test_two_draws_of_one_batch_are_alike():
     change = float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(one))
     assert change > 0.1  # no longer alike by the paper's tolerance for the whole batch, at 4,096 samples
     rule = natgrad.Adaptive()
-    assert rule.next(Memory((change, change), 8, 5, moment.behind(layer, 4096))) == 13
+    assert rule.next(Memory((change, change), 8, 5, moment.behind(layer, 4096, 4096))) == 13
     assert rule.next(Memory((change, change), 8, 5, 4096)) == 4

@@ -194,7 +194,7 @@ class Preconditioner:
             wider = 1.0 if self.judged is not None else means**0.5  # judged rows have no scale of their own
             rows = bring_rows(self.cells, self.world, stacks, measured, weigh, wider, self.local)
         with self.timed("factor"):
-            taken = self._absorb(moments, received, round(samples))
+            taken = self._absorb(moments, received, round(samples), round(samples * max(means, 1.0)))
             intervals = torch.cat([taken, self._stack(stacks, rows, found, step)])
         with self.timed("messages"):
             self.world.max([intervals], "scalars")
@@ -315,7 +315,7 @@ class Preconditioner:
         told, self._doubts = self._doubts, []
         return told
 
-    def _absorb(self, keys: Sequence[Key], received: Sequence[Tensor | None], samples: int) -> Tensor:
+    def _absorb(self, keys: Sequence[Key], received: Sequence[Tensor | None], samples: int, predictions: int) -> Tensor:
         """Take in what this rank holds. Returns everyone's intervals [keys], 0 for what others hold or was unusable."""
         intervals = torch.zeros(len(keys), dtype=torch.int64)
         mine = [k for k, value in enumerate(received) if value is not None]
@@ -327,7 +327,7 @@ class Preconditioner:
             index, key = keys[k]
             cell = self.cells[index]
             moment = next(m for m in cell.curvature.statistics if m.key == key)
-            worth = moment.behind(cell.layer, samples)
+            worth = moment.behind(cell.layer, samples, predictions)
             intervals[k] = cell.keep(key, fresh, numbers[: len(known)], worth)
             del numbers[: len(known)]
         return intervals

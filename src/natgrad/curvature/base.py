@@ -105,12 +105,14 @@ class Moment(Statistic):
     def shape(self, layer: Layer) -> tuple[int, ...]:
         """The statistic's fixed shape."""
 
-    def behind(self, layer: Layer, samples: int) -> int:
-        """How many samples a statistic of a step of `samples` is worth: two measurements differ by as much as theirs.
+    def behind(self, layer: Layer, samples: int, predictions: int) -> int:
+        """How many samples the statistic of a step is worth: two measurements differ by as much as theirs.
 
-        Staleness asks, lest it takes the noise of bounded samples for a change (docs/math.md).
+        samples: of the step. predictions: all that their losses are means of, such as the characters of texts; what is
+        a sum over rows has that many terms that know little of each other. Staleness asks, lest it takes the noise of
+        bounded samples for a change (docs/math.md).
         """
-        return samples
+        return predictions
 
     def close(self, parts: list[Tensor]) -> Tensor:
         """The statistic of one forward pass from the parts of its calls. Those of an order 0 weigh by their rows."""

@@ -74,10 +74,10 @@ class InputMoment(Moment):
             return layer.second_moment_work(x)
         return *layer.rows_work(x, rows), launched(6), moment_of(rows, i, b)
 
-    def behind(self, layer: Layer, samples: int) -> int:
+    def behind(self, layer: Layer, samples: int, predictions: int) -> int:
         if self.samples is None or self.diagonal:
-            return samples
-        return min(samples, wanted_rows(self.samples, layer.shape.inner) // 2, WORTH * self.samples)
+            return predictions
+        return min(predictions, wanted_rows(self.samples, layer.shape.inner) // 2, WORTH * self.samples)
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class OutputMoment(Moment):
     def _wanted(self, layer: Layer) -> int:
         return max(LEAST_ROWS, 32 * layer.shape.out)
 
-    def behind(self, layer: Layer, samples: int) -> int:
-        return samples if self.samples is None else min(samples, self._wanted(layer) // ROWS_OF_A_SAMPLE)
+    def behind(self, layer: Layer, samples: int, predictions: int) -> int:
+        return predictions if self.samples is None else min(predictions, self._wanted(layer) // ROWS_OF_A_SAMPLE)
 
 
 @dataclass(frozen=True)

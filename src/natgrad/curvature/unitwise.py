@@ -93,7 +93,7 @@ class SampleMoment(Moment):
     def _wanted(self, layer: Layer, samples: int) -> int:
         return max(LEAST_SAMPLES, samples * layer.shape.inner)
 
-    def behind(self, layer: Layer, samples: int) -> int:
+    def behind(self, layer: Layer, samples: int, predictions: int) -> int:
         if self.samples is None:
             return samples
         return math.ceil(samples / max(1, samples // self._wanted(layer, self.samples)))

@@ -1,0 +1,207 @@
+"""How much a step may change the outputs, as the next gradient shows it: against sums made by hand."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import natgrad
+from helpers import OPTIMIZERS, Mixed, backward, clone, made, mlp, points, train, weights
+from natgrad.optim.base import SAYS_NOTHING
+
+
+def batches(kind, count, n=16):
+    return [kind.batch(n, seed) for seed in range(count)]
+
+
+def walked(model, opt, batch):
+    """The displacement of one step and its gradient, by name of the parameter."""
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    backward(model, batch)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    opt.step()
+    opt.zero_grad()
+    return {n: p.detach() - before[n] for n, p in model.named_parameters()}, gradients
+
+
+def dot(a, b, names):
+    return sum(float((a[n] * b[n]).sum()) for n in names)
+
+
+RULES = {
+    "after": natgrad.Momentum(),
+    "before": natgrad.Momentum(before=True),
+    "displaced": natgrad.Momentum(displaced=True),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rescale", [None, "always"])
+def test_what_was_shown_is_the_curvature_along_the_steps(rule, rescale, double):
+    """s . (g' - g) from displacements and gradients; predictions from what last_step told; sums with the memory."""
+    if rescale and rule != RULES["displaced"]:
+        pytest.skip("a weight that is brought to a norm has moved by more than its direction")
+    model = Mixed()
+    length = natgrad.MeasuredChange(0.05, first=3.0, memory=0.6)
+    opt = natgrad.SPNGD(model, lr=0.3, samples=None, refresh=2, rule=rule, length=length, weight_decay=0.01)
+    loose = [c.name for c in opt.cells if c.name == "gain"]
+    curved = [n for n, _ in model.named_parameters() if n not in loose]
+    assert loose == ["gain"]
+    shown = foreseen = shown_loose = walked_loose = 0.0
+    last = None
+    for k, batch in enumerate(batches(Mixed, 9)):
+        opt.param_groups[0]["lr"] = lr = 0.3 / (1 + k / 4)
+        step, gradient = walked(model, opt, batch)
+        told = opt.last_step
+        if last is not None:
+            before, slope, change, reach = last
+            shown = 0.6 * shown + 0.4 * (dot(before, gradient, curved) - dot(before, slope, curved))
+            foreseen = 0.6 * foreseen + 0.4 * change
+            shown_loose = 0.6 * shown_loose + 0.4 * (dot(before, gradient, loose) - dot(before, slope, loose))
+            walked_loose = 0.6 * walked_loose + 0.4 * reach**2
+        left = 0.6**k * 0.05
+        ratio = max((shown + left) / (foreseen + left / 3), 0.05 / length.most)
+        assert told.ratio == pytest.approx(ratio, rel=1e-7)
+        assert told.bound == pytest.approx(min(length.most, 0.05 / ratio), rel=1e-7)
+        assert told.change <= told.bound * (1 + 1e-9)
+        assert (told.factor < 1) == (told.change > told.bound * (1 - 1e-9))
+        bend = max(shown_loose / walked_loose, 0.0) if walked_loose else 0.0
+        assert told.loose == pytest.approx(min(1.0, (0.05 / max(lr**2 * bend, 1e-300)) ** 0.5), rel=1e-6)
+        last = step, gradient, told.change, lr * told.loose
+    assert any(s < 1 for s in (told.factor, told.loose))
+
+
+def test_a_parameter_without_curvature_is_held_back():
+    """Its step is lr times its norm until gradients show that this is too far."""
+    torch.manual_seed(0)
+    model = Mixed()
+    model.gain.data.mul_(30)
+    opt = natgrad.SPNGD(model, lr=1.0, length=natgrad.MeasuredChange(0.01))
+    first, _ = walked(model, opt, Mixed.batch(32, 0))
+    assert float(first["gain"].norm() / (model.gain.detach() - first["gain"]).norm()) == pytest.approx(1.0, rel=1e-5)
+    factors = []
+    for batch in batches(Mixed, 8, 32):
+        walked(model, opt, batch)
+        factors.append(opt.last_step.loose)
+    assert min(factors) < 0.5
+
+
+class Sometimes(nn.Module):
+    """A branch that is not in every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.branch, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.used = True
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.branch(hidden)) if self.used else hidden)
+
+
+def test_a_layer_that_stood_still_is_not_looked_back_upon(double):
+    model = Sometimes()
+    opt = natgrad.SPNGD(model, lr=0.3, samples=None, refresh=1)
+    for k, used in enumerate((True, True, False, True, True)):
+        model.used = used
+        backward(model, points(16, k, torch.float64))
+        if k == 3:
+            assert float(opt.state[model.branch.weight]["went"].abs().sum()) == 0
+            assert float(opt.state[model.head.weight]["went"].abs().sum()) > 0
+        opt.step()
+        opt.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [k for k in OPTIMIZERS if k is not natgrad.NLCG], ids=lambda k: k.__name__)
+def test_what_was_learned_is_part_of_the_state(kind, double):
+    """A resumed run goes on to the last bit; states of versions without these numbers begin anew."""
+    data = batches(Mixed, 8)
+    model = Mixed()
+    build = lambda m: made(kind, m, lr=0.3, samples=None, refresh=1, length=natgrad.MeasuredChange(0.01))  # noqa: E731
+    opt = build(model)
+    train(opt, model, data[:4])
+    other = clone(model)
+    resumed = build(other)
+    resumed.load_state_dict(opt.state_dict())
+    assert resumed.last_step == opt.last_step
+    for m, o in ((model, opt), (other, resumed)):
+        train(o, m, data[4:])
+    assert torch.equal(weights(model), weights(other))
+    assert opt.last_step.ratio != natgrad.MeasuredChange.first
+    older = opt.state_dict()
+    older["param_groups"] = [
+        {k: v for k, v in g.items() if k not in natgrad.MeasuredChange.numbers} for g in older["param_groups"]
+    ]
+    resumed.load_state_dict(older)
+    train(resumed, other, data[:1])
+    assert resumed.last_step.bound > 0
+
+
+def test_last_step_is_none_where_nothing_is_bounded():
+    model = mlp()
+    opt = natgrad.SPNGD(model, lr=0.1)
+    assert opt.last_step is None
+    train(opt, model, [points(8, 0)])
+    assert opt.last_step.bound == 0.25 / 25
+    plain = natgrad.SPNGD(model, lr=0.1, length=natgrad.plain)
+    train(plain, model, [points(8, 0)])
+    assert plain.last_step is None
+    clipped = natgrad.SPNGD(model, lr=0.1, length=natgrad.predicted_change)
+    train(clipped, model, [points(8, 0)])
+    assert clipped.last_step[1:] == (0.01, clipped.last_step.factor, 1.0, 1.0)
+
+
+def test_a_learning_rate_that_says_nothing_is_said_once():
+    model, data = mlp(), [points(32, k) for k in range(110)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(natgrad.SPNGD(clone(model), lr=0.1), model, data[:20])
+    bold = natgrad.SPNGD(model, lr=1e4)
+    with pytest.warns(natgrad.NatgradWarning, match="lr=10000 says nothing yet: the last 100 steps"):
+        train(bold, model, data)
+    assert all(f < 1 for f in bold.factors)
+    assert SAYS_NOTHING < 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(bold, model, data[:5])
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding, with torch's own initialisation of it: standard deviation 1."""
+
+    def __init__(self, width=32, letters=20):
+        super().__init__()
+        self.letters = nn.Embedding(letters, width)
+        self.norm, self.grow, self.shrink = nn.LayerNorm(width), nn.Linear(width, 64), nn.Linear(64, width)
+        self.last = nn.LayerNorm(width)
+
+    def forward(self, x):
+        hidden = self.letters(x)
+        hidden = hidden + self.shrink(F.gelu(self.grow(self.norm(hidden))))
+        return F.linear(self.last(hidden), self.letters.weight).flatten(0, 1)
+
+
+def rule_of_three(n, seed):
+    """Sequences in which a letter tells the next one in two cases of three."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(20, (n, 12), generator=generator)
+    follows = torch.where(torch.rand(x.shape, generator=generator) < 2 / 3, (7 * x + 3) % 20, x)
+    return x, follows.flatten()
+
+
+@pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.KFAC])
+@pytest.mark.parametrize("lr", [0.03, 0.1, 0.3])
+def test_an_unfortunate_initialisation_is_left_behind(kind, lr):
+    """The loss falls from dozens of nats to the rule's own, and never rises far above what it had reached."""
+    torch.manual_seed(0)
+    model = Tied()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = kind(model, lr=lr)
+        losses = train(opt, model, [rule_of_three(64, k) for k in range(150)])
+    assert losses[0] > 15
+    lowest = [min(losses[: k + 1]) for k in range(len(losses))]
+    assert max(now - low for now, low in zip(losses, lowest)) < 3
+    assert losses[-1] < 3.2  # an even guess has 3.0, the rule 0.7
