@@ -144,7 +144,7 @@ def test_last_step_is_none_where_nothing_is_bounded():
     opt = natgrad.SPNGD(model, lr=0.1)
     assert opt.last_step is None
     train(opt, model, [points(8, 0)])
-    assert opt.last_step.bound == 0.25 / 25
+    assert opt.last_step.bound == 0.25 / 50
     plain = natgrad.SPNGD(model, lr=0.1, length=natgrad.plain)
     train(plain, model, [points(8, 0)])
     assert plain.last_step is None

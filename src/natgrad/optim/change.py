@@ -88,7 +88,7 @@ class MeasuredChange:
     """
 
     limit: float = 0.25
-    first: float = 25.0
+    first: float = 50.0
     most: float = 0.1
     memory: float = 0.8
     numbers: ClassVar[Mapping[str, float]] = {
