@@ -99,7 +99,7 @@ def test_each_rank_holds_its_part_and_only_inverses_travel(tiny):
     other = 1 - owner
     assert holders == {"A": owner, "G": other}
     everywhere = {"step", "A_clock", "A_damping", "G_clock", "G_damping"}
-    assert results[owner][2] == everywhere | {"A", "A_inverse", "G_inverse", "momentum", "gradients"}
+    assert results[owner][2] == everywhere | {"A", "A_inverse", "G_inverse", "momentum", "gradients", "went"}
     assert results[other][2] == everywhere | {"G"}
     assert traffic["inverses"] == 8 * packed_numel((1, 20, 20), True)
 

@@ -101,7 +101,7 @@ class SecondOrder(Views, Optimizer):
         checks.batch_dims(batch_dim)
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
             checks.above(name, 1 if value is None else value, 0)
-        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
         defaults |= dict(length.numbers) if isinstance(length, Remembers) else {}
         super().__init__(groups, defaults)
         for group in self.param_groups:

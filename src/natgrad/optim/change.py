@@ -128,7 +128,7 @@ class MeasuredChange:
         sums = torch.zeros(2, 3, dtype=torch.float64)  # curved, loose: shown, foreseen, and the prediction of this step
         for step, prediction, (_, met) in zip(steps, predictions, slopes):
             length, foreseen, before = step.state["went"].tolist()
-            shown = -length * met - before
+            shown = -length * met / step.terms - before
             sums[0 if foretold(step) else 1] += torch.tensor(
                 [shown if length else 0.0, foreseen if length else 0.0, prediction], dtype=torch.float64
             )
@@ -143,7 +143,9 @@ class MeasuredChange:
         for step, prediction, (slope, _) in zip(steps, predictions, slopes):
             own = factor if foretold(step) else loose
             step.state["went"].copy_(
-                torch.tensor([step.lr * own, prediction * own**2, -step.lr * own * slope], dtype=torch.float64)
+                torch.tensor(
+                    [step.lr * own, prediction * own**2, -step.lr * own * slope / step.terms], dtype=torch.float64
+                )
             )
             if "last" in step.state:
                 step.state["last"].copy_(step.direction)

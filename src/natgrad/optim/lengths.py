@@ -35,6 +35,7 @@ class Step:
     fresh: bool = False  # the gradient is the mean of rows that were measured in this very step
     past: Tensor | None = None  # the direction of the step before, where somebody keeps it
     met: Tensor | None = None  # its product with this step's gradient
+    terms: float = 1.0  # the gradient is that of the mean loss times so many: of a sum over a rank's samples
 
     @property
     def lr(self) -> float:

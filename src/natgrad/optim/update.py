@@ -28,6 +28,8 @@ def update(
     Cells in `bare` have not been measured, and take their gradient's direction at the length of their weight.
     """
     cells, timed = optimizer.cells, optimizer.engine.timed
+    for group in optimizer.param_groups:  # a number of the groups, so that a resumed run knows it
+        group["batch"] = optimizer.engine.samples or group.get("batch", 0)
     with timed("precondition"):
         steps = [prepare(optimizer, k, g, k in bare) for k, g in gradients.items() if cells[k].ready or k in bare]
         factors = aim(optimizer, steps, bool(bare))
@@ -110,6 +112,8 @@ def prepare(optimizer: SecondOrder, index: int, gradient: Tensor, bare: bool = F
 
     state = cell.state()
     step = Step(cell.layer, gradient, precondition, state, groups, gradient, cell=cell, fresh=fresh)
+    if optimizer.reduction == "sum":
+        step.terms = max(groups[0]["batch"] / optimizer.world.size, 1.0)
     step.past = state.get("last", state.get(directions_kept(optimizer.rule)))
     if bare:
         step.curved = False
