@@ -7,7 +7,7 @@ from statistics import median
 
 from natgrad.report.compare_read import KINDS, Comparison, Line
 
-KIND_WORDS = {"first-order": "first-order", "matrix": "Muon, Shampoo, SOAP", "natgrad": "natgrad"}
+KIND_WORDS = {"first-order": "first-order", "matrix": "Muon and its kind", "natgrad": "natgrad"}
 OF_KIND = {"first-order": "the first-order ones", "matrix": "Muon, Shampoo and SOAP", "natgrad": "natgrad's"}
 
 
