@@ -31,6 +31,7 @@ from natgrad.parallel import World
 from natgrad.schedules import Cosine
 from natgrad.train.compare.tasks import find_task
 from natgrad.train.loop import Job, logits_of, parts, prepare
+from natgrad.train.malloc import keep_freed_memory
 from natgrad.train.optimizers import SpNgd
 
 RESULTS = Path(__file__).parent / "results" / "change.json"
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/cifar100", help="folder with CIFAR-100's parquet files")
     parser.add_argument("--show", action="store_true", help="print the table of the results")
     told = parser.parse_args()
+    keep_freed_memory()
     if not told.show:
         record = Record(RESULTS, "cpu")
         for name, (task_name, batch, steps, settings) in CASES.items():
