@@ -158,7 +158,7 @@ def test_schedules_may_take_lr_to_zero_later():
 def test_lengths_and_staleness(value):
     with pytest.raises(ValueError, match=f"limit={value}"):
         PredictedChange(value)
-    for name in ("limit", "first", "most"):
+    for name in ("limit", "first", "least", "most"):
         with pytest.raises(ValueError, match=f"{name}={value}"):
             MeasuredChange(**{name: value})
     if value != 0:

@@ -50,8 +50,8 @@ def test_without_loose_parameters(optimizer, double):
     [
         {"length": natgrad.trust},
         {"length": natgrad.PredictedChange(1e-3)},
-        {"length": natgrad.MeasuredChange(1e-3, first=2.0)},
-        {"length": natgrad.MeasuredChange(1e-3), "rule": natgrad.Momentum(before=True)},
+        {"length": natgrad.MeasuredChange(1e-3, first=2.0, least=1e-6)},
+        {"length": natgrad.MeasuredChange(1e-3, least=1e-6), "rule": natgrad.Momentum(before=True)},
         {"rule": natgrad.Momentum(before=True, coefficient=natgrad.tied)},
         {"rescale": "always"},
         {"max_norm": 0.1},

@@ -79,6 +79,9 @@ class Measured(NamedTuple):
     by: int | None  # who told the predictions: a layer, the model's output (LOGITS), or nobody
     steepness: float  # the largest sum of absolute gradients of one prediction's logits, of a softmax; 0 of others
     seen: dict[int, Seen]
+    half: tuple[float, int] | None = (
+        None  # the squared norm of what the first passes left in the gradients, their samples
+    )
 
 
 @dataclass(eq=False)
@@ -154,6 +157,7 @@ class Capture:
         self.drawn = 0.0  # the predictions for which labels were drawn
         self.drew = False  # labels were drawn, and no gradient has come since
         self._twice = False  # for a forward pass for which labels had been drawn before
+        self.halves = False  # look at the gradients once between the passes of a step
         self.judged: Judge | None = None  # where rows are weighed by the gradients of the logits
         self._checks: dict[int, Checksum] = {}
         self._checked: set[int] = set()  # layers that have a checksum in this step
@@ -224,6 +228,7 @@ class Capture:
         for check in self._checks.values():
             check.reset()
         self._task = -1
+        self._half: tuple[Sequence[Tensor], int] | None = None
         self._outer = self._last = None
         self.drew, self.drawn = False, 0.0
         self._claimed: dict[int, int] = {}  # the last backward pass that went through each layer's calls
@@ -247,6 +252,8 @@ class Capture:
         """The model is called."""
         if self._depth == 0:
             self._inner = Episode(len(self._episodes))
+            if self.halves and self._half is None and self._added and torch._C._current_graph_task_id() == -1:
+                self._half = gradient_norms(self.layers), len(self._episodes)
         self._depth += 1
 
     def end(self, logits: Tensor | None) -> Call | None:
@@ -614,11 +621,12 @@ class Capture:
             assert dy is not None
             self._finish(call, dy)
         self._waiting.clear()
-        samples, predictions, steepest, by = 0, 0.0, 0.0, None
+        samples, predictions, steepest, by, counts = 0, 0.0, 0.0, None, list[int]()
         for episode in self._episodes:
             self._close(episode)
             n = samples_of(episode.counts.values(), {episode.first} & {episode.rows})
             samples += n
+            counts.append(n)
             predictions += float(episode.predictions or 0.0)
             steepest = max(steepest, float(episode.steepness))
             by = by if episode.nearest is None else episode.nearest.index
@@ -629,7 +637,12 @@ class Capture:
                 seen.once = seen.once or (own == 1 and n > 1) or bool(strange)
         predictions = self.drawn if self.edges is not None else predictions
         self._check()
-        measured = Measured(self._sums, self._weights, samples, self._rows, predictions, by, steepest, dict(self._seen))
+        half = None
+        if self._half is not None and self._half[0]:
+            norms, reached = self._half
+            half = float(torch.stack([n.double().cpu() for n in norms]).square().sum()), sum(counts[:reached])
+        seen = dict(self._seen)
+        measured = Measured(self._sums, self._weights, samples, self._rows, predictions, by, steepest, seen, half)
         self.discard()
         return measured
 
@@ -645,6 +658,12 @@ class Capture:
         numbers = torch.stack([c.numbers().to(device) for c in checks.values()]).tolist()
         for (index, check), sides in zip(checks.items(), numbers):
             self._seen[index].agrees = check.agrees(*sides)
+
+
+def gradient_norms(layers: Iterable[Layer]) -> Sequence[Tensor]:
+    """The norms of the gradients that these layers' parameters have by now; none where some are sparse."""
+    found = [g for layer in layers for p in layer.parameters if (g := p.grad) is not None]
+    return [] if not found or any(g.layout != torch.strided for g in found) else torch._foreach_norm(found)
 
 
 def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:

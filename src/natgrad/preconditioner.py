@@ -121,10 +121,10 @@ class Preconditioner:
         self.local = False  # every rank takes its own rows
         self.judged: Judge | None = None  # rows are weighed by the gradients of the logits
         self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
+        self.half: tuple[float, int] | None = None  # of the last step: the square of its first passes, their samples
         self.model, self.predictions = model, predictions
-        self.seed = seed
+        self.seed, self.world = seed, world
         self.replace(cells)
-        self.world = world
         self.seconds: dict[str, float] = {}
         self.retries = 0  # factorisations that needed more damping
         self.dropped = 0  # statistics that could not be used
@@ -147,6 +147,7 @@ class Preconditioner:
         self.capture = Capture([cell.layer for cell in cells], self.model, dims, self.seed)
         self.capture.edges = [] if self.sampled else None
         self.capture.judged = self.judged
+        self.capture.halves = self.world.size == 1  # several ranks have shares of their own to compare
         self._plan: list[Key] = []
 
     @contextmanager
@@ -171,12 +172,14 @@ class Preconditioner:
         `scale` is the factor by which the loss was multiplied for mixed precision.
         """
         self.whole.clear()
+        self.half = None
         plan, total = self._plan, sum(len(c.curvature.statistics) for c in self.cells)
         self.share = len(plan) / max(total, 1)
         if not plan:
             return Step({}, {})
         self.seconds |= {"measure": self.capture.seconds, "checksum": self.capture.checking}
         measured = self.capture.collect()
+        self.half = measured.half
         with self.timed("messages"):
             found = self._exchange(plan, measured)
             samples = found.samples

@@ -25,7 +25,7 @@ from natgrad.cell import DORMANT, Cell
 from natgrad.curvature import Curvature, Identity
 from natgrad.layers import Found, Loose, find_layers
 from natgrad.layers.base import real, real_type
-from natgrad.optim import checks
+from natgrad.optim import checks, noise
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import Census
 from natgrad.optim.change import LastStep
@@ -102,6 +102,7 @@ class SecondOrder(Views, Optimizer):
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
             checks.above(name, 1 if value is None else value, 0)
         defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
+        defaults |= noise.NUMBERS
         defaults |= dict(length.numbers) if isinstance(length, Remembers) else {}
         super().__init__(groups, defaults)
         for group in self.param_groups:
@@ -207,6 +208,15 @@ class SecondOrder(Views, Optimizer):
             weight = cell.layer.parameters[0]
             own["last"] = torch.zeros(cell.layer.shape, dtype=real_type(weight), device=weight.device)
         return states
+
+    @property
+    def noise_scale(self) -> float | None:
+        """The batch in samples at which the gradient's noise equals its signal, from steps that measured.
+
+        Far below it, twice the batch takes nearly half of the steps; far above it, a larger batch changes little. It is
+        known on several ranks that hold their own gradients, or on one with several forward passes a step; else None.
+        """
+        return noise.scale_of({name: self.param_groups[0].get(name, 0.0) for name in noise.NUMBERS})
 
     @property
     def last_step(self) -> LastStep | None:
@@ -367,6 +377,7 @@ class SecondOrder(Views, Optimizer):
             gradients = self.gradients.to_owners(self.cells, present, scale)
         self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
         self.preconditioned = count_preconditioned(self.cells, present)
+        self._hear_noise(gradients, sent_scale)
         update(self, present, gradients)
         if self.census.unfrozen():
             self._take_in(scale)
@@ -374,6 +385,17 @@ class SecondOrder(Views, Optimizer):
             state["step"] += 1
         self._hear_length()
         self.engine.arm(step + 1)
+
+    def _hear_noise(self, gradients: Mapping[int, Tensor], scale: float) -> None:
+        """In steps that measure, learn how noisy the gradient is from shares of it that are there anyway."""
+        if not self.engine.share:
+            return
+        half, samples = self.engine.half, self.engine.samples
+        found = self.gradients.squares(gradients, half and (half[0] / scale**2, half[1]), samples)
+        if found is not None:
+            numbers = {name: self.param_groups[0].get(name, value) for name, value in noise.NUMBERS.items()}
+            for group in self.param_groups:
+                group.update(noise.learn(numbers, found, samples))
 
     def _hear_length(self) -> None:
         """Warn once if steps have been shortened so much for so long that the learning rate says nothing."""

@@ -79,7 +79,8 @@ class MeasuredChange:
     within a run (docs/math.md). After a step s from gradient g to g', s . (g' - g) is the curvature along s as it was,
     other layers' part included. Means of it and of the prediction, the last steps weighing most, give their ratio, and
     the next step may predict limit / ratio. `first` is the ratio before anything has been measured, and weighs as
-    much as `memory` leaves of it; a ratio is never taken as so small that more than `most` is predicted.
+    much as `memory` leaves of it. A step may predict at least `least`, because the noise of small batches, which is in
+    s and in g, is taken for curvature; and `most` at most.
 
     Parameters without curvature have a length and no prediction: their step is a share of their weight's norm, as the
     learning rate says. They are shortened so that s . (g' - g) of theirs stays below `limit` too.
@@ -89,6 +90,7 @@ class MeasuredChange:
 
     limit: float = 0.25
     first: float = 50.0
+    least: float = 0.005
     most: float = 0.1
     memory: float = 0.8
     numbers: ClassVar[Mapping[str, float]] = {
@@ -105,9 +107,11 @@ class MeasuredChange:
     looks_back: ClassVar[bool] = True
 
     def __post_init__(self):
-        for name in ("limit", "first", "most"):
+        for name in ("limit", "first", "least", "most"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"MeasuredChange({name}={getattr(self, name)}): give a number above 0")
+        if self.least > self.most:
+            raise ValueError(f"MeasuredChange(least={self.least}, most={self.most}): give a least up to most")
         if not 0 <= self.memory < 1:
             raise ValueError(f"MeasuredChange(memory={self.memory}): give a share from 0 to below 1")
 
@@ -135,7 +139,7 @@ class MeasuredChange:
         world.over_owners([sums], "scalars")
         (shown, foreseen, change), (shown_loose, walked, change_loose) = sums.tolist()
         self._learn(numbers, (shown, foreseen), (shown_loose, walked))
-        bound = min(self.most, self.limit / numbers["ratio"])
+        bound = min(self.most, max(self.least, self.limit / numbers["ratio"]))
         factor = shortened(change, bound)
         bend = numbers["shown_loose"] / max(numbers["walked_loose"], TINY)
         loose = shortened(change_loose * max(bend, 0.0), self.limit)
@@ -179,7 +183,7 @@ class MeasuredChange:
                     numbers[name] = self.memory * numbers[name] + fresh * value
         left = self.memory ** numbers["heard"] * self.limit
         ratio = (numbers["shown"] + left) / (numbers["foreseen"] + left / self.first)
-        numbers["ratio"] = max(ratio, self.limit / self.most)
+        numbers["ratio"] = max(ratio, TINY)
 
 
 def allocate_sum(layer: Layer, state: dict) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from natgrad.cell import Cell
 from natgrad.layers.base import real, real_type
+from natgrad.optim.noise import Squares, square
 from natgrad.optim.overlap import Overlap, on_host
 from natgrad.parallel import Parcel, World
 
@@ -31,6 +32,9 @@ class Gradients:
         self.mode = world.gradients if world.size > 1 else "averaged"
         self.reduced = False
         self.active = world.size  # ranks that have a batch
+        self.square = 0.0  # of this rank's gradients of the last step, the loss's scale taken out
+        self.local = False  # they were this rank's own, of its own samples
+        self.clipped = 1.0  # by this the mean was multiplied
         self.loaded = False  # a state was loaded: some of it may be missing
         self.overlap: Overlap | None = None
 
@@ -86,6 +90,7 @@ class Gradients:
         else:
             norms = on_host(torch._foreach_norm(gradients))
         bad = bad or not bool(torch.isfinite(norms).all())
+        self.square = float(norms.double().square().sum()) / scale**2
         here = [any(grad_of(p) is not None for p in c.layer.parameters) for c in cells]
         frozen = [[not p.requires_grad for p in c.layer.parameters] for c in cells]
         halves = [any(own) and not all(own) for own in frozen]
@@ -135,6 +140,7 @@ class Gradients:
         """
         chosen = [k for k, here in enumerate(present) if here]
         local = self.mode == "local" and not self.reduced
+        self.local = local and self.active == self.world.size > 1
         parcels = [Parcel(real(_gradient(p)), cells[k].owner) for k in chosen for p in cells[k].layer.parameters]
         if local and self.overlap is not None:
             sums, divisor = self.overlap.collect(), self.world.size
@@ -156,12 +162,29 @@ class Gradients:
                 mine[k] = gradient if divisor == 1 else gradient / divisor
         return self._clip(mine)
 
+    def squares(self, mine: Mapping[int, Tensor], half: tuple[float, int] | None, samples: float) -> Squares | None:
+        """The squared norms of a share of the step's gradient and of all of it, if both are known. All ranks call it.
+
+        mine: the mean gradients of the cells that this rank owns. half: of the step's first passes on the only rank.
+        """
+        own = square(mine.values()) / self.clipped**2
+        if self.local:
+            size = self.world.size
+            sums = torch.tensor([self.square / size, own / (1 if self.world.owners else size)], dtype=torch.float64)
+            self.world.sum([sums], "scalars")
+            return Squares(float(sums[0]) / size**2, float(sums[1]), 1 / size)
+        if half is None or not 0 < half[1] < samples:
+            return None
+        return Squares(half[0], own, half[1] / samples)
+
     def _clip(self, mine: dict[int, Tensor]) -> dict[int, Tensor]:
+        self.clipped = 1.0
         if self.max_norm is None:
             return mine
         square = torch.tensor([sum(float(g.double().square().sum()) for g in mine.values())], dtype=torch.float64)
         self.world.over_owners([square], "scalars")
         factor = self.max_norm / (square.sqrt().item() + 1e-6)
+        self.clipped = min(factor, 1.0)
         return mine if factor >= 1 else {k: g * factor for k, g in mine.items()}
 
 

@@ -141,6 +141,8 @@ class Step:
     def _directions(self, optimizer: SecondOrder, fresh: bool) -> None:
         """The few numbers by which ranks agree on a direction and its length."""
         self._numbers(int(optimizer.gradients.max_norm is not None and self.world.owners))
+        if fresh and optimizer.engine.cells and self.world.gradients != "averaged":
+            self._numbers(2 * int(any(c.curvature.statistics for c in optimizer.cells)))  # for the noise scale
         spaces = [c for c in optimizer.cells if isinstance(c.curvature, SampleSpace)]
         if spaces and spaces[0].curvature.joint:
             samples = self.form_of(spaces[0]).samples

@@ -54,5 +54,6 @@ def second_order(optimizer: Optimizer) -> dict[str, Any]:
         "preconditioned": told.preconditioned.share,
         "intervals": told.intervals(),
         "traffic": told.traffic(),
+        **({} if told.noise_scale is None else {"noise_scale": told.noise_scale}),
         **({} if told.last_step is None else told.last_step._asdict()),
     }
