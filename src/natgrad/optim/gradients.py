@@ -167,14 +167,15 @@ class Gradients:
 
         mine: the mean gradients of the cells that this rank owns. half: of the step's first passes on the only rank.
         """
+        if not self.local and (half is None or not 0 < half[1] < samples):
+            return None
         own = square(mine.values()) / self.clipped**2
         if self.local:
             size = self.world.size
             sums = torch.tensor([self.square / size, own / (1 if self.world.owners else size)], dtype=torch.float64)
             self.world.sum([sums], "scalars")
             return Squares(float(sums[0]) / size**2, float(sums[1]), 1 / size)
-        if half is None or not 0 < half[1] < samples:
-            return None
+        assert half is not None
         return Squares(half[0], own, half[1] / samples)
 
     def _clip(self, mine: dict[int, Tensor]) -> dict[int, Tensor]:

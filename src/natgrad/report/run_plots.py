@@ -99,6 +99,7 @@ def numbers(logs: list[Log]) -> Figure | None:
         ("Step as made, % of lr times direction", _value("factor", 100)),
         ("Predicted change of outputs, 2 KL", _value("change")),
         ("Curvature, shown over predicted", _value("ratio")),
+        ("Noise scale of the gradient, samples", _value("noise_scale")),
         ("Memory of rank 0, GB", _value("memory", 1e-9)),
         ("Images a second", _value("images_per_second")),
     ]

@@ -25,7 +25,7 @@ def check_installed() -> None:
         raise ValueError("--tensorboard needs a package: pip install 'natgrad[tensorboard]', or leave the option out")
 
 
-TOLD = ("damping", "refreshed", "change", "bound", "factor", "ratio", "loose")
+TOLD = ("damping", "refreshed", "change", "bound", "factor", "ratio", "loose", "noise_scale")
 """What is written of a second-order optimizer's step."""
 
 
