@@ -71,9 +71,9 @@ def adam(model: nn.Module, **setting: Any) -> torch.optim.Optimizer:
 
 
 def seng(model: nn.Module, columns: Any = "empirical", **setting: Any) -> torch.optim.Optimizer:
-    """SENG; `ratio` is the learning rate over the damping."""
+    """SENG as its authors have it; `ratio` is the learning rate over the damping."""
     ratio = setting.pop("ratio")
-    return natgrad.SENG(model, ratio * setting["damping"], columns=columns, **setting)
+    return natgrad.SENG(model, ratio * setting["damping"], columns=columns, length=natgrad.plain, **setting)
 
 
 improved = functools.partial(seng, columns="improved")

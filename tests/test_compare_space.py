@@ -56,19 +56,13 @@ def test_every_point_of_a_contender_is_settings_and_a_schedule(contender):
         assert 0 < schedule(0.0) <= 1
         assert schedule(1.0) < 0.01
     default = contender.settings(found[0])
-    assert default.lr == pytest.approx(found[0].get("ratio", 0) * found[0].get("damping", 0) or contender.base.lr)
+    assert default.lr == contender.base.lr
     assert set(SCHEDULE) <= set(found[0])
 
 
 def test_everyone_searches_a_space_of_like_size():
     sizes = {contender.name: len(contender.all_of()) for contender in CONTENDERS}
     assert max(sizes.values()) - min(sizes.values()) <= 2, sizes
-
-
-def test_a_ratio_is_a_learning_rate_over_the_damping():
-    seng = chosen(("SENG",))[0]
-    values = {**seng.points(1)[0], "ratio": 3.0, "damping": 0.5}
-    assert seng.settings(values).lr == 1.5
 
 
 def test_schedules_are_what_their_names_say():

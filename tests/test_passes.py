@@ -329,7 +329,9 @@ def steps_of(model, opt, loss):
 
 def seng(model, **options):
     return natgrad.SENG(
-        model, **{"lr": 1.0, "momentum": 0.0, "damping": 0.1, "samples": None, "sketch": None, "refresh": 1, **options}
+        model,
+        length=natgrad.plain,
+        **{"lr": 1.0, "momentum": 0.0, "damping": 0.1, "samples": None, "sketch": None, "refresh": 1, **options},
     )
 
 

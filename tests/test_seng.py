@@ -48,7 +48,7 @@ def batch(n, k=0):
 
 def seng(model, **options):
     settings = {"lr": 1.0, "momentum": 0.0, "damping": DAMPING, "refresh": 1, "samples": None, "sketch": None}
-    return natgrad.SENG(model, **{**settings, **options})
+    return natgrad.SENG(model, length=natgrad.plain, **{**settings, **options})
 
 
 def jacobian(model, x, y):

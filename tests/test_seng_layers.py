@@ -56,7 +56,7 @@ def loss_of(outputs):
 
 def seng(model, **options):
     settings = {"lr": 1.0, "momentum": 0.0, "damping": DAMPING, "samples": None, "sketch": None, "refresh": 1}
-    return natgrad.SENG(model, **{**settings, **options})
+    return natgrad.SENG(model, length=natgrad.plain, **{**settings, **options})
 
 
 def check(model, x, **options):

@@ -40,7 +40,7 @@ def losses(width, steps, seed=0, **options):
     x = torch.linalg.qr(torch.randn(INPUTS, SAMPLES, dtype=torch.float64)).Q.T
     y = torch.randn(SAMPLES, 1, dtype=torch.float64)
     model = TwoLayers(width).double()
-    optimizer = natgrad.SENG(model, momentum=0.0, refresh=1, samples=None, sketch=None, **options)
+    optimizer = natgrad.SENG(model, momentum=0.0, refresh=1, samples=None, sketch=None, length=natgrad.plain, **options)
     told = []
     for _ in range(steps):
         loss = (model(x) - y).square().mean() / 2

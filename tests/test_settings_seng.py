@@ -139,7 +139,7 @@ def test_defaults_are_those_of_the_optimizer(monkeypatch):
         (Seng(legacy=True, legacy_local=True), "legacy_local .*--optimizer.replicated"),
         (Seng(legacy=True, legacy_local=True, replicated=True, block="network"), "legacy_local .*block layer"),
         (Seng(replicated=True, weights_wire="float16"), "weights_wire=float16.*leave one out"),
-        (Seng(largest_change=0.1), "largest_change=0.1 .*length=plain"),
+        (Seng(largest_change=0.1, length="plain"), "largest_change=0.1 .*length=plain"),
         (Seng(rank=0), "rank=0"),
         (Seng(budget=0), "budget=0"),
         (Seng(damping=0.0), "damping=0"),

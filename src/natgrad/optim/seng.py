@@ -13,7 +13,8 @@ from natgrad.hooks import Judge
 from natgrad.layers import Layer, Loose
 from natgrad.optim import checks
 from natgrad.optim.base import SecondOrder
-from natgrad.optim.lengths import Length, Remembers, Step, layerwise, plain
+from natgrad.optim.change import measured_change
+from natgrad.optim.lengths import Length, Remembers, Step, layerwise
 from natgrad.optim.network import Network
 from natgrad.optim.rules import Momentum, Rule
 from natgrad.parallel import World
@@ -33,8 +34,9 @@ class SampleBlocks:
 class SENG(SecondOrder):
     """Directions (lambda I + U U^T)^-1 g with the gradients of single samples as U's columns (section 1.1 of specs).
 
-    With lr / damping small steps are SGD's: tune that ratio as SGD's learning rate. In training mode the gradients of
-    single samples hold the batch statistics of normalisations fixed.
+    The length is SP-NGD's (`measured_change`), so lr means the same. The authors' steps have length=plain, damping near
+    1 and momentum 0.9: they are SGD's with lr / damping for its learning rate. In training mode the gradients of single
+    samples hold the batch statistics of normalisations fixed.
 
     Args:
         model: any nn.Module, plain or wrapped by DistributedDataParallel.
@@ -62,10 +64,10 @@ class SENG(SecondOrder):
         model: nn.Module,
         lr: float,
         *,
-        momentum: float = 0.9,
-        damping: float = 1.0,
+        momentum: float = 0.7,
+        damping: float = 0.01,
         weight_decay: float = 0.0,
-        refresh: int | Staleness = 20,
+        refresh: int | Staleness = 4,
         samples: int | None = 256,
         sketch: Sketch | None = CountSketch(),  # noqa: B008  (frozen)
         rank: int | None = None,
@@ -73,7 +75,7 @@ class SENG(SecondOrder):
         block: Literal["layer", "network"] = "layer",
         budget: int = 2**30,
         legacy: Legacy | None = None,
-        length: Length | Remembers = plain,
+        length: Length | Remembers = measured_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
         world: Any = None,
         **shared: Any,

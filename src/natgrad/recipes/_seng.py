@@ -14,6 +14,7 @@ def released(*, c: int, lr: float, damping: float, weight_decay: float, refresh:
         samples=256,
         sketch="count",
         sketch_size=c * c,
+        length="plain",
         legacy=True,
         legacy_c=c,
         legacy_threshold=700_000,

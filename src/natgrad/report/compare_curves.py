@@ -102,21 +102,20 @@ def tuning(results: Comparison, batch: str) -> Figure:
     if seen:
         low, high = min(seen), float(np.quantile(seen, 0.8))
         panels[0].set_ylim(low - 0.08 * (high - low) - 1e-3, high + 0.3 * (high - low) + 1e-3)
-    figure.supxlabel("learning rate (SENG: over the damping)", fontsize=9)
+    figure.supxlabel("learning rate", fontsize=9)
     figure.supylabel("held-out loss", fontsize=9)
     return figure
 
 
 def _tried(axes: Axes, line: Line, shade: str, full: bool) -> list[float]:
-    key = "ratio" if "ratio" in line.values else "lr"
-    points = [(one["values"][key], _mean(run["loss"] for run in one["runs"])) for one in line.tried]
+    points = [(one["values"]["lr"], _mean(run["loss"] for run in one["runs"])) for one in line.tried]
     kept = [(rate, loss) for rate, loss in points if loss is not None]
     if kept:
         style = {"color": shade, "markersize": 4.5, "alpha": 0.9, "markerfacecolor": shade if full else "none"}
         axes.plot(*zip(*kept), "o", **style)
     chosen = next((loss for (_, loss), one in zip(points, line.tried) if one["values"] == line.values), None)
     if chosen is not None and full:
-        axes.scatter([line.values[key]], [chosen], s=100, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=5)
+        axes.scatter([line.values["lr"]], [chosen], s=100, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=5)
     return [loss for _, loss in kept]
 
 

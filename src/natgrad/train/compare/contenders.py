@@ -57,11 +57,8 @@ class Contender:
         return points(self.all_of(), defaults, trials, seed=self.name)
 
     def settings(self, values: Mapping[str, Any]) -> Settings:
-        """Return the optimizer's settings at a point. `ratio` is a learning rate over the damping (SENG's scale)."""
-        own = {name: value for name, value in values.items() if name not in (*SCHEDULE, "ratio")}
-        if "ratio" in values:
-            own["lr"] = values["ratio"] * values["damping"]
-        return replace(self.base, **own)
+        """Return the optimizer's settings at a point."""
+        return replace(self.base, **{name: value for name, value in values.items() if name not in SCHEDULE})
 
     def schedule(self, values: Mapping[str, Any]) -> Schedule:
         """Return the learning rate's schedule at a point."""
@@ -89,12 +86,11 @@ CURVED: Space = {
 }
 """Momentum stays at 0.7: beside a bound on the change it says little, and a space has as many names as others'."""
 SKETCHED: Space = {
-    "ratio": LogUniform(0.03, 10.0),
-    "damping": LogUniform(0.01, 3.0),
-    "momentum": MOMENTUM,
+    **CURVED,
+    "damping": LogUniform(1e-3, 1.0),
     "refresh": Choice((1, 4, 16)),
-    "weight_decay": BESIDE,
 }
+"""Damping is absolute here, beside the squares of single samples' gradients."""
 
 CONTENDERS = (
     Contender(
@@ -188,8 +184,8 @@ CONTENDERS = (
         KFac(lr=0.1, largest_change=DEFAULT_CHANGE),
         {**CURVED, "refresh": Choice((None, 1, 3))},
     ),
-    Contender("SENG", "natgrad", Seng(lr=1.0, refresh=4), SKETCHED, {"ratio": 1.0}),
-    Contender("SENG-improved", "natgrad", Seng(lr=1.0, columns="improved", refresh=4), SKETCHED, {"ratio": 1.0}),
+    Contender("SENG", "natgrad", Seng(lr=0.1, largest_change=DEFAULT_CHANGE), SKETCHED),
+    Contender("SENG-improved", "natgrad", Seng(lr=0.1, largest_change=DEFAULT_CHANGE, columns="improved"), SKETCHED),
     Contender(
         "NLCG",
         "natgrad",

@@ -23,15 +23,15 @@ LEGACY = ("legacy_c", "legacy_threshold", "legacy_mean_field", "legacy_local")
 
 @dataclass(frozen=True)
 class Seng(Settings):
-    """SENG: natural gradient in the space of samples. lr / damping is what SGD's learning rate would be."""
+    """SENG: natural gradient in the space of samples. With length=plain lr / damping is SGD's learning rate."""
 
-    momentum: float = 0.9
+    momentum: float = 0.7
     """Share of the last direction that is repeated."""
-    damping: float = 1.0
+    damping: float = 0.01
     """Added to the curvature, absolute; a new value acts at once."""
     weight_decay: float = 0.0
     """Strength of the L2 penalty, added after preconditioning."""
-    refresh: int = 20
+    refresh: int = 4
     """Measure every so many steps."""
     samples: int | None = 256
     """Samples whose gradients make up the curvature, drawn from all ranks' batch; None: all."""
@@ -57,7 +57,7 @@ class Seng(Settings):
     """Take U b of layers above the threshold from sums of factors alone, as the release does."""
     legacy_local: bool = False
     """Average the directions of every rank's own samples, as the release does."""
-    length: LengthName = "plain"
+    length: LengthName = "measured_change"
     """How far a step goes along its direction."""
     largest_change: float | None = None
     """Twice the change of the output (KL) above which a step is shortened; None: 0.25 as it is measured, 0.01 as it is
