@@ -4,6 +4,7 @@
     make bench DATA=path/to/cifar100       (with the parts that need images, just under two hours)
     python benchmarks/bench.py --plan      (what it would do, and for how long)
     python benchmarks/bench.py --only scaling charlm
+    python benchmarks/bench.py --keep runs/cifar100-16 cifar100-16     (a finished comparison, under a name)
 
 Each part is a command of its own that remembers what it has done for this commit; what it writes are the JSON files in
 benchmarks/results, a comparison's pictures in docs and, at the end, the tables in the docs. A part that fails does not
@@ -13,6 +14,7 @@ keep the others from running.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -106,12 +108,12 @@ def keep(found: Comparison, name: str) -> None:
 
 def digest(found: Comparison, name: str) -> dict[str, object]:
     """A comparison as the docs show it: tables, who wins, what was chosen, how every seed ended."""
-    machine = {**found.machine, "command": f"natgrad compare {' '.join(COMPARISONS[name])}"}
+    machine = {**found.machine, "command": command_of(found, name)}
     sizes = []
     for batch in reversed(found.batches):
         budgets = " and ".join(str(steps) for steps in dict.fromkeys(line.steps for line in found.at(batch)))
-        goal = found.text(found.goal(batch))
-        title = f"Batch {batch} ({found.samples(batch)} samples), {budgets} steps; goal {goal}:"
+        goal = f"; goal {found.text(found.goal(batch))}" if found.at(batch, kind="first-order") else ""
+        title = f"Batch {batch} ({found.samples(batch)} samples), {budgets} steps{goal}:"
         sizes.append({"batch": batch, "title": title, "rows": [row.cells() for row in rows(found, batch)]})
     wins = []
     for verdict in verdicts(found):
@@ -141,6 +143,13 @@ def digest(found: Comparison, name: str) -> dict[str, object]:
     }
 
 
+def command_of(found: Comparison, name: str) -> str:
+    """What makes a comparison again, without anybody's paths."""
+    if name in COMPARISONS:
+        return f"natgrad compare {' '.join(COMPARISONS[name])}"
+    return re.sub(r" --(out|workers) \S+| --reuse", "", found.machine["command"])
+
+
 def finite(value: float) -> float | None:
     return value if value < float("inf") else None
 
@@ -150,7 +159,12 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="folder of CIFAR-100's parquet files (hub: uoft-cs/cifar100)")
     parser.add_argument("--only", nargs="+", default=[], help="names of parts")
     parser.add_argument("--plan", action="store_true", help="print the parts and run nothing")
+    parser.add_argument("--keep", nargs=2, metavar=("FOLDER", "NAME"), help="write what a finished comparison has found")
     told = parser.parse_args()
+    if told.keep:
+        keep(read_comparison(Path(told.keep[0])), told.keep[1])
+        subprocess.run([sys.executable, str(HERE / "tables.py")], check=True)
+        return
     listed = parts(told.data or None)
     if unknown := set(told.only) - {part.name for part in listed}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; choose {', '.join(part.name for part in listed)}")

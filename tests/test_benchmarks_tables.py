@@ -68,6 +68,13 @@ def test_a_comparison_keeps_its_pictures_always_the_same(tmp_path, monkeypatch):
     assert (tmp_path / "benchmarks/results/compare-digits.json").exists()
 
 
+def test_a_comparison_that_is_kept_by_name_says_how_it_is_made_again():
+    found = comparison_of(compared())
+    found.machine["command"] = "natgrad compare toy --data.path PATH --out some/where --workers 2 --reuse"
+    assert bench.digest(found, "other")["machine"]["command"] == "natgrad compare toy --data.path PATH"
+    assert bench.digest(found, "digits")["machine"]["command"] == "natgrad compare digits --profile full --workers 2"
+
+
 def test_the_docs_are_as_the_results_are():
     for page in [tables.ROOT / "README.md", *sorted((tables.ROOT / "docs").glob("*.md"))]:
         text = page.read_text()
@@ -85,3 +92,12 @@ def test_the_plan_stays_under_two_hours_and_names_what_needs_images():
             assert find_task(words[0]).profile(words[2] if words[1] == "--profile" else None).seeds >= 3
         else:
             assert Path(part.words[0]).exists()
+
+
+def test_without_a_first_order_optimizer_nobody_never_reaches_the_goal():
+    told = compared()
+    ours = {**told, "cells": [cell for cell in told["cells"] if cell["kind"] == "natgrad"]}
+    for results, word in ((told, True), (ours, False)):
+        sizes = bench.digest(comparison_of(results), "digits")["batches"]
+        assert any("goal" in size["title"] for size in sizes) == word
+        assert word or all(row[3] == "-" for size in sizes for row in size["rows"])

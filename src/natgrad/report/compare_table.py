@@ -32,6 +32,8 @@ class Row:
     step_ms: float
     edges: list[str]
     far_behind: bool = False
+    goal: bool = True
+    """Whether there is a goal: a first-order optimizer that has not diverged."""
 
     def cells(self) -> list[str]:
         """The figures as text, in the order of HEADINGS."""
@@ -40,7 +42,7 @@ class Row:
             self.name + STAR * self.far_behind,
             self.end,
             self.half,
-            f"{self.steps:g}" if reached else "never",
+            f"{self.steps:g}" if reached else "never" if self.goal else "-",
             f"{self.share:.2f}" if reached else "-",
             f"{self.seconds:.1f}" if reached else "-",
             self.train_loss,
@@ -100,6 +102,7 @@ def _row(results: Comparison, batch: str, name: str) -> Row:
         step_ms=full.step_seconds(),
         edges=full.at_edge,
         far_behind=full.far_behind,
+        goal=goal is not None,
     )
 
 
