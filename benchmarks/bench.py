@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="folder of CIFAR-100's parquet files (hub: uoft-cs/cifar100)")
     parser.add_argument("--only", nargs="+", default=[], help="names of parts")
     parser.add_argument("--plan", action="store_true", help="print the parts and run nothing")
-    parser.add_argument("--keep", nargs=2, metavar=("FOLDER", "NAME"), help="write what a finished comparison has found")
+    parser.add_argument(
+        "--keep", nargs=2, metavar=("FOLDER", "NAME"), help="write what a finished comparison has found"
+    )
     told = parser.parse_args()
     if told.keep:
         keep(read_comparison(Path(told.keep[0])), told.keep[1])
