@@ -69,8 +69,8 @@ def test_a_comparison_keeps_its_pictures_always_the_same(tmp_path, monkeypatch):
 
 
 def test_a_comparison_that_is_kept_by_name_says_how_it_is_made_again():
-    found = comparison_of(compared())
-    found.machine["command"] = "natgrad compare toy --data.path PATH --out some/where --workers 2 --reuse"
+    command = "natgrad compare toy --data.path PATH --out some/where --workers 2 --reuse"
+    found = comparison_of({**compared(), "machine": {"command": command}})
     assert bench.digest(found, "other")["machine"]["command"] == "natgrad compare toy --data.path PATH"
     assert bench.digest(found, "digits")["machine"]["command"] == "natgrad compare digits --profile full --workers 2"
 
