@@ -981,6 +981,27 @@ def test_labels_of_several_passes_and_of_one_output_twice():
         opt.sample(stranger)
 
 
+def test_labels_may_be_drawn_for_a_pass_in_which_nothing_that_is_due_is_used():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x, second):
+            return (self.two if second else self.one)(torch.tanh(self.body(x)))
+
+    model = Heads()
+    opt = build(natgrad.KFAC, model, refresh=3, fisher="sampled")
+    for step in range(9):
+        x, y = batch_of(step)
+        output = model(x, step % 2)
+        opt.sample(output)
+        F.cross_entropy(output, y).backward()
+        quiet(opt.step)
+        opt.zero_grad()
+    assert row_covered(opt, "one") and row_covered(opt, "two")
+
+
 def test_a_hook_comes_back_with_a_layer_that_was_frozen_for_a_while():
     class Doubled(nn.Linear):
         twice = False

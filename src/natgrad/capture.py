@@ -534,20 +534,20 @@ class Capture:
         loss: the sum over `predictions` of their losses.
 
         Raises:
-            ValueError: where no watched layer is behind the loss, or labels were drawn for its forward pass before.
+            ValueError: where no layer is behind the loss, or labels were drawn for its forward pass before.
 
         """
         if not self.wants_labels:
             return
         assert self.edges is not None
         before = {episode for episode in self._episodes if episode.sampled}
-        calls = {k: self._seen[k].calls for k in self.watches}
+        calls = {k: seen.calls for k, seen in self._seen.items()}
         self.inside = True
         try:
             found = torch.autograd.grad(loss, self.edges, retain_graph=True, allow_unused=True)
         finally:
             self.inside = False
-        reached = [k for k in self.watches if self._seen[k].calls > calls[k]]
+        reached = any(seen.calls > calls.get(k, 0) for k, seen in self._seen.items())  # those that are due may rest
         if self._twice or not reached:
             self._twice = False
             raise ValueError(

@@ -1,0 +1,234 @@
+"""What a step costs the host: operations that are issued, times the device is waited for, and milliseconds.
+
+    python benchmarks/host.py           (a quarter of an hour on one quiet core; stopped, it goes on)
+    python benchmarks/host.py --show    (the tables of the committed results)
+
+On a GPU a step cannot be faster than the host issues its operations. The networks have the layers of ResNet-50, of a
+transformer of 12 blocks and of a perceptron of 100 layers, so narrow that on one CPU thread next to nothing but the
+issuing is left. A row is what natgrad does in `step()` and, where it measures, in its hooks: what the forward and
+backward passes do without it is taken off. Rounds are interleaved with SGD(foreach) and AdamW(foreach): the column of
+ratios is the median of a round's time over AdamW's in the same round.
+
+Operations are those that torch dispatches (a `_foreach_` call is one). A wait is a read of a tensor's value by the host
+(`item`, `tolist`, `cpu`, comparison as a bool) that on a GPU would stand still until all before it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import Record
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import natgrad
+from natgrad.models import ImageResNet, Mlp, Transformer
+
+RESULTS = Path(__file__).parent / "results" / "host-cpu.json"
+NEVER = 10**9
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal")
+"""Names of operations whose result the host has to know."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """A narrow network, and how to make a batch for it."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor]
+
+
+NETS = {
+    "ResNet-50": Net(lambda: ImageResNet(50, width=4).build((3, 32, 32), 10), lambda: torch.randn(8, 3, 32, 32)),
+    "transformer of 12 blocks": Net(
+        lambda: Transformer(blocks=12, width=16).build((1, 1, 8), 32), lambda: torch.randint(0, 32, (8, 8))
+    ),
+    "MLP of 100 layers": Net(lambda: Mlp((16,) * 99).build((1, 4, 4), 10), lambda: torch.randn(8, 1, 4, 4)),
+}
+CONTENDERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD(foreach)": lambda m: torch.optim.SGD(m.parameters(), 1e-3, momentum=0.9, foreach=True),
+    "AdamW(foreach)": lambda m: torch.optim.AdamW(m.parameters(), 1e-3, foreach=True),
+    "SPNGD, nothing stale": lambda m: natgrad.SPNGD(m, 1e-3, refresh=NEVER),
+    "SPNGD, all stale": lambda m: natgrad.SPNGD(m, 1e-3, refresh=1),
+    "KFAC, nothing stale": lambda m: natgrad.KFAC(m, 1e-3, refresh=NEVER),
+    "KFAC, all stale": lambda m: natgrad.KFAC(m, 1e-3, refresh=1),
+    "SENG, between": lambda m: natgrad.SENG(m, 1e-3, refresh=NEVER),
+    "SENG, measuring": lambda m: natgrad.SENG(m, 1e-3, refresh=1),
+    "NLCG": lambda m: natgrad.NLCG(m, 1e-3),
+}
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations, and reads of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.operations += not is_view(function)
+        self.waits += name in WAITS
+        return function(*args, **(kwargs or {}))
+
+
+def is_view(function: Any) -> bool:
+    """Whether an operation only looks at memory that is there: nothing is launched for it."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+
+
+class Contender:
+    """A model with its optimizer, which takes steps."""
+
+    def __init__(self, net: Net, build: Callable[[nn.Module], torch.optim.Optimizer]):
+        torch.manual_seed(0)
+        self.model = net.build()
+        self.optimizer = build(self.model)
+
+    def step(self, x: Tensor) -> float:
+        """One step: seconds within `step()`, and in natgrad's hooks."""
+        before = sum(self.spent().values())
+        loss, clock = self.descend(x), time.perf_counter()
+        self.finish(loss)
+        clock = time.perf_counter() - clock
+        inside = sum(self.spent().values()) - before
+        hooks = sum(self.spent().get(name, 0.0) for name in ("measure", "checksum")) - self.seen
+        self.seen += hooks
+        return clock + (hooks if inside else 0.0)
+
+    seen = 0.0
+
+    def spent(self) -> dict[str, float]:
+        return getattr(self.optimizer, "seconds", {})
+
+    def descend(self, x: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.model(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def finish(self, loss: Tensor) -> None:
+        if isinstance(self.optimizer, natgrad.NLCG):
+            self.optimizer.step(loss=loss)
+        else:
+            self.optimizer.step()
+
+    def counted(self, x: Tensor, passes: int) -> tuple[int, int]:
+        """Operations and waits of one more step; `passes`: operations of the bare passes."""
+        with Counted() as whole:
+            loss = self.descend(x)
+            before = whole.waits
+            self.finish(loss)
+        return whole.operations - passes, whole.waits - before
+
+
+def bare_passes(net: Net, x: Tensor) -> int:
+    """Operations of zero_grad and the two passes without an optimizer of ours."""
+    contender = Contender(net, CONTENDERS["SGD(foreach)"])
+    contender.descend(x)
+    with Counted() as counted:
+        contender.descend(x)
+    return counted.operations
+
+
+def measure(net: Net, rounds: int) -> list[dict[str, Any]]:
+    """A row a contender. Three steps warm up: the first measures in every case."""
+    torch.manual_seed(1)
+    x, built = net.inputs(), {name: Contender(net, build) for name, build in CONTENDERS.items()}
+    passes = bare_passes(net, x)
+    counts = {}
+    for name, contender in built.items():
+        for _ in range(12):  # later measurements have fewer checksums
+            contender.step(x)
+        counts[name] = contender.counted(x, passes)
+    seconds: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(rounds):
+        for name, contender in built.items():
+            seconds[name].append(contender.step(x))
+    base = seconds["AdamW(foreach)"]
+    return [
+        {
+            "optimizer": name,
+            "operations": counts[name][0],
+            "waits": counts[name][1],
+            "ms": round(1e3 * statistics.median(seconds[name]), 3),
+            "ratio": round(statistics.median(a / b for a, b in zip(seconds[name], base)), 3),
+        }
+        for name in built
+    ]
+
+
+def table(content: dict[str, Any]) -> str:
+    lines = []
+    for case in content["cases"]:
+        lines += [
+            f"\n{case['case']}:\n",
+            "| a step | operations | waits | ms | over AdamW(foreach) |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for r in case["rows"]:
+            lines.append(f"| {r['optimizer']} | {r['operations']:,} | {r['waits']} | {r['ms']:.1f} | {r['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--profile", help="show where the time of this contender's step goes, on the first network")
+    parser.add_argument("--show", action="store_true", help="print the tables of the results")
+    told = parser.parse_args()
+    torch.set_num_threads(1)
+    if told.profile:
+        return profile(told.profile)
+    if not told.show:
+        record = Record(told.out, "cpu")
+        for name, net in NETS.items():
+            case = {"case": name, "rounds": told.rounds, "threads": 1}
+            if record.find(case) is None:
+                record.add(case, measure(net, told.rounds))
+    return print(table(json.loads(told.out.read_text())))
+
+
+def profile(name: str) -> None:
+    """Print the operations of one step by how often they are issued, and python's functions by time."""
+    import cProfile
+    import pstats
+    from collections import Counter
+
+    net = next(iter(NETS.values()))
+    contender, x = Contender(net, CONTENDERS[name]), net.inputs()
+    for _ in range(12):
+        contender.step(x)
+    names: Counter[str] = Counter()
+
+    class Named(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not is_view(function):
+                names[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    loss = contender.descend(x)
+    with Named() if names is not None else nullcontext():
+        contender.finish(loss)
+    print(names.most_common(40))
+    profiler = cProfile.Profile()
+    for _ in range(20):
+        loss = contender.descend(x)
+        profiler.enable()
+        contender.finish(loss)
+        profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
+
+
+if __name__ == "__main__":
+    main()
