@@ -79,7 +79,7 @@ def groups(model):
 
 
 def spngd(**options):
-    given = {"lr": 0.05, "momentum": 0.9, "damping": 1e-2, "length": natgrad.plain, **options}
+    given = {"lr": 0.02, "momentum": 0.7, "damping": 3e-2, "length": natgrad.plain, **options}
     return lambda model, world: natgrad.SPNGD(model, world=world, **given)
 
 
@@ -95,11 +95,11 @@ def nlcg(**options):
 
 CASES = {
     "spngd": spngd(),
-    "spngd, trust": spngd(length=natgrad.trust),
+    "spngd, trust": spngd(length=natgrad.trust, momentum=0.5),
     "spngd, predicted change": spngd(length=PredictedChange(1e-3)),
-    "spngd, measured change": lambda model, world: natgrad.SPNGD(model, 0.1, world=world),
+    "spngd, measured change": lambda model, world: natgrad.SPNGD(model, 0.1, damping=1e-2, world=world),
     "spngd, groups": lambda model, world: natgrad.SPNGD(
-        model, 0.05, params=groups(model), length=natgrad.plain, damping=1e-2, world=world
+        model, 0.02, params=groups(model), length=natgrad.plain, damping=3e-2, world=world
     ),
     "spngd, rescaled displacements": spngd(rescale="always", rule=Momentum(displaced=True)),
     "spngd, running means, all rows": spngd(samples=None, decay=0.5, refresh=2),
@@ -107,8 +107,8 @@ CASES = {
     "spngd, sampled labels": spngd(fisher="sampled"),
     "spngd, directions": spngd(gather="directions"),
     "spngd, eigenvectors, full norms": spngd(curvature=LayerBlocks(natgrad.EigenKronecker, natgrad.Full)),
-    "kfac": lambda model, world: natgrad.KFAC(model, 0.05, damping=1e-2, length=natgrad.plain, world=world),
-    "kfac, measured change": lambda model, world: natgrad.KFAC(model, 0.1, world=world),
+    "kfac": lambda model, world: natgrad.KFAC(model, 0.02, damping=3e-2, length=natgrad.plain, world=world),
+    "kfac, measured change": lambda model, world: natgrad.KFAC(model, 0.1, damping=1e-2, world=world),
     "seng": seng(),
     "seng, measured change": lambda model, world: natgrad.SENG(model, 0.1, world=world),
     "seng, one block": seng(block="network", sketch=None),
@@ -116,7 +116,7 @@ CASES = {
     "nlcg": nlcg(),
     "nlcg, loss": lambda model, world: natgrad.NLCG(model, 0.1, world=world),
     "nlcg, faithful": lambda model, world: natgrad.NLCG(model, 0.1, mode="faithful", weight_decay=0.01, world=world),
-    "nlcg, second moment": nlcg(preconditioner=natgrad.SecondMoment(), lr=0.005, beta=natgrad.polak_ribiere),
+    "nlcg, second moment": nlcg(preconditioner=natgrad.SecondMoment(), lr=0.0005, beta=natgrad.polak_ribiere),
     "nlcg, curvature": nlcg(preconditioner=natgrad.spngd_blocks, beta=natgrad.dai_yuan),
     "nlcg, curvature step": lambda model, world: natgrad.NLCG(
         model, preconditioner=natgrad.spngd_blocks, beta=natgrad.polak_ribiere, step=natgrad.CurvatureStep(), world=world
@@ -169,6 +169,7 @@ def difference(found, kept):
 
 
 def main():
+    torch.set_num_threads(1)
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
     fresh = {f"{case}, {ranks}": made(case, ranks) for case in CASES for ranks in RANKS}
     if "--show" in sys.argv:

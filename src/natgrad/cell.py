@@ -2,7 +2,7 @@
 
 A cell is a view. Every tensor lives in the optimizer's state of the layer's weight, under string keys and with
 shapes that are fixed at construction, and is looked up there each time, because trainers replace that dictionary
-when they load a checkpoint. For a statistic X:
+when they load a checkpoint; clocks and dampings are read and written as `numbers` (stacks.py). For a statistic X:
 
     X           the statistic (averaged over time if asked for), at its holder
     X_before    the value before the last, where the staleness rule looks back, at its holder
@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +35,11 @@ from natgrad.staleness import Memory, Staleness
 DORMANT = 2**62  # a clock that waits until its layer is used
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Cell:
     """A layer, its curvature, its owner and the rank that holds each statistic.
 
-    `state` finds the dictionary of the layer's weight.
+    `state` finds the dictionary of the layer's weight; `numbers`, from the storage, are its clocks and dampings.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Cell:
     staleness: Callable[[], Staleness]
     decay: float = 0.0
     dim: int = 0  # of the samples in the layer's inputs
+    numbers: Any = None
 
     @cached_property
     def keys(self) -> list[str]:
@@ -88,10 +90,10 @@ class Cell:
         return torch.zeros(tuple(shape), dtype=dtype, device=device or weight.device)
 
     def clock(self, key: str) -> list[int]:
-        return self.state()[f"{key}_clock"].tolist()
+        return self.numbers[f"{key}_clock"]
 
     def set_clock(self, key: str, values: list[int]) -> None:
-        self.state()[f"{key}_clock"] = torch.tensor(values)
+        self.numbers[f"{key}_clock"] = values
 
     @property
     def ready(self) -> bool:
@@ -186,8 +188,7 @@ class Cell:
         """
         if not self.ready or self.curvature.joint:
             return []
-        state = self.state()
-        return [k for k in self.keys if k in fresh or self._far(damping, state[f"{k}_damping"].item())]
+        return [k for k in self.keys if k in fresh or self._far(damping, self.numbers[f"{k}_damping"])]
 
     def _far(self, damping: float, used: float) -> bool:
         return used <= 0 or (abs(damping / used - 1) > self.curvature.telling and not self.curvature.redamps)

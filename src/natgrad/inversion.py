@@ -61,7 +61,7 @@ class Inversion:
                 self.made[index, key] = part
         for index, key in self.jobs:
             cell = self.cells[index]
-            cell.state()[f"{key}_damping"].fill_(self.dampings[index])
+            cell.numbers[f"{key}_damping"] = self.dampings[index]
             if cell.owner == self.world.rank and (index, key) in self.made:
                 cell.state()[f"{key}_inverse"].copy_(self.made[index, key])
         return retries

@@ -53,7 +53,8 @@ class Full(Curvature):
         return damped_inverse(statistic, damping)
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
-        return (inverses["F"][0] @ gradient.flatten()).view(gradient.shape)
+        layers = gradient.reshape(len(inverses["F"]), -1, 1)
+        return (inverses["F"] @ layers).view(gradient.shape)
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         eye = torch.eye(shape.numel, dtype=statistics["F"].dtype)

@@ -39,10 +39,12 @@ from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule, directions_kept, takes_loose
 from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
 from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
+from natgrad.optim.segments import Planner
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World, uneven
 from natgrad.preconditioner import TWICE, Preconditioner, Step, shortened
+from natgrad.stacks import Storage
 from natgrad.staleness import Every, Staleness
 
 PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
@@ -132,6 +134,7 @@ class SecondOrder(Views, Optimizer):
                 for parameter, state in self.fresh_state(cell, self.world.rank).items():
                     self.state[parameter] = state
             self.engine = self._engine(cells, predictions)
+            self._store()
             self.world.start([real(t.detach()) for t in (*model.parameters(), *model.buffers())])
         self.gradients.begin_early(cells)
         self._say_coverage()
@@ -143,6 +146,16 @@ class SecondOrder(Views, Optimizer):
         known = {name for base in kinds for name in inspect.signature(base.__init__).parameters}
         checks.known(cls.__name__, options, known - {"self", "shared", "args", "kwargs", "defaults"})
         return super().__new__(cls)
+
+    def _store(self) -> None:
+        """Make the state's tensors views of few large ones (stacks.py)."""
+        if hasattr(self, "storage"):
+            self.storage.write()
+        self._places = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
+        place = self._places.__getitem__
+        self.storage = Storage(self.cells, self.state, place, self.world.rank)
+        self.planner = Planner(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))
+        self._groups = [place(cell.layer.parameters[0]) for cell in self.cells]
 
     def _engine(self, cells: Sequence[Cell], predictions: float | None) -> Preconditioner:
         """What measures and inverts the curvature of these cells."""
@@ -231,7 +244,7 @@ class SecondOrder(Views, Optimizer):
     @property
     def steps_made(self) -> int:
         """Steps that were made, skipped ones not counted."""
-        return int(next(iter(self.state.values()))["step"])
+        return int(self.storage.table("step").rows[0])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters of the model, with settings of their own: those that were unfrozen or added.
@@ -355,6 +368,7 @@ class SecondOrder(Views, Optimizer):
     def _update(self, away: bool = False) -> None:
         """The step itself, from gradients to new weights. `away`: this rank has run out of batches (Join)."""
         self.world.check()
+        self.storage.sync(self.state)
         if uneven.enabled(self):
             self._agree_with_joined(away)
         for message in self.census.changes():
@@ -374,19 +388,19 @@ class SecondOrder(Views, Optimizer):
         found = self.engine.refresh(step, sent_scale, self.reduction)
         present = self._look_after(found, agreed.present, agreed.halves, step)
         with self.engine.timed("messages"):
-            gradients = self.gradients.to_owners(self.cells, present, scale)
-        self.engine.factor([self.group_of(c.layer.parameters[0])["damping"] for c in self.cells])
+            gradients = self.gradients.to_owners(self.storage, present, scale)
+        self.engine.factor([self.param_groups[place]["damping"] for place in self._groups])
         self.preconditioned = count_preconditioned(self.cells, present)
-        self._hear_noise(gradients, sent_scale)
+        self._hear_noise(self.storage.present(gradients, present), sent_scale)
         update(self, present, gradients)
         if self.census.unfrozen():
             self._take_in(scale)
-        for state in self.state.values():
-            state["step"] += 1
+        self.storage.count_step()
+        self.storage.write()
         self._hear_length()
         self.engine.arm(step + 1)
 
-    def _hear_noise(self, gradients: Mapping[int, Tensor], scale: float) -> None:
+    def _hear_noise(self, gradients: Sequence[Tensor], scale: float) -> None:
         """In steps that measure, learn how noisy the gradient is from shares of it that are there anyway."""
         if not self.engine.share:
             return
@@ -427,7 +441,7 @@ class SecondOrder(Views, Optimizer):
         )
         self.world.max([here], "scalars")
         present = [bool(h) for h in here]
-        update(self, present, self.gradients.to_owners(self.cells, present, scale), fresh)
+        update(self, present, self.gradients.to_owners(self.storage, present, scale), fresh)
 
     def _look_after(self, found: Step, present: list[bool], halves: Sequence[bool], step: int) -> list[bool]:
         """Layers that cannot go on with their curvature become loose; those not in use wait. Returns `present` anew."""
@@ -492,6 +506,7 @@ class SecondOrder(Views, Optimizer):
                 kept.append(why)
                 origins.append(k)
                 continue
+            self.storage.write()
             for parameter in cell.layer.parameters:
                 key = next(n for n, p in cell.layer.module.named_parameters() if p is parameter)
                 found = Found(f"{cell.name}.{key}".lstrip("."), Loose(cell.layer.module, parameter), whys[k])
@@ -504,6 +519,7 @@ class SecondOrder(Views, Optimizer):
                 origins.append(k)
         self.whys = kept
         self.engine.replace(cells, origins)
+        self._store()
         return origins
 
     def say(self, message: str, about: str | None = None) -> None:
@@ -556,6 +572,7 @@ class SecondOrder(Views, Optimizer):
             for name in ("judged", "local", "seconds", "retries", "dropped", "samples", "assumed"):
                 setattr(self.engine, name, getattr(old, name))
             self.engine.replace(cells)
+            self._store()
             self._forget()
             self.world.start([real(t.detach()) for t in (*self._model.parameters(), *self._model.buffers())])
         self.gradients.begin_early(cells)
@@ -579,6 +596,7 @@ class SecondOrder(Views, Optimizer):
         super().load_state_dict({**state_dict, "state": {}})  # torch's copies would only be dropped
         self.state.clear()
         self.state.update(fresh)
+        self.storage.sync(self.state)
         self._forget()
         self.gradients.loaded = True
         lost = [cell.name for cell in self.cells if not cell.by_rows and cell.lost(self.world.rank)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natgrad.layers import Layer, Loose
 from natgrad.layers.base import real_type
-from natgrad.optim.lengths import Step
+from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 
 TINY = 1e-300
@@ -56,18 +56,18 @@ class PredictedChange:
         """Make room for the sum of gradients of one layer."""
         allocate_sum(layer, state)
 
-    def look_back(self, steps: Sequence[Step]) -> None:
+    def look_back(self, segments: Sequence[Segment]) -> None:
         """What came of the last step does not matter here."""
 
-    def lengths(self, steps: Sequence[Step], world: World, numbers: dict[str, float]) -> list[float]:
+    def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, float]) -> list[float]:
         """The same factor for every layer; `numbers` are told what was done."""
         change = torch.zeros(1, dtype=torch.float64)
-        if steps:  # one wait for the device
-            change += torch.stack([predicted(step) for step in steps]).sum().cpu()
+        if segments:  # one wait for the device
+            change += torch.stack([predicted(segment).sum(dtype=torch.float64) for segment in segments]).sum().cpu()
         world.over_owners([change], "scalars")
         factor = shortened(change.item(), self.limit)
         numbers.update(change=abs(change.item()) * factor**2, bound=self.limit, factor=factor)
-        return [factor] * len(steps)
+        return [factor] * len(segments)
 
 
 @dataclass(frozen=True)
@@ -121,57 +121,60 @@ class MeasuredChange:
             allocate_sum(layer, state)
         state["went"] = torch.zeros(3, dtype=torch.float64)  # length along the direction, prediction, slope
 
-    def look_back(self, steps: Sequence[Step]) -> None:
+    def look_back(self, segments: Sequence[Segment]) -> None:
         """How every layer's last direction meets its new gradient, before a rule changes the direction."""
-        for step in steps:
-            step.met = torch.sum(step.past * step.gradient, dtype=torch.float64) if step.past is not None else None
+        for segment in segments:
+            segment.products = segment.gradient.new_zeros(3, len(segment.gradient))
+            if segment.past is not None:
+                torch.mul(segment.past, segment.gradient, out=segment.products[2])
 
-    def lengths(self, steps: Sequence[Step], world: World, numbers: dict[str, float]) -> list[float]:
+    def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, float]) -> list[float]:
         """One factor for layers with curvature and one for parameters without, from what `numbers` remember."""
-        predictions, slopes = self._look_ahead(steps)
-        sums = torch.zeros(2, 3, dtype=torch.float64)  # curved, loose: shown, foreseen, and the prediction of this step
-        for step, prediction, (_, met) in zip(steps, predictions, slopes):
-            length, foreseen, before = step.state["went"].tolist()
-            shown = -length * met / step.terms - before
-            sums[0 if foretold(step) else 1] += torch.tensor(
-                [shown if length else 0.0, foreseen if length else 0.0, prediction], dtype=torch.float64
-            )
-        world.over_owners([sums], "scalars")
-        (shown, foreseen, change), (shown_loose, walked, change_loose) = sums.tolist()
+        ahead = self._look_ahead(segments)
+        sums = [[0.0] * 3, [0.0] * 3]  # curved, loose: shown, foreseen, and the prediction of this step
+        for segment, layers in zip(segments, ahead):
+            own = sums[0 if foretold(segment) else 1]
+            for cell, (prediction, _, met) in zip(segment.cells, layers):
+                length, foreseen, before = cell.numbers["went"]
+                if length:
+                    own[0] += -length * met / segment.terms - before
+                    own[1] += foreseen
+                own[2] += prediction
+        told = torch.tensor(sums, dtype=torch.float64)
+        world.over_owners([told], "scalars")
+        (shown, foreseen, change), (shown_loose, walked, change_loose) = told.tolist()
         self._learn(numbers, (shown, foreseen), (shown_loose, walked))
         bound = min(self.most, max(self.least, self.limit / numbers["ratio"]))
         factor = shortened(change, bound)
         bend = numbers["shown_loose"] / max(numbers["walked_loose"], TINY)
         loose = shortened(change_loose * max(bend, 0.0), self.limit)
         numbers.update(change=abs(change) * factor**2, bound=bound, factor=factor, loose=loose)
-        for step, prediction, (slope, _) in zip(steps, predictions, slopes):
-            own = factor if foretold(step) else loose
-            step.state["went"].copy_(
-                torch.tensor(
-                    [step.lr * own, prediction * own**2, -step.lr * own * slope / step.terms], dtype=torch.float64
-                )
-            )
-            if "last" in step.state:
-                step.state["last"].copy_(step.direction)
-        return [factor if foretold(step) else loose for step in steps]
+        for segment, layers in zip(segments, ahead):
+            own_factor = factor if foretold(segment) else loose
+            step = segment.lr * own_factor
+            for cell, (prediction, slope, _) in zip(segment.cells, layers):
+                cell.numbers["went"] = [step, prediction * own_factor**2, -step * slope / segment.terms]
+            if "last" in segment.state:
+                segment.state["last"].copy_(segment.direction)
+        return [factor if foretold(segment) else loose for segment in segments]
 
-    def _look_ahead(self, steps: Sequence[Step]) -> tuple[list[float], list[tuple[float, float]]]:
-        """Each layer's predicted change (of loose ones lr^2), and (d . g, last d . g), with one wait for the device."""
-        if not steps:
-            return [], []
-        nothing = torch.zeros((), dtype=torch.float64, device=steps[0].direction.device)
-        told = [
-            torch.stack(
-                [
-                    predicted(s) if foretold(s) else nothing + s.lr**2,
-                    torch.sum(s.direction * s.gradient, dtype=torch.float64),
-                    nothing if s.met is None else s.met,
-                ]
-            )
-            for s in steps
-        ]
-        predictions, *slopes = torch.stack(told, 1).tolist()
-        return predictions, list(zip(*slopes))
+    def _look_ahead(self, segments: Sequence[Segment]) -> list[list[list[float]]]:
+        """Each layer's predicted change (of loose ones lr^2), d . g and last d . g, with one wait for the device."""
+        if not segments:
+            return []
+        told = []
+        for segment in segments:
+            assert segment.products is not None
+            if foretold(segment):
+                predicted(segment, out=segment.products[0])
+            torch.mul(segment.direction, segment.gradient, out=segment.products[1])
+            sums, segment.products = segment.sums(segment.products), None
+            if not foretold(segment):
+                sums[0] = segment.lr**2
+            told.append(sums.to(segments[0].gradient.device))
+        rows = torch.cat(told, 1).T.tolist()
+        counts = [len(segment.cells) for segment in segments]
+        return [rows[sum(counts[:k]) : sum(counts[: k + 1])] for k in range(len(counts))]
 
     def _learn(self, numbers: dict[str, float], curved: tuple[float, float], loose: tuple[float, float]) -> None:
         """Running sums of what was shown and foreseen, and their ratio, at first that of `first`."""
@@ -192,15 +195,15 @@ def allocate_sum(layer: Layer, state: dict) -> None:
     state["gradients"] = torch.zeros(layer.shape, dtype=real_type(weight), device=weight.device)
 
 
-def foretold(step: Step) -> bool:
-    """Whether a layer's curvature predicts what its step changes."""
-    return "gradients" in step.state
+def foretold(segment: Segment) -> bool:
+    """Whether the layers' curvature predicts what their step changes."""
+    return "gradients" in segment.state
 
 
-def predicted(step: Step) -> Tensor:
-    """lr^2 d . h of one layer, with h taken one step further."""
-    gradients = step.state["gradients"].mul_(step.kept).add_(step.gradient)
-    return step.lr**2 * torch.sum(step.direction * gradients, dtype=torch.float64)
+def predicted(segment: Segment, out: Tensor | None = None) -> Tensor:
+    """lr^2 d h, entry by entry [n], with h taken one step further."""
+    gradients = segment.state["gradients"].mul_(segment.keep).add_(segment.gradient)
+    return torch.mul(segment.direction, gradients, out=out).mul_(segment.lr**2)
 
 
 def shortened(change: float, bound: float) -> float:

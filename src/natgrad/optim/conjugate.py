@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer, promote, real_type
+from natgrad.layers.base import Layer, promote, real, real_type
 from natgrad.optim.betas import Products, needs_of
-from natgrad.optim.lengths import Natural, Step
+from natgrad.optim.lengths import Natural
 from natgrad.optim.metrics import Metric
 from natgrad.optim.overlap import on_host
-from natgrad.optim.part import Part, flat, parts_of, total
-from natgrad.optim.rules import with_decay
+from natgrad.optim.part import Part, joined, parts_of, total
 from natgrad.optim.search import CurvatureStep, Memory, Scheduled
+from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 
 TURNED = 1e-3  # of g.q(g): a direction that descends less starts afresh
@@ -76,11 +76,11 @@ class Conjugate:
         for key, start in self.keys.items():
             state[key] = torch.full(layer.shape, start, dtype=real_type(weight), device=weight.device)
 
-    def __call__(self, steps: Sequence[Step], natural: Natural, world: World) -> None:
-        memory, gradients = self.memory(), [self.shaped(step) for step in steps]
-        parts = parts_of(steps, gradients, self.keys)
+    def __call__(self, segments: Sequence[Segment], natural: Natural, world: World) -> None:
+        memory, gradients = self.memory(), [self.shaped(segment) for segment in segments]
+        parts = parts_of(segments, gradients, self.keys)
         gz, loss = self._learn(parts, memory, world)
-        self._precondition(parts, steps, gradients, natural, memory)
+        self._precondition(parts, segments, gradients, natural, memory)
         delta, fall, over, yqy = self._products(parts, natural, world, memory)
         dg = -fall
         products = Products(delta, self._guard(memory.delta), gz, delta - over, dg - memory.slope, dg, yqy)
@@ -97,13 +97,15 @@ class Conjugate:
             heard, steps=memory.steps + 1, delta=delta, slope=-(delta + beta * fall), length=heard.multiplier
         )
 
-    def shaped(self, step: Step) -> Tensor:
+    def shaped(self, segment: Segment) -> Tensor:
         """The gradient of the whole loss, L2 penalty included, pre-scaled variable by variable if asked for."""
-        gradient = with_decay(step, step.gradient)
+        gradient = segment.add_weights(segment.gradient)
         if self.prescale is None:
             return gradient
-        pairs = zip(step.layer.unpack(gradient), step.layer.parameters)
-        return step.layer.pack([prescaled(g, promote(p.detach()), self.prescale) for g, p in pairs])
+        gradient = gradient.clone()
+        for view, parameter in zip(segment.views(gradient), segment.parameters):
+            view.copy_(prescaled(view, real(promote(parameter.detach())), self.prescale))
+        return gradient
 
     def _guard(self, delta: float) -> float:
         return delta + 1e-8 if self.faithful else max(delta, 1e-30)
@@ -140,7 +142,7 @@ class Conjugate:
         if self.search.feedback is None:
             return []
         loss = self.told()
-        penalty = half_squares([step for part in parts for step in part.steps])
+        penalty = half_squares([segment for part in parts for segment in part.segments])
         return [(loss or 0.0) + penalty * (world.size if world.owners else 1), float(loss is not None)]
 
     def _secant(self, part: Part, memory: Memory) -> tuple[Tensor, Tensor] | None:
@@ -163,16 +165,16 @@ class Conjugate:
     def _precondition(
         self,
         parts: Sequence[Part],
-        steps: Sequence[Step],
+        segments: Sequence[Segment],
         gradients: Sequence[Tensor],
         natural: Natural,
         memory: Memory,
     ) -> None:
         """Fill in every part's z = q(g)."""
         if self.metric is None:
-            directions = natural(steps, gradients)
+            directions = natural(segments, gradients)
             for part in parts:
-                part.z = flat([directions[k] for k in part.places])
+                part.z = joined([directions[k] for k in part.places])
         else:
             for part in parts:
                 part.z = self.metric.inverse(self._kept(part), part.g, int(memory.steps) + 1)
@@ -196,9 +198,9 @@ class Conjugate:
         if self.metric is not None:
             count = int(memory.steps) + 1
             return [(y, self.metric.inverse(self._kept(part), y, count)) for part, y in zip(parts, ys)]
-        steps = [step for part in parts for step in part.steps]
-        found = iter(natural(steps, [piece for part, y in zip(parts, ys) for piece in part.pieces(y)]))
-        return [(y, flat([next(found) for _ in part.steps])) for part, y in zip(parts, ys)]
+        segments = [segment for part in parts for segment in part.segments]
+        found = iter(natural(segments, [piece for part, y in zip(parts, ys) for piece in part.pieces(y)]))
+        return [(y, joined([next(found) for _ in part.segments])) for part, y in zip(parts, ys)]
 
     def _fill(self, parts: Sequence[Part], beta: float, memory: Memory, heard: Memory) -> None:
         """Directions for the weights, new vectors for the states; the direction that is kept takes nothing back."""
@@ -206,12 +208,12 @@ class Conjugate:
             last = part.kept["nlcg_direction"]
             direction = part.z.add(last, alpha=beta) if beta else part.z
             used, undo = direction, heard.undone
-            if undo and max(step.lr for step in part.steps) * heard.multiplier > STANDS:
+            if undo and max(segment.lr for segment in part.segments) * heard.multiplier > STANDS:
                 used = (direction * ((1 - undo) * heard.multiplier)).sub_(last, alpha=undo * memory.multiplier)
             elif heard.multiplier != 1:
                 used = direction * heard.multiplier
-            for step, piece in zip(part.steps, part.pieces(used)):
-                step.direction = piece
+            for segment, piece in zip(part.segments, part.pieces(used)):
+                segment.direction = piece
             for key in self.keys:
                 fresh = {"nlcg_direction": direction, "nlcg_gradient": part.g, "nlcg_natural": part.z}
                 part.keep(key, fresh.get(key, part.kept[key]))
@@ -223,9 +225,14 @@ def prescaled(gradient: Tensor, weight: Tensor, eta: float) -> Tensor:
     return gradient * (size / (torch.linalg.vector_norm(gradient) + 1e-8 + 0.1 * size)).to(gradient)
 
 
-def half_squares(steps: Sequence[Step]) -> float:
+def half_squares(segments: Sequence[Segment]) -> float:
     """The L2 penalty of these layers: the sum over their parameters of weight_decay |w|^2 / 2."""
-    pairs = [(g["weight_decay"], p.detach()) for s in steps for g, p in zip(s.groups, s.layer.parameters)]
-    weighed = [(decay, promote(p)) for decay, p in pairs if decay]
+    weighed = [
+        (decay, promote(segment.parameters[k].detach()))
+        for segment in segments
+        for place, ks in segment.plan.by_group.items()
+        if (decay := segment.plan.groups()[place]["weight_decay"])
+        for k in ks
+    ]
     norms = on_host(torch._foreach_norm([p for _, p in weighed])).tolist() if weighed else []
     return sum(decay / 2 * norm**2 for (decay, _), norm in zip(weighed, norms))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layers.base import Layer, real_type
+from natgrad.optim.segments import Segment
 
 
 class Fallback(Protocol):
@@ -19,7 +21,9 @@ class Fallback(Protocol):
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None: ...
 
-    def direction(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor: ...
+    def direction(self, segment: Segment) -> Tensor:
+        """The direction [n] of a segment's parameters."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,24 @@ class Adam:
             state[f"adam_{key}"] = torch.zeros(layer.shape, dtype=real_type(weight), device=weight.device)
         state["adam_count"] = torch.tensor(0)
 
-    def direction(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
-        first, second = state["adam_first"], state["adam_second"]
-        state["adam_count"] += 1
-        count = int(state["adam_count"])
-        first.lerp_(gradient, 1 - momentum)
-        second.lerp_(gradient.square(), 1 - self.second)
-        unbiased = first / (1 - momentum**count), second / (1 - self.second**count)
-        return unbiased[0] / (unbiased[1].sqrt() + self.eps)
+    def direction(self, segment: Segment) -> Tensor:
+        first, second = segment.state["adam_first"], segment.state["adam_second"]
+        momentum = segment.group["momentum"]
+        counts = [cell.numbers["adam_count"] + 1 for cell in segment.cells]
+        for cell, count in zip(segment.cells, counts):
+            cell.numbers["adam_count"] = count
+        first.lerp_(segment.gradient, 1 - momentum)
+        second.lerp_(segment.gradient.square(), 1 - self.second)
+        left, right = (corrections(segment, decay, counts) for decay in (momentum, self.second))
+        return first / left / ((second / right).sqrt() + self.eps)
+
+
+def corrections(segment: Segment, decay: float, counts: Sequence[int]) -> Tensor | float:
+    """1 - decay^count, by which a running mean that began at zero is too small: one number, or a vector [n]."""
+    numbers = [1 - decay**count for count in counts]
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return segment.spread(torch.tensor(numbers, dtype=segment.gradient.dtype, device=segment.gradient.device))
 
 
 adam = Adam()
@@ -62,8 +76,8 @@ class PlainGradient:
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         """Keep nothing."""
 
-    def direction(self, state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
-        return gradient
+    def direction(self, segment: Segment) -> Tensor:
+        return segment.gradient
 
 
 plain_gradient = PlainGradient()

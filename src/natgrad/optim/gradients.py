@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.cell import Cell
-from natgrad.layers.base import real, real_type
+from natgrad.layers.base import real
 from natgrad.optim.noise import Squares, square
 from natgrad.optim.overlap import Overlap, on_host
 from natgrad.parallel import Parcel, World
+from natgrad.stacks import Storage, adjacent
 
 
 class Agreed(NamedTuple):
@@ -84,14 +86,15 @@ class Gradients:
         early = self.overlap if not self.reduced else None
         if early is not None:
             early.flush()
-        gradients = [g for c in cells for p in c.layer.parameters if (g := grad_of(p)) is not None]
+        found = [[grad_of(p) for p in c.layer.parameters] for c in cells]
+        gradients = [g for own in found for g in own if g is not None]
         if not gradients:
             norms = torch.zeros(1)
         else:
             norms = on_host(torch._foreach_norm(gradients))
         bad = bad or not bool(torch.isfinite(norms).all())
         self.square = float(norms.double().square().sum()) / scale**2
-        here = [any(grad_of(p) is not None for p in c.layer.parameters) for c in cells]
+        here = [any(g is not None for g in own) for own in found]
         frozen = [[not p.requires_grad for p in c.layer.parameters] for c in cells]
         halves = [any(own) and not all(own) for own in frozen]
         lost = [(c.by_rows or self.loaded) and c.lost(self.world.rank) for c in cells]
@@ -133,43 +136,77 @@ class Gradients:
         self.mode = mode
         return mode == "local"
 
-    def to_owners(self, cells: Sequence[Cell], present: Sequence[bool], scale: float) -> dict[int, Tensor]:
-        """The mean gradients [b, o, i] of the cells that this rank owns, divided by `scale` and clipped.
+    def to_owners(self, storage: Storage, present: Sequence[bool], scale: float) -> list[Tensor | None]:
+        """The mean gradients of the layers that this rank owns, divided by `scale` and clipped.
 
-        Ranks may have unlike scales, so each divides its own gradients before they are summed.
+        For every layout of the storage a flat vector that begins at this rank's first layer; None where it has none.
+        What belongs to layers that are not present is not defined. Ranks may have unlike scales, so each divides its
+        own gradients before they are summed.
         """
-        chosen = [k for k, here in enumerate(present) if here]
         local = self.mode == "local" and not self.reduced
         self.local = local and self.active == self.world.size > 1
-        parcels = [Parcel(real(_gradient(p)), cells[k].owner) for k in chosen for p in cells[k].layer.parameters]
         if local and self.overlap is not None:
-            sums, divisor = self.overlap.collect(), self.world.size
-            received = iter([sums.get(p) for k in chosen for p in cells[k].layer.parameters])
+            sums, divisor = self.overlap.collect(), float(self.world.size)
+            found = [self._own(storage, k, present, sums.__getitem__) for k in range(len(storage.layouts))]
         elif local or self.active < self.world.size:
-            if scale != 1:
-                parcels = [p._replace(tensor=p.tensor / scale) for p in parcels]
-            received = iter(self.world.reduce(parcels, "gradients"))
-            divisor = self.world.size if local else self.active  # averaged ones are those of the active ranks
+            divisor = float(self.world.size if local else self.active)  # averaged ones are those of the active ranks
+            found = self._sums(storage, present, scale)
         else:
-            received, divisor = iter([p.tensor for p in parcels]), scale
+            found = [self._own(storage, k, present, _gradient) for k in range(len(storage.layouts))]
+            divisor = scale
         self.reduced = False
-        mine: dict[int, Tensor] = {}
-        for k in chosen:
-            layer = cells[k].layer
-            tensors = [next(received) for _ in layer.parameters]
-            if cells[k].owner == self.world.rank:
-                gradient = layer.pack([t for t in tensors if t is not None]).to(real_type(layer.parameters[0]))
-                mine[k] = gradient if divisor == 1 else gradient / divisor
-        return self._clip(mine)
+        if divisor != 1:
+            for vector in found:
+                if vector is not None:
+                    vector.div_(divisor)
+        self._clip(storage, present, found)
+        return found
 
-    def squares(self, mine: Mapping[int, Tensor], half: tuple[float, int] | None, samples: float) -> Squares | None:
+    def _own(
+        self, storage: Storage, k: int, present: Sequence[bool], values: Callable[[nn.Parameter], Tensor]
+    ) -> Tensor | None:
+        """A vector of this rank's layers, filled parameter by parameter."""
+        layout, mine = storage.layouts[k], storage.mine[k]
+        if not mine:
+            return None
+        vector = storage.empty(k)
+        layout.fill(vector, layout.start[mine[0]], (storage.cells[c] for c in mine if present[c]), values)
+        return vector
+
+    def _sums(self, storage: Storage, present: Sequence[bool], scale: float) -> list[Tensor | None]:
+        """Every layer's gradients of all ranks, added up at its owner."""
+        parcels, targets = [], list[tuple[int, int, int]]()
+        for k, layout in enumerate(storage.layouts):
+            chosen = [c for c in layout.order if present[c]]
+            vector = torch.empty(layout.numel, dtype=layout.kind[2], device=layout.kind[1])
+            layout.fill(vector, 0, (storage.cells[c] for c in chosen), _gradient)
+            for row in adjacent(layout.order, chosen):
+                for owner, some in groupby(row, key=lambda c: storage.cells[c].owner):
+                    own = list(some)
+                    start = layout.start[own[0]]
+                    stop = layout.start[own[-1]] + storage.cells[own[-1]].layer.shape.numel
+                    part = vector[start:stop]
+                    parcels.append(Parcel(part if scale == 1 else part / scale, owner))
+                    targets.append((k, start, stop))
+        received = self.world.reduce(parcels, "gradients")
+        found: list[Tensor | None] = [storage.empty(k) if mine else None for k, mine in enumerate(storage.mine)]
+        for (k, start, stop), value in zip(targets, received):
+            vector, mine = found[k], storage.mine[k]
+            if value is not None and vector is not None:
+                begin = storage.layouts[k].start[mine[0]]
+                vector[start - begin : stop - begin].copy_(value)
+        return found
+
+    def squares(
+        self, mine: Sequence[Tensor], half: tuple[float, int] | None, samples: float
+    ) -> Squares | None:
         """The squared norms of a share of the step's gradient and of all of it, if both are known. All ranks call it.
 
         mine: the mean gradients of the cells that this rank owns. half: of the step's first passes on the only rank.
         """
         if not self.local and (half is None or not 0 < half[1] < samples):
             return None
-        own = square(mine.values()) / self.clipped**2
+        own = square(mine) / self.clipped**2
         if self.local:
             size = self.world.size
             sums = torch.tensor([self.square / size, own / (1 if self.world.owners else size)], dtype=torch.float64)
@@ -178,15 +215,18 @@ class Gradients:
         assert half is not None
         return Squares(half[0], own, half[1] / samples)
 
-    def _clip(self, mine: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _clip(self, storage: Storage, present: Sequence[bool], vectors: Sequence[Tensor | None]) -> None:
         self.clipped = 1.0
         if self.max_norm is None:
-            return mine
-        square = torch.tensor([sum(float(g.double().square().sum()) for g in mine.values())], dtype=torch.float64)
-        self.world.over_owners([square], "scalars")
-        factor = self.max_norm / (square.sqrt().item() + 1e-6)
+            return
+        total = torch.tensor([square(storage.present(vectors, present))], dtype=torch.float64)
+        self.world.over_owners([total], "scalars")
+        factor = self.max_norm / (total.sqrt().item() + 1e-6)
         self.clipped = min(factor, 1.0)
-        return mine if factor >= 1 else {k: g * factor for k, g in mine.items()}
+        if factor < 1:
+            for vector in vectors:
+                if vector is not None:
+                    vector.mul_(factor)
 
 
 def unscale(gradients: Sequence[Tensor], scale: float) -> None:

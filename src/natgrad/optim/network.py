@@ -17,7 +17,7 @@ from natgrad.curvature.rows import combine
 from natgrad.curvature.samplespace import SampleSpace, solved
 from natgrad.layers.base import Shape
 from natgrad.linalg import damped_cholesky
-from natgrad.optim.lengths import Step
+from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 
 
@@ -35,7 +35,7 @@ class Network:
         self.made: tuple = ()
         self.root = torch.empty(0)
 
-    def __call__(self, steps: Sequence[Step], gradients: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, segments: Sequence[Segment], gradients: Sequence[Tensor]) -> list[Tensor]:
         cells: list[Cell] = [c for c in self.cells() if c.by_rows and c.ready]
         if not cells:
             return [g.clone() for g in gradients]
@@ -44,7 +44,7 @@ class Network:
         if made != self.made:
             self.root = self._factor(cells, damping)
             self.made = made
-        return self._solve(steps, gradients, damping)
+        return self._solve(segments, gradients, damping)
 
     def _damping(self, cells: Sequence[Cell]) -> float:
         dampings = {self.groups(c.layer.parameters[0])["damping"] for c in cells}
@@ -74,17 +74,27 @@ class Network:
         root, _ = damped_cholesky(total.unsqueeze(0), total.new_full((1,), damping))
         return root[0]
 
-    def _solve(self, steps: Sequence[Step], gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
+    def _solve(self, segments: Sequence[Segment], gradients: Sequence[Tensor], damping: float) -> list[Tensor]:
         inner = self.root.new_zeros(len(self.root) + 2)  # and: how many layers there are, how many U c makes up
-        kept = [step.cell.kept() for step in steps]
-        for step, k, gradient in zip(steps, kept, gradients):
-            curvature: SampleSpace = step.cell.curvature
-            inner[:-2] += curvature.against(k, gradient).to(inner)
-            inner[-2] += 1
-            if step.fresh and gradient is step.gradient and curvature.legacy is None:
-                inner[-1] += curvature.makes_up(k, gradient)
+        pieces = [segment.pieces(gradient) for segment, gradient in zip(segments, gradients)]
+        kept = [[cell.kept() for cell in segment.cells] for segment in segments]
+        for segment, gradient, rows, parts in zip(segments, gradients, kept, pieces):
+            for place, cell, k, piece in zip(segment.plan.places, segment.cells, rows, parts):
+                curvature: SampleSpace = cell.curvature  # type: ignore[assignment]
+                inner[:-2] += curvature.against(k, piece).to(inner)
+                inner[-2] += 1
+                if place in segment.fresh and gradient is segment.gradient and curvature.legacy is None:
+                    inner[-1] += curvature.makes_up(k, piece)
         self.world.over_owners([inner], "scalars")
-        if inner[-1] == inner[-2]:
-            return [combine(k, solved(self.root, k["mean"]), Shape(*g.shape)) for k, g in zip(kept, gradients)]
-        b = solved(self.root, inner[:-2])
-        return [s.cell.curvature.without(k, g, b, damping) for s, k, g in zip(steps, kept, gradients)]
+        whole = bool(inner[-1] == inner[-2])
+        b = None if whole else solved(self.root, inner[:-2])
+        directions = []
+        for segment, rows, parts in zip(segments, kept, pieces):
+            found = []
+            for cell, k, piece in zip(segment.cells, rows, parts):
+                if b is None:
+                    found.append(combine(k, solved(self.root, k["mean"]), Shape(*piece.shape)))
+                else:
+                    found.append(cell.curvature.without(k, piece, b, damping))  # type: ignore[attr-defined]
+            directions.append(torch.cat([one.reshape(-1) for one in found]))
+        return directions

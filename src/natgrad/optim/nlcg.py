@@ -126,8 +126,9 @@ class NLCG(SecondOrder):
             raise ValueError(f"lr={sorted(rates)}: CurvatureStep() takes one factor up to 1 for all parameters")
 
     def _memory(self) -> Memory:
-        found = next((s["scalars"] for s in self.state.values() if "scalars" in s), None) if self.state else None
-        return Memory() if found is None else Memory.of(found)
+        if not hasattr(self, "storage"):
+            return Memory()
+        return Memory(*self.storage.table("scalars").rows[0])
 
     def fresh_state(self, cell: Cell, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
         states = super().fresh_state(cell, rank)
@@ -219,9 +220,9 @@ class NLCG(SecondOrder):
         """Write down what the step has left, on every rank."""
         memory, self.conjugate.next = self.conjugate.next, None
         if memory is not None:
-            for state in self.state.values():
-                if "scalars" in state:
-                    state["scalars"] = memory.tensor()
+            for cell in self.cells:
+                cell.numbers["scalars"] = list(memory.tensor().tolist())
+            self.storage.write()
 
     def coverage(self) -> CoverageTable:
         """A row for every layer: its preconditioner, why, its size and cost. Printed, it is a table."""

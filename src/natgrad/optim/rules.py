@@ -1,6 +1,7 @@
-"""Where a step goes, given gradients and curvature: rules of (steps, natural, world) that fill in directions.
+"""Where a step goes, given gradients and curvature: rules of (segments, natural, world) that fill in directions.
 
-A rule keeps its vectors in the state of each layer's weight, in the layer's form [b, o, i].
+A rule keeps its vectors in the state of each layer's weight, in the layer's form [b, o, i]; a segment has those of its
+layers behind one another.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from natgrad.layers.base import Layer, promote, real_type
-from natgrad.optim.lengths import Natural, Step, rate_of
+from natgrad.layers.base import Layer, real_type
+from natgrad.optim.lengths import Natural, rate_of
+from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 
 Coefficient = Callable[[float, float, float, float], float]
@@ -50,8 +52,8 @@ class Rule(Protocol):
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
         """Make the rule's tensors for one layer."""
 
-    def __call__(self, steps: Sequence[Step], natural: Natural, world: World) -> None:
-        """Fill in every step's direction. `natural` is to be called once, on every rank."""
+    def __call__(self, segments: Sequence[Segment], natural: Natural, world: World) -> None:
+        """Fill in every segment's direction. `natural` is to be called once, on every rank."""
 
 
 def takes_loose(rule: Rule) -> bool:
@@ -85,22 +87,21 @@ class Momentum:
         weight = layer.parameters[0]
         state["momentum"] = torch.zeros(layer.shape, dtype=real_type(weight), device=weight.device)
 
-    def __call__(self, steps: Sequence[Step], natural: Natural, world: World) -> None:
-        for step in steps:
-            group = step.groups[0]
+    def __call__(self, segments: Sequence[Segment], natural: Natural, world: World) -> None:
+        for segment in segments:
+            group = segment.group
             lr = group["lr"]
             last, first = rate_of(group, "lr_last"), group.get("initial_lr", rate_of(group, "lr_first"))
-            keep = self.coefficient(group["momentum"], lr, last, first)
-            step.kept = keep
-            step.state["momentum"].mul_(keep)
+            segment.keep = self.coefficient(group["momentum"], lr, last, first)
+            segment.state["momentum"].mul_(segment.keep)
             if self.before:
-                step.state["momentum"].add_(step.gradient)
-        curved = natural(steps, [s.state["momentum"] if self.before else s.gradient for s in steps])
-        for step, direction in zip(steps, curved):
+                segment.state["momentum"].add_(segment.gradient)
+        curved = natural(segments, [s.state["momentum"] if self.before else s.gradient for s in segments])
+        for segment, direction in zip(segments, curved):
             if self.before:
-                step.direction = with_decay(step, direction)
+                segment.direction = segment.add_weights(direction)
             else:
-                step.direction = step.state["momentum"].add_(with_decay(step, direction))
+                segment.direction = segment.state["momentum"].add_(segment.add_weights(direction))
 
     @property
     def keeps_directions(self) -> str | None:
@@ -111,11 +112,3 @@ class Momentum:
         """Take over a weight's displacement over -lr where it was not the direction alone."""
         if self.displaced:
             state["momentum"].copy_(layer.pack([direction, *layer.unpack(state["momentum"])[1:]]))
-
-
-def with_decay(step: Step, direction: torch.Tensor) -> torch.Tensor:
-    """The direction plus each parameter's weight_decay times the parameter."""
-    if not any(group["weight_decay"] for group in step.groups):
-        return direction
-    pairs = zip(step.groups, step.layer.parameters)
-    return direction + step.layer.pack([g["weight_decay"] * promote(p.detach()) for g, p in pairs])

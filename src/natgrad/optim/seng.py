@@ -14,9 +14,10 @@ from natgrad.layers import Layer, Loose
 from natgrad.optim import checks
 from natgrad.optim.base import SecondOrder
 from natgrad.optim.change import measured_change
-from natgrad.optim.lengths import Length, Remembers, Step, layerwise
+from natgrad.optim.lengths import Length, Remembers, layerwise
 from natgrad.optim.network import Network
 from natgrad.optim.rules import Momentum, Rule
+from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 from natgrad.staleness import Every, Staleness
 
@@ -120,8 +121,8 @@ class SENG(SecondOrder):
             self.engine.local = True
             self.natural = self._averaged
 
-    def _averaged(self, steps: Sequence[Step], gradients: Sequence[Tensor]) -> list[Tensor]:
+    def _averaged(self, segments: Sequence[Segment], gradients: Sequence[Tensor]) -> list[Tensor]:
         """The mean over ranks of directions by their own samples."""
-        directions = layerwise(steps, gradients)
+        directions = layerwise(segments, gradients)
         self.world.mean(directions, "directions")
         return directions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from natgrad.cell import Cell
 from natgrad.layers import Loose
 from natgrad.layers.base import promote, real
-from natgrad.optim.lengths import Remembers, Step, trust_ratio
+from natgrad.optim.lengths import Remembers, trust_ratios
 from natgrad.optim.rescale import rescale
-from natgrad.optim.rules import directions_kept, takes_loose, with_decay
+from natgrad.optim.rules import directions_kept
+from natgrad.optim.segments import Segment
 from natgrad.parallel import Parcel
 
 if TYPE_CHECKING:
@@ -21,72 +22,136 @@ if TYPE_CHECKING:
 
 
 def update(
-    optimizer: SecondOrder, present: Sequence[bool], gradients: Mapping[int, Tensor], bare: Collection[int] = ()
+    optimizer: SecondOrder, present: Sequence[bool], vectors: Sequence[Tensor | None], bare: Collection[int] = ()
 ) -> None:
     """One step of every layer whose gradient this rank owns, and all new weights on every rank.
 
-    Cells in `bare` have not been measured, and take their gradient's direction at the length of their weight.
+    vectors: this rank's gradients (see Gradients.to_owners). Cells in `bare` have not been measured, and take their
+    gradient's direction at the length of their weight.
     """
     cells, timed = optimizer.cells, optimizer.engine.timed
     for group in optimizer.param_groups:  # a number of the groups, so that a resumed run knows it
         group["batch"] = optimizer.engine.samples or group.get("batch", 0)
+    chosen = [k for k, here in enumerate(present) if here and (cells[k].ready or k in bare)]
     with timed("precondition"):
-        steps = [prepare(optimizer, k, g, k in bare) for k, g in gradients.items() if cells[k].ready or k in bare]
-        factors = aim(optimizer, steps, bool(bare))
+        segments = segments_of(optimizer, chosen, vectors, bool(bare))
+        factors = aim(optimizer, segments, bool(bare))
+        moves = [moved(optimizer, segment, factor) for segment, factor in zip(segments, factors)]
+    moving = [cells[k] for k in chosen]
+    if simple(optimizer):
+        with timed("update"):
+            for segment, move_by in zip(segments, moves):
+                move_segment(segment, move_by)
+    else:
         parts: dict[nn.Parameter, Tensor] = {}
-        for step in steps:
-            factor = factors.get(id(step), 1.0)
-            whole = isinstance(factor, float) and factor == 1 and optimizer.gather == "weights"
-            unpacked = step.layer.unpack(step.direction if whole else step.direction * factor)
-            parts |= zip(step.layer.parameters, unpacked)
-    moving = [cell for k, cell in enumerate(cells) if present[k] and (cell.ready or k in bare)]
-    if optimizer.gather == "directions":
-        with timed("messages"):
-            share(optimizer, moving, parts)
-    if optimizer.probe is not None:
-        with timed("probe"):
-            optimizer.probe(parts)
+        for segment, move_by in zip(segments, moves):
+            parts |= zip(segment.parameters, segment.views(move_by))
+        if optimizer.gather == "directions":
+            with timed("messages"):
+                share(optimizer, moving, parts)
+        if optimizer.probe is not None:
+            with timed("probe"):
+                optimizer.probe({p: like(p, part) for p, part in parts.items()})
+        with timed("update"):
+            move_all(optimizer, moving, parts)
     with timed("update"):
-        move_all(optimizer, moving, parts)
         for group in optimizer.param_groups:
             group["lr_last"] = group["lr"]
             if not optimizer.steps_made:
                 group["lr_first"] = group["lr"]
-    if optimizer.gather == "weights":
+    if optimizer.gather == "weights" and optimizer.world.size > 1:
         with timed("messages"):
             parcels = [Parcel(real(p.detach()), cell.owner) for cell in moving for p in cell.layer.parameters]
             optimizer.world.gather_narrow(parcels, "weights")
 
 
-def aim(optimizer: SecondOrder, steps: Sequence[Step], bare: bool) -> dict[int, Tensor | float]:
-    """Fill in all directions; return the factors of those that have another length, by id of the step.
+def segments_of(
+    optimizer: SecondOrder, places: Iterable[int], vectors: Sequence[Tensor | None], bare: bool
+) -> list[Segment]:
+    """The segments of the layers at these places that this rank owns, with their gradients."""
+    storage, kept = optimizer.storage, directions_kept(optimizer.rule)
+    segments = []
+    for plans, layout, mine, vector in zip(
+        optimizer.planner.plans(places), storage.layouts, storage.mine, vectors
+    ):
+        for plan in plans:
+            assert vector is not None
+            begin = plan.start - layout.start[mine[0]]
+            segment = Segment(plan, vector[begin : begin + plan.numel], frozenset(optimizer.engine.whole))
+            if optimizer.reduction == "sum":
+                segment.terms = max(segment.group["batch"] / optimizer.world.size, 1.0)
+            segment.curved = plan.curved and not bare
+            segment.past = segment.state.get("last", segment.state.get(kept) if kept else None)
+            segments.append(segment)
+    return segments
 
-    bare: none of the steps has a curvature, and nobody learns from them.
+
+def aim(optimizer: SecondOrder, segments: Sequence[Segment], bare: bool) -> list[Tensor | float]:
+    """Fill in all directions; return the factors by which they are to be multiplied.
+
+    bare: none of the segments has a curvature, and nobody learns from them.
     """
-    length, curved = optimizer.length, [step for step in steps if step.curved]
+    length, curved = optimizer.length, [segment for segment in segments if segment.curved]
     learns = isinstance(length, Remembers)
-    judged = list(steps) if learns and length.looks_back else curved
+    judged = list(segments) if learns and length.looks_back else curved
     if learns and not bare:
         length.look_back(judged)
     if not bare:
         optimizer.rule(curved, optimizer.natural, optimizer.world)
-    for step in steps:
-        if not step.curved:
-            step.direction = with_decay(step, step.direction)
-            step.direction = step.direction * trust_ratio(step)
+    for segment in segments:
+        if not segment.curved:
+            stretch(optimizer, segment, bare)
     if bare:
-        return {}
+        return [1.0] * len(segments)
     if not learns:
-        return {id(s): f for s, f in zip(curved, length(curved, optimizer.world))}
+        found = dict(zip(map(id, curved), length(curved, optimizer.world)))
+        return [found.get(id(segment), 1.0) for segment in segments]
     numbers = {name: optimizer.param_groups[0].get(name, value) for name, value in length.numbers.items()}
-    found = length.lengths(judged, optimizer.world, numbers)
+    found = dict(zip(map(id, judged), length.lengths(judged, optimizer.world, numbers)))
     for group in optimizer.param_groups:
         group.update(numbers)
-    still = {id(cell) for cell in optimizer.cells} - {id(step.cell) for step in judged}
+    judged_cells = {id(cell) for segment in judged for cell in segment.cells}
     for cell in optimizer.cells:  # a layer that stood still has no last step to look back on
-        if id(cell) in still and "went" in cell.state():
-            cell.state()["went"].zero_()
-    return {id(s): f for s, f in zip(judged, found)}
+        if id(cell) not in judged_cells and "went" in cell.numbers:
+            cell.numbers["went"] = [0.0, 0.0, 0.0]
+    return [found.get(id(segment), 1.0) for segment in segments]
+
+
+def stretch(optimizer: SecondOrder, segment: Segment, bare: bool) -> None:
+    """The fallback's direction, or the gradient's, as long as the weight."""
+    direction = segment.gradient if bare else optimizer.fallback.direction(segment)
+    segment.direction = segment.add_weights(direction)
+    segment.direction = segment.direction * segment.spread(trust_ratios(segment))
+
+
+def moved(optimizer: SecondOrder, segment: Segment, factor: Tensor | float) -> Tensor:
+    """The direction times its factor: a vector of its own where it is to be changed or sent."""
+    if isinstance(factor, Tensor):
+        return segment.direction * segment.spread(factor.to(segment.direction))
+    if factor == 1 and optimizer.gather == "weights":
+        return segment.direction
+    return segment.direction * factor
+
+
+def simple(optimizer: SecondOrder) -> bool:
+    """Whether an update is nothing but w <- w - lr * direction at the owners."""
+    if optimizer.gather != "weights" or optimizer.probe is not None or optimizer.rescale is not None:
+        return False
+    return not optimizer.storage.masters
+
+
+def move_segment(segment: Segment, move_by: Tensor) -> None:
+    """W <- w - lr * part for all parameters of a segment, each with the lr of its own group."""
+    plan, views = segment.plan, segment.views(move_by)
+    for place, ks in plan.by_group.items():
+        weights = [plan.parameters[k] for k in ks]
+        weights = [real(w.detach()) if w.is_complex() else w for w in weights]
+        torch._foreach_add_(weights, [views[k] for k in ks], alpha=-plan.groups()[place]["lr"])
+
+
+def like(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """A part made of real numbers as one of the parameter's kind, sharing its memory."""
+    return torch.view_as_complex(part) if parameter.is_complex() else part
 
 
 def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Parameter, Tensor]) -> None:
@@ -95,32 +160,10 @@ def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Paramet
     for cell in moving:
         for parameter in cell.layer.parameters:
             if cell.owner != optimizer.world.rank:
-                parts[parameter] = torch.empty_like(parameter, dtype=promote(parameter).dtype)
+                parts[parameter] = real(torch.empty_like(parameter, dtype=promote(parameter).dtype))
             parts[parameter] = parts[parameter].contiguous()
-            parcels.append(Parcel(real(parts[parameter]), cell.owner))
+            parcels.append(Parcel(parts[parameter], cell.owner))
     optimizer.world.gather_narrow(parcels, "directions")
-
-
-def prepare(optimizer: SecondOrder, index: int, gradient: Tensor, bare: bool = False) -> Step:
-    """The step of one layer. Its direction is the rule's to say, save for loose parameters, which have their own."""
-    cell, fresh = optimizer.cells[index], index in optimizer.engine.whole
-    groups = [optimizer.group_of(p) for p in cell.layer.parameters]
-    damping = groups[0]["damping"]
-
-    def precondition(given: Tensor) -> Tensor:
-        return cell.precondition(given, damping, fresh and given is gradient)
-
-    state = cell.state()
-    step = Step(cell.layer, gradient, precondition, state, groups, gradient, cell=cell, fresh=fresh)
-    if optimizer.reduction == "sum":
-        step.terms = max(groups[0]["batch"] / optimizer.world.size, 1.0)
-    step.past = state.get("last", state.get(directions_kept(optimizer.rule)))
-    if bare:
-        step.curved = False
-    elif isinstance(cell.layer, Loose) and not takes_loose(optimizer.rule):
-        step.curved = False
-        step.direction = optimizer.fallback.direction(state, gradient, groups[0]["momentum"])
-    return step
 
 
 def move_all(optimizer: SecondOrder, moving: Sequence[Cell], parts: Mapping[nn.Parameter, Tensor]) -> None:
@@ -132,11 +175,12 @@ def move_all(optimizer: SecondOrder, moving: Sequence[Cell], parts: Mapping[nn.P
                 continue
             rescaled = optimizer.rescale is not None and parameter is cell.layer.parameters[0]
             if rescaled or "master" in optimizer.state[parameter]:
-                move(optimizer, cell, parameter, parts[parameter])
+                move(optimizer, cell, parameter, like(parameter, parts[parameter]))
             else:
                 weights, moves = plain.setdefault(optimizer.group_of(parameter)["lr"], ([], []))
-                weights.append(parameter)
-                moves.append(parts[parameter].to(parameter.dtype))
+                weight = real(parameter.detach())
+                weights.append(weight)
+                moves.append(parts[parameter].to(weight.dtype))
     for lr, (weights, moves) in plain.items():
         torch._foreach_add_(weights, moves, alpha=-lr)
 

@@ -1,0 +1,271 @@
+"""What a rule of direction and a step size work on: layers of one rank with one param_group, as flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.cell import Cell
+from natgrad.layers import Loose
+from natgrad.layers.base import promote, real
+from natgrad.stacks import Layout, Run, Storage, Vector, adjacent
+
+LEAST_WEIGHT = 0.1  # of a healthy weight: a layer that starts at zero must be able to leave it
+
+
+class Part(NamedTuple):
+    """Layers that are alike within a segment: where their numbers are in its vectors, as [blocks, out, inner]."""
+
+    run: Run
+    start: int
+    stop: int
+    form: tuple[int, int, int]
+
+
+@dataclass(eq=False)
+class Plan:
+    """All of a segment that does not change from step to step."""
+
+    storage: Storage
+    layout: Layout
+    vectors: Mapping[str, Vector]
+    places: list[int]
+    curved: bool
+    group_of: Callable[[nn.Parameter], int]
+    groups: Callable[[], Sequence[dict[str, Any]]]
+
+    def __post_init__(self) -> None:
+        self.cells: list[Cell] = [self.storage.cells[k] for k in self.places]
+        self.parameters: list[nn.Parameter] = [p for cell in self.cells for p in cell.layer.parameters]
+        self.views = [self.layout.views[p] for p in self.parameters]
+        self.group_places = [self.group_of(p) for p in self.parameters]
+        self.by_group: dict[int, list[int]] = {}
+        for k, place in enumerate(self.group_places):
+            self.by_group.setdefault(place, []).append(k)
+        self.start = self.layout.start[self.places[0]]
+        self.sizes = [cell.layer.shape.numel for cell in self.cells]
+        self.numel = sum(self.sizes)
+        self.parts: list[Part] = []
+        for run in self.storage.runs(self.places):
+            begin = self.layout.start[run.places[0]] - self.start
+            shapes = [self.storage.cells[k].layer.shape for k in run.places]
+            blocks = sum(shape.blocks for shape in shapes)
+            end = begin + sum(shape.numel for shape in shapes)
+            self.parts.append(Part(run, begin, end, (blocks, *shapes[0][1:])))
+        self.equal: list[tuple[int, int]] = []  # (layers, numbers of each), for sums
+        for size, group in groupby(self.sizes):
+            self.equal.append((len(list(group)), size))
+        self.alone = len(self.parameters) == len(self.cells)
+        self.owner_of = [k for k, cell in enumerate(self.cells) for _ in cell.layer.parameters]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """How many numbers each layer has, on the layers' device."""
+        return torch.tensor(self.sizes, device=self.layout.kind[1])
+
+    @cached_property
+    def layer_of(self) -> Tensor:
+        """The layer of each parameter."""
+        return torch.tensor(self.owner_of, device=self.layout.kind[1])
+
+    @cached_property
+    def floors(self) -> Tensor:
+        """The least norm that a layer's weights are taken to have."""
+        found = [LEAST_WEIGHT * c.layer.scale * c.layer.shape.numel**0.5 for c in self.cells]
+        return torch.tensor(found, dtype=self.layout.kind[0], device=self.layout.kind[1])
+
+
+class Segment:
+    """What some layers are about to do, at their owner: neighbours in the rank's vectors, all in one param_group.
+
+    Vectors are flat [n], the layers' W[b, o, i] behind one another. `group` is that of the layers' weights.
+
+        gradient    mean gradient of the loss
+        direction   to be filled in by the rule: the step is -lr times it
+        state       what is kept of these layers, by name: the rule's and the length's vectors, changed in place
+        curved      False: the fallback's direction, as long as the weight
+        keep        by this the rule has multiplied its past directions before it added this step's
+        past        the direction of the step before, where somebody keeps it
+        products    what a length that looks back needs of this step and of the one before [m, n]
+        terms       the gradient is that of the mean loss times so many: of a sum over a rank's samples
+    """
+
+    def __init__(self, plan: Plan, gradient: Tensor, fresh: frozenset[int] = frozenset()):
+        self.plan, self.gradient, self.fresh = plan, gradient, fresh
+        self.direction = gradient
+        self.curved = plan.curved
+        self.group = plan.groups()[plan.group_places[0]]
+        self.state = Kept(plan)
+        self.keep, self.terms = 0.0, 1.0
+        self.past: Tensor | None = None
+        self.products: Tensor | None = None
+
+    @property
+    def lr(self) -> float:
+        return self.group["lr"]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The layers, in the vectors' order."""
+        return self.plan.cells
+
+    def pieces(self, vector: Tensor) -> list[Tensor]:
+        """A vector as one tensor a layer, W[b, o, i] each; they share its memory."""
+        parts = vector.split(self.plan.sizes)
+        return [part.view(cell.layer.shape) for part, cell in zip(parts, self.plan.cells)]
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """A vector as tensors of the shapes of `parameters` (of real numbers); they share its memory."""
+        begin = vector.storage_offset() - self.plan.start
+        return [vector.as_strided(size, stride, begin + start) for size, stride, start in self.plan.views]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of all layers, in the vectors' order."""
+        return self.plan.parameters
+
+    def precondition(self, vector: Tensor) -> Tensor:
+        """The damped natural gradient of a gradient, layers that are alike at once."""
+        found = [self._preconditioned(part, vector).reshape(-1) for part in self.plan.parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _preconditioned(self, part: Part, vector: Tensor) -> Tensor:
+        run, start, stop, form = part
+        cell = self.plan.storage.cells[run.places[0]]
+        if isinstance(cell.layer, Loose):
+            return vector[start:stop].clone()
+        piece = vector[start:stop].view(form)
+        if cell.by_rows:
+            fresh = run.places[0] in self.fresh and vector is self.gradient
+            return cell.precondition(piece, self.group["damping"], fresh)
+        kept = {
+            key: self.plan.storage.statistics[run.stack, name][run.begin[name] : run.end[name]]
+            for key, name in zip(cell.keys, run.begin)
+        }
+        return cell.curvature.precondition(kept, piece, self.group["damping"])
+
+    def add_weights(self, vector: Tensor, numbers: str = "weight_decay") -> Tensor:
+        """The vector plus each parameter times a number of its group."""
+        groups = self.plan.groups()
+        chosen = [(groups[place][numbers], ks) for place, ks in self.plan.by_group.items() if groups[place][numbers]]
+        if not chosen:
+            return vector
+        vector = vector.clone()
+        views = self.views(vector)
+        for factor, ks in chosen:
+            weights = [real(promote(self.plan.parameters[k].detach())) for k in ks]
+            torch._foreach_add_([views[k] for k in ks], weights, alpha=factor)
+        return vector
+
+    def rates(self, name: str) -> float | Tensor:
+        """The learning rate of each number ("lr", "lr_last"): one for all, or a vector where groups differ."""
+        groups = self.plan.groups()
+        numbers = {place: groups[place].get(name, groups[place]["lr"]) for place in self.plan.by_group}
+        if len(set(numbers.values())) == 1:
+            return numbers[self.plan.group_places[0]]
+        vector = torch.empty_like(self.gradient)
+        for view, place in zip(self.views(vector), self.plan.group_places):
+            view.fill_(numbers[place])
+        return vector
+
+    def sums(self, products: Tensor) -> Tensor:
+        """The sums over each layer's numbers of vectors [m, n], in double precision [m, layers]."""
+        found, start = [], 0
+        for count, size in self.plan.equal:
+            part = products[:, start : start + count * size].unflatten(1, (count, size))
+            found.append(part.sum(2, dtype=torch.float64))
+            start += count * size
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def norms(self, vector: Tensor) -> Tensor:
+        """The norm of each layer's part of a vector [layers]."""
+        return torch.stack(torch._foreach_norm(list(vector.split(self.plan.sizes))))
+
+    def weight_norms(self) -> Tensor:
+        """The norm of each layer's weights, bias included [layers]."""
+        dtype = self.plan.layout.kind[0]
+        norms = torch.stack(torch._foreach_norm([real(p.detach()) for p in self.plan.parameters], 2, dtype=dtype))
+        if self.plan.alone:
+            return norms
+        squares = torch.zeros(len(self.plan.cells), dtype=norms.dtype, device=norms.device)
+        return squares.index_add_(0, self.plan.layer_of, norms.square()).sqrt()
+
+    def spread(self, factors: Tensor) -> Tensor:
+        """A number for each layer [layers] as one for each of its entries [n]."""
+        return factors.repeat_interleave(self.plan.lengths, output_size=self.plan.numel)
+
+
+class Kept(MutableMapping[str, Tensor]):
+    """What the optimizer's state holds of a segment's layers by name: flat vectors [n], or numbers [layers, ...]."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def __getitem__(self, key: str) -> Tensor:
+        vector, first = self.plan.vectors.get(key), self.plan.places[0]
+        if vector is None:
+            table, row = self.plan.cells[0].numbers.places[key]
+            return table.base[row : row + len(self.plan.cells)]
+        begin = vector.start[first]
+        return vector.flat[begin : begin + self.plan.numel]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        own = self[key]
+        if value.data_ptr() != own.data_ptr():
+            own.copy_(value)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"the state's names are fixed; {key} stays")
+
+    def __iter__(self) -> Iterator[str]:
+        first = self.plan.places[0]
+        yield from (key for key, vector in self.plan.vectors.items() if first in vector.start)
+        yield from self.plan.cells[0].numbers.places
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Planner:
+    """The segments of a step, from the layers that take part; those of the last step are kept."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        group_of: Callable[[nn.Parameter], int],
+        groups: Callable[[], Sequence[dict[str, Any]]],
+        takes_loose: bool,
+    ):
+        self.storage, self.group_of, self.groups, self.takes_loose = storage, group_of, groups, takes_loose
+        self.known: tuple[tuple[int, ...], list[list[Plan]]] = ((), [])
+
+    def plans(self, places: Iterable[int]) -> list[list[Plan]]:
+        """For each layout, the segments of the layers at these places, which this rank owns."""
+        chosen = tuple(places)
+        if self.known[0] != chosen or not self.known[1]:
+            self.known = chosen, [
+                [
+                    Plan(self.storage, layout, vectors, run, curved, self.group_of, self.groups)
+                    for row in adjacent(mine, chosen)
+                    for curved, run in self._cut(row)
+                ]
+                for layout, mine, vectors in zip(self.storage.layouts, self.storage.mine, self.storage.vectors)
+            ]
+        return self.known[1]
+
+    def _cut(self, row: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
+        """Neighbours in pieces of one group, and with curvature or without."""
+        cells = self.storage.cells
+
+        def kind(k: int) -> tuple[int, bool]:
+            curved = self.takes_loose or not isinstance(cells[k].layer, Loose)
+            return self.group_of(cells[k].layer.parameters[0]), curved
+
+        for (_, curved), run in groupby(row, key=kind):
+            yield curved, list(run)

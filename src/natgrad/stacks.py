@@ -1,0 +1,340 @@
+"""What a rank keeps of its layers, as few large tensors of which the optimizer's state holds views.
+
+Layers of one owner are put behind one another, those that are alike next to each other: same curvature, same sides of
+W[b, o, i], same param_group. So a step costs a few operations for each kind of layer and not a few for each layer:
+
+    vectors      one flat tensor for everything of a layer's form (momentum, sums of gradients, ...)
+    statistics   for layers that are alike one tensor [blocks of all, ...] of each statistic and of its inverse
+    numbers      clocks, dampings, step counts: one small tensor on the host, and the same numbers as python lists
+
+`optimizer.state` has the fixed keys and shapes that trainers and checkpoints know. Trainers replace its dictionaries
+and tensors, so `Storage.sync` looks at every step whether each tensor is still the view that was put there; one that is
+not gives its values to the storage and its place to the view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.cell import Cell
+from natgrad.layers import Loose
+from natgrad.layers.base import real, real_type
+
+State = Mapping[nn.Parameter, dict[str, Any]]
+Kind = tuple[torch.dtype, torch.device, torch.dtype]
+"""The type of what is kept, the device, and the type in which gradients travel."""
+
+
+class View(NamedTuple):
+    """How a parameter's numbers lie in a flat vector."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+
+    def of(self, vector: Tensor, begin: int = 0) -> Tensor:
+        """The parameter's numbers in a flat vector that begins at this place of the layout."""
+        return vector.as_strided(self.size, self.stride, vector.storage_offset() + self.start - begin)
+
+
+class Layout:
+    """The places of all layers of one type and device in a flat vector, owner by owner.
+
+    alike: layers with the same value are interchangeable in every formula, and stand next to each other.
+    """
+
+    def __init__(self, kind: Kind, places: Sequence[int], cells: Sequence[Cell], alike: Sequence[Hashable]):
+        self.kind = kind
+        first = {key: k for k, key in reversed(list(enumerate(alike)))}
+        loose = [isinstance(cell.layer, Loose) for cell in cells]
+        sizes = [cell.layer.shape.numel for cell in cells]
+        self.order = sorted(places, key=lambda k: (cells[k].owner, loose[k], first[alike[k]], sizes[k], k))
+        self.start: dict[int, int] = {}
+        self.views: dict[nn.Parameter, View] = {}
+        self.numel = 0
+        for k in self.order:
+            layer = cells[k].layer
+            self.start[k] = self.numel
+            self.views |= zip(layer.parameters, views_of(cells[k], self.numel))
+            self.numel += layer.shape.numel
+
+    def fill(self, vector: Tensor, begin: int, cells: Iterable[Cell], values: Callable[[nn.Parameter], Tensor]) -> None:
+        """Write a tensor for each parameter of these layers into a flat vector that begins at this place."""
+        parameters = [p for cell in cells for p in cell.layer.parameters]
+        if parameters:
+            views = [self.views[p].of(vector, begin) for p in parameters]
+            torch._foreach_copy_(views, [real(values(p)) for p in parameters])
+
+
+def views_of(cell: Cell, start: int) -> list[View]:
+    """How the parameters of a layer lie in a flat vector in which its W[b, o, i] begins at `start`."""
+    layer = cell.layer
+    marked = torch.empty(layer.shape, dtype=torch.float32, device="meta")
+    found = []
+    for parameter, part in zip(layer.parameters, layer.unpack(marked)):
+        part = real(part)
+        if part.untyped_storage()._cdata != marked.untyped_storage()._cdata:
+            raise TypeError(f"{type(layer).__name__}.unpack copies; return views of the matrix (see Layer.unpack)")
+        assert part.shape == real(parameter.detach()).shape, (part.shape, parameter.shape)
+        found.append(View(tuple(part.shape), part.stride(), start + part.storage_offset()))
+    return found
+
+
+class Table:
+    """Numbers of one name: a tensor on the host with a row for each of its places, and python's copy of it."""
+
+    def __init__(self, values: Sequence[Tensor]):
+        self.base = torch.stack([value.detach().cpu() for value in values])
+        self.views = tuple(self.base.unbind())
+        self.read()
+
+    def read(self) -> None:
+        """Take what the tensor holds."""
+        self.rows: list[Any] = self.base.tolist()
+        self.version, self.changed = self.base._version, False
+
+    def write(self) -> None:
+        """Bring the tensor up to date."""
+        if self.base._version != self.version and not self.changed:  # somebody has written into the tensor
+            self.read()
+        if self.changed:
+            self.base.copy_(torch.tensor(self.rows, dtype=self.base.dtype))
+            self.version, self.changed = self.base._version, False
+
+    def set(self, row: int, value: Any) -> None:
+        """A new value, for the tensor at the next `write`."""
+        self.rows[row] = value
+        self.changed = True
+
+
+class Vector(NamedTuple):
+    """A flat tensor of what a rank keeps of its layers under one name, and where each layer's part begins."""
+
+    flat: Tensor
+    start: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Layers in a row, all alike, at their owner: places among the cells, blocks [begin, end) of their statistics."""
+
+    places: tuple[int, ...]
+    stack: int
+    begin: Mapping[str, int]
+    end: Mapping[str, int]
+
+
+class Storage:
+    """The tensors behind `optimizer.state` on this rank.
+
+    Args:
+        cells: all layers of all ranks.
+        state: the optimizer's state as it is now; its tensors become views.
+        group: the place of a parameter's param_group.
+        rank: this rank; without owners every layer is its own.
+
+    """
+
+    def __init__(self, cells: Sequence[Cell], state: State, group: Callable[[nn.Parameter], int], rank: int):
+        self.cells, self.rank = cells, rank
+        alike = [likeness(cell, group, k) for k, cell in enumerate(cells)]
+        kinds: dict[Kind, list[int]] = {}
+        for k, cell in enumerate(cells):
+            kinds.setdefault(kind_of(cell), []).append(k)
+        self.layouts = [Layout(kind, places, cells, alike) for kind, places in kinds.items()]
+        self.mine = [[k for k in layout.order if cells[k].owner == rank] for layout in self.layouts]
+        self.stack_of: dict[int, int] = {}
+        self.vectors: list[dict[str, Vector]] = []
+        self.statistics: dict[tuple[int, str], Tensor] = {}
+        self.blocks: dict[tuple[int, str], tuple[int, int]] = {}
+        self.tables: dict[str, Table] = {}
+        self.places: dict[nn.Parameter, dict[str, tuple[Table, int]]] = {}
+        self.bound: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.masters = any("master" in state[p] for cell in cells for p in cell.layer.parameters)
+        """Whether weights are kept in more precision than the model's."""
+        self._bind_numbers(state)
+        for layout, mine in zip(self.layouts, self.mine):
+            self.vectors.append(self._bind_vectors(state, mine))
+            self._bind_statistics(state, layout, alike)
+        for cell in cells:
+            cell.numbers = Numbers(self.places[cell.layer.parameters[0]])
+
+    def _bind(self, state: State, parameter: nn.Parameter, key: str, view: Tensor) -> None:
+        state[parameter][key] = view
+        self.bound.setdefault(parameter, {})[key] = view
+
+    def _bind_numbers(self, state: State) -> None:
+        found: dict[str, list[tuple[nn.Parameter, str, Tensor]]] = {}
+        for cell in (self.cells[k] for layout in self.layouts for k in layout.order):
+            for parameter in cell.layer.parameters:
+                for key, value in state[parameter].items():
+                    if is_number(cell, key, value):
+                        found.setdefault(f"{key} {tuple(value.shape)} {value.dtype}", []).append((parameter, key, value))
+        for name, entries in found.items():
+            table = self.tables[name] = Table([value for _, _, value in entries])
+            for row, ((parameter, key, _), view) in enumerate(zip(entries, table.views)):
+                self.places.setdefault(parameter, {})[key] = table, row
+                self._bind(state, parameter, key, view)
+
+    def _bind_vectors(self, state: State, mine: Sequence[int]) -> dict[str, Vector]:
+        weights = {k: self.cells[k].layer.parameters[0] for k in mine}
+        keys = dict.fromkeys(
+            key
+            for k in mine
+            for key, value in state[weights[k]].items()
+            if isinstance(value, Tensor) and value.shape == self.cells[k].layer.shape and self._is_vector(k, key)
+        )
+        vectors = {}
+        for key in keys:
+            having = [k for k in mine if key in state[weights[k]]]
+            flat, start, place = torch.cat([state[weights[k]][key].reshape(-1) for k in having]), {}, 0
+            for k in having:
+                shape = self.cells[k].layer.shape
+                start[k] = place
+                self._bind(state, weights[k], key, flat[place : place + shape.numel].view(shape))
+                place += shape.numel
+            vectors[key] = Vector(flat, start)
+        return vectors
+
+    def _is_vector(self, k: int, key: str) -> bool:
+        """Whether a name is not that of a statistic, of which some have a layer's shape."""
+        cell = self.cells[k]
+        names = {f"{name}{end}" for name in cell.keys for end in ("", "_before", "_inverse")}
+        return key != "master" and key not in names and key not in cell.row_names
+
+    def _bind_statistics(self, state: State, layout: Layout, alike: Sequence[Hashable]) -> None:
+        for _, group in groupby(layout.order, key=lambda k: (self.cells[k].owner, alike[k])):
+            places = list(group)
+            stack = len(set(self.stack_of.values()))
+            self.stack_of |= dict.fromkeys(places, stack)
+            weights = [self.cells[k].layer.parameters[0] for k in places]
+            if self.cells[places[0]].by_rows:
+                continue
+            for name in self.cells[places[0]].keys:
+                for key in (name, f"{name}_before", f"{name}_inverse"):
+                    if key not in state[weights[0]]:
+                        continue
+                    values = [state[weight][key] for weight in weights]
+                    base, begin = torch.cat(values) if len(values) > 1 else values[0], 0
+                    for k, weight, value in zip(places, weights, values):
+                        self.blocks[k, key] = begin, begin + len(value)
+                        self._bind(state, weight, key, base[begin : begin + len(value)])
+                        begin += len(value)
+                    self.statistics[stack, key] = base
+
+    def table(self, key: str) -> Table:
+        """The numbers of a name that only one table has."""
+        (found,) = (table for name, table in self.tables.items() if name.split()[0] == key)
+        return found
+
+    def sync(self, state: State) -> None:
+        """Take over what others have put into the state since, and put the views back."""
+        for parameter, views in self.bound.items():
+            own = state[parameter]
+            for key, view in views.items():
+                value = own.get(key)
+                if value is not view:
+                    if value is not None:
+                        view.copy_(value)
+                    own[key] = view
+        for table in self.tables.values():
+            if table.base._version != table.version:
+                table.read()
+
+    def count_step(self) -> None:
+        """All parameters have made one more step."""
+        table = self.table("step")
+        for row, count in enumerate(table.rows):
+            table.set(row, count + 1)
+
+    def write(self) -> None:
+        """Bring the numbers in the state up to date."""
+        for table in self.tables.values():
+            table.write()
+
+    def empty(self, k: int) -> Tensor:
+        """A vector with room for this rank's layers of a layout."""
+        mine, layout = self.mine[k], self.layouts[k]
+        dtype, device, _ = layout.kind
+        return torch.empty(sum(self.cells[c].layer.shape.numel for c in mine), dtype=dtype, device=device)
+
+    def present(self, vectors: Sequence[Tensor | None], present: Sequence[bool]) -> list[Tensor]:
+        """Of vectors of this rank's layers, one a layout, the parts of those that are present."""
+        found = []
+        for layout, mine, vector in zip(self.layouts, self.mine, vectors):
+            for row in adjacent(mine, (c for c in mine if present[c])):
+                assert vector is not None
+                begin = layout.start[row[0]] - layout.start[mine[0]]
+                found.append(vector[begin : begin + sum(self.cells[c].layer.shape.numel for c in row)])
+        return found
+
+    def runs(self, places: Sequence[int]) -> list[Run]:
+        """Layers in a row, in the layout's order, as runs of layers that are alike."""
+        found = []
+        for stack, group in groupby(places, key=self.stack_of.__getitem__):
+            run = tuple(group)
+            names = [] if self.cells[run[0]].by_rows else [f"{key}_inverse" for key in self.cells[run[0]].keys]
+            begin = {name: self.blocks[run[0], name][0] for name in names}
+            found.append(Run(run, stack, begin, {name: self.blocks[run[-1], name][1] for name in names}))
+        return found
+
+
+class Numbers:
+    """The numbers in the state of one parameter, by name. What is set reaches the state with `Storage.write`."""
+
+    def __init__(self, places: Mapping[str, tuple[Table, int]]):
+        self.places = places
+
+    def __getitem__(self, key: str) -> Any:
+        table, row = self.places[key]
+        return table.rows[row]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        table, row = self.places[key]
+        table.set(row, value)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places
+
+
+def kind_of(cell: Cell) -> Kind:
+    """What decides which vectors a layer's numbers are in."""
+    weight, *others = cell.layer.parameters
+    wire = real(weight.detach()).dtype
+    for other in others:
+        wire = torch.promote_types(wire, real(other.detach()).dtype)
+    return real_type(weight), weight.device, wire
+
+
+def likeness(cell: Cell, group: Callable[[nn.Parameter], int], place: int) -> Hashable:
+    """What layers have in common that every formula may take together."""
+    layer = cell.layer
+    if isinstance(layer, Loose):
+        return "loose", group(layer.parameters[0])
+    if cell.by_rows or cell.split:
+        return place
+    sides = tuple(m.shape(layer)[1:] for m in cell.curvature.statistics)
+    return cell.curvature, layer.shape.out, layer.shape.inner, sides, group(layer.parameters[0])
+
+
+def is_number(cell: Cell, key: str, value: Any) -> bool:
+    """Whether a state holds a few numbers under a name: a clock, a damping, a count."""
+    return isinstance(value, Tensor) and value.dim() <= 1 and key != "master" and key not in cell.row_names
+
+
+def adjacent(order: Sequence[int], chosen: Iterable[int]) -> list[list[int]]:
+    """The chosen places in the given order, cut where others lie between."""
+    wanted, found, last = set(chosen), list[list[int]](), -2
+    for place, k in enumerate(order):
+        if k in wanted:
+            if place != last + 1:
+                found.append([])
+            found[-1].append(k)
+            last = place
+    return found
