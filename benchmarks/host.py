@@ -176,7 +176,9 @@ def table(content: dict[str, Any]) -> str:
             "| --- | ---: | ---: | ---: | ---: |",
         ]
         for r in case["rows"]:
-            lines.append(f"| {r['optimizer']} | {r['operations']:,} | {r['waits']} | {r['ms']:.1f} | {r['ratio']:.2f} |")
+            lines.append(
+                f"| {r['optimizer']} | {r['operations']:,} | {r['waits']} | {r['ms']:.1f} | {r['ratio']:.2f} |"
+            )
     return "\n".join(lines)
 
 

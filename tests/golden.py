@@ -119,7 +119,11 @@ CASES = {
     "nlcg, second moment": nlcg(preconditioner=natgrad.SecondMoment(), lr=0.0005, beta=natgrad.polak_ribiere),
     "nlcg, curvature": nlcg(preconditioner=natgrad.spngd_blocks, beta=natgrad.dai_yuan),
     "nlcg, curvature step": lambda model, world: natgrad.NLCG(
-        model, preconditioner=natgrad.spngd_blocks, beta=natgrad.polak_ribiere, step=natgrad.CurvatureStep(), world=world
+        model,
+        preconditioner=natgrad.spngd_blocks,
+        beta=natgrad.polak_ribiere,
+        step=natgrad.CurvatureStep(),
+        world=world,
     ),
 }
 
@@ -158,7 +162,9 @@ def made(case, ranks):
     """What a case ends with on so many ranks, the same on all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = [marks(found) for found in run_threads(ranks, lambda world: trained(CASES[case], world), gradients="local")]
+        results = [
+            marks(found) for found in run_threads(ranks, lambda world: trained(CASES[case], world), gradients="local")
+        ]
     assert all(found == results[0] for found in results)
     return results[0]
 

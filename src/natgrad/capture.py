@@ -654,7 +654,7 @@ class Capture:
         checks = {k: c for k, c in self._checks.items() if k in self._checked and self._seen[k].passes}
         if not checks:
             return
-        device = next(iter(checks.values())).claimed.device
+        device = next(iter(checks.values())).u.device
         numbers = torch.stack([c.numbers().to(device) for c in checks.values()]).tolist()
         for (index, check), sides in zip(checks.items(), numbers):
             self._seen[index].agrees = check.agrees(*sides)

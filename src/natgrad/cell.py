@@ -154,32 +154,22 @@ class Cell:
         """The statistics to be measured in this step."""
         return tuple(m for m in self.curvature.statistics if self.clock(m.key)[0] <= step)
 
-    def look(self, key: str, value: Tensor) -> tuple[Tensor, Tensor]:
-        """A fresh measurement at its holder as the new statistic, and what is to be known of it, float64:
-
-        its sum (not finite: unusable) and |X - Y|, |Y| for each past value Y that the staleness rule asks for
-        (Frobenius norms, SP-NGD section 4.3.1).
-        """
+    def past(self, key: str) -> list[Tensor]:
+        """The values that the staleness rule compares a fresh one with, the last one first."""
         state, refreshes = self.state(), self.clock(key)[3]
-        last = state[key]
-        kept = min(self.decay, refreshes / (refreshes + 1)) if refreshes else 0.0
-        fresh = value.to(last) if kept == 0 else kept * last + (1 - kept) * value.to(last)
-        past = [last, state.get(f"{key}_before")][: min(self.staleness().looks_back, refreshes)]
-        norms = [n for old in past if old is not None for n in (_norm(fresh - old), _norm(old))]
-        return fresh, torch.stack([value.sum().to(last), *norms]).double()
+        found = [state[key], state.get(f"{key}_before")][: min(self.staleness().looks_back, refreshes)]
+        return [value for value in found if value is not None]
 
-    def keep(self, key: str, fresh: Tensor, known: list[float], samples: int) -> int:
-        """Take in a statistic, given what `look` told. Returns the steps until the next one, 0 if it is unusable."""
-        total, *norms = known
-        if not math.isfinite(total):
-            return 0
-        state = self.state()
+    def kept_share(self, key: str) -> float:
+        """The share of a statistic that stays when a fresh measurement comes: at first that of a plain mean."""
+        refreshes = self.clock(key)[3]
+        return min(self.decay, refreshes / (refreshes + 1)) if refreshes else 0.0
+
+    def next_interval(self, key: str, changes: Sequence[float | None], samples: int) -> int:
+        """Steps until the next measurement, given by how much this one differs from past values."""
         _, interval, previous, _ = self.clock(key)
-        if f"{key}_before" in state:
-            state[f"{key}_before"].copy_(state[key])
-        state[key].copy_(fresh)
-        changes = [relative(*pair) for pair in zip(norms[::2], norms[1::2])] + [None, None]
-        return self.staleness().next(Memory((changes[0], changes[1]), interval, previous, samples))
+        told = [*changes, None, None]
+        return self.staleness().next(Memory((told[0], told[1]), interval, previous, samples))
 
     def outdated(self, damping: float, fresh: set[str]) -> list[str]:
         """The statistics to be inverted again: fresh ones, and those inverted with a damping too far from this one.
@@ -211,10 +201,6 @@ class Cell:
     def precondition(self, gradient: Tensor, damping: float, fresh: bool = False) -> Tensor:
         """The damped natural gradient of this layer, [b, o, i]."""
         return self.curvature.precondition(self.kept(fresh), gradient, damping)
-
-
-def _norm(value: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(value)
 
 
 def relative(change: float, norm: float) -> float:

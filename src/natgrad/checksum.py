@@ -47,7 +47,7 @@ class Checksum:
         self.epsilon = torch.finfo(weight.dtype).eps
         self.least = 0.0  # what half precision cannot hold
         self.rows = self.calls = 0
-        self.claimed, self.terms, self.deposited, self.squares = (weight.new_zeros((), dtype=torch.float64),) * 4
+        self.sums: tuple[list[Tensor], ...] = ([], [], [], [])  # claimed, deposited, and the squares of their terms
 
     def fits(self) -> bool:
         """Whether the layer is still of the type and on the device that this was made for."""
@@ -66,18 +66,18 @@ class Checksum:
         """A call's output has the gradient dy: what that adds to the gradient of the weight."""
         self.calls += 1
         total, squares = self.layer.bilinear(looked, dy, self.u, self.v)
-        self.claimed, self.terms = self.claimed + total, self.terms + squares
+        self.sums[0].append(total)
+        self.sums[2].append(squares)
         self.rows += rows
 
     def deposit(self, place: int, gradient: Tensor, compared: bool = True) -> None:
-        """Autograd adds a gradient to the parameter `place` of the layer. Not `compared`, only its size counts."""
+        """Autograd adds a gradient to the parameter `place` of the layer, which counts if it is `compared`."""
         if not compared:
-            self.squares = self.squares + torch.linalg.vector_norm(gradient).double().square()
             return
         direction = self.layer.unpack(self.v.unsqueeze(2) * self.u.unsqueeze(1))[place]
         products = direction.reshape(gradient.shape) * gradient
-        self.deposited = self.deposited + products.sum().double()
-        self.squares = self.squares + torch.linalg.vector_norm(products).double().square()
+        self.sums[1].append(products.sum().double())
+        self.sums[3].append(torch.linalg.vector_norm(products).double().square())
 
     def _round(self, dtype: torch.dtype) -> None:
         if not dtype.is_floating_point:
@@ -90,7 +90,8 @@ class Checksum:
 
     def numbers(self) -> Tensor:
         """The two sides, and the sums of squares of their terms [4]."""
-        return torch.stack([self.claimed, self.deposited, self.terms, self.squares])
+        nothing = self.u.new_zeros((), dtype=torch.float64)
+        return torch.stack([torch.stack(own).sum() if own else nothing for own in self.sums])
 
     def agrees(self, claimed: float, deposited: float, terms: float, squares: float) -> bool:
         """Whether the two sides are equal to rounding; true where they cannot be compared."""

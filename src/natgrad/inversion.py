@@ -1,32 +1,46 @@
 """From statistics to damped inverses, over all layers and ranks, in three moves.
 
 divide    how much damping each statistic gets; holders of one layer on several ranks sum up their traces (a small sum)
-invert    every holder inverts what it holds, statistics of one size in one call
+invert    every holder inverts what it holds, statistics of one size in one call; whether all had an inverse is read once
 deliver   inverses made elsewhere go to their layers' owners
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from natgrad.cell import Cell
+from natgrad.curvature import Curvature
+from natgrad.linalg import mean_eigenvalue
 from natgrad.parallel import Parcel, World
+from natgrad.stacks import Storage
 
 Job = tuple[int, str]  # a cell's place and one of its statistics
 
 TOGETHER = 2**24  # numbers that are inverted in one call: more would double the memory that a large layer needs
 
 
+class Slab(NamedTuple):
+    """Blocks in a row of one statistic that are to be inverted: those of `cells`, in a stack."""
+
+    cells: tuple[int, ...]
+    key: str
+    statistic: Tensor
+    damping: Tensor
+
+
 class Inversion:
     """The inversions of one step: `jobs`, the same on every rank, with each cell's damping."""
 
-    def __init__(self, cells: Sequence[Cell], world: World, jobs: Sequence[Job], dampings: Sequence[float]):
-        self.cells, self.world, self.dampings = cells, world, dampings
+    def __init__(
+        self, cells: Sequence[Cell], storage: Storage, world: World, jobs: Sequence[Job], dampings: Sequence[float]
+    ):
+        self.cells, self.storage, self.world, self.dampings = cells, storage, world, dampings
         self.jobs = list(jobs)
         self.parts: dict[Job, Tensor] = {}
         self.made: dict[Job, Tensor] = {}
@@ -37,37 +51,98 @@ class Inversion:
         indices = list(dict.fromkeys(index for index, _ in self.jobs))
         for index in indices:
             cell = self.cells[index]
-            for moment in cell.curvature.statistics:
-                if cell.holders[moment.key] == self.world.rank:
-                    traces[index, moment.key] = cell.trace(moment.key)
-                elif cell.split:
-                    traces[index, moment.key] = cell.zeros(moment.shape(cell.layer)[:1])
-        self.world.sum([trace for (index, _), trace in traces.items() if self.cells[index].split], "scalars")
+            for moment in cell.curvature.statistics if cell.split else ():
+                held = cell.holders[moment.key] == self.world.rank
+                shape = moment.shape(cell.layer)[:1]
+                traces[index, moment.key] = cell.trace(moment.key) if held else cell.zeros(shape)
+        self.world.sum(list(traces.values()), "scalars")
+        alike: dict[Any, list[int]] = defaultdict(list)
         for index in indices:
-            own = {key: traces[index, key] for key in self.cells[index].keys if (index, key) in traces}
-            if own:
-                parts = self.cells[index].curvature.split(own, self.dampings[index])
-                self.parts |= {(index, key): part for key, part in parts.items()}
+            cell = self.cells[index]
+            kinds = tuple((key, cell.state()[key].dim(), self._kind(index, key)) for key in self._held(cell))
+            alike[cell.curvature, kinds, self.dampings[index], cell.split].append(index)
+        for (curvature, _, damping, split), found in alike.items():
+            some = sorted(found, key=self.storage.place_of)
+            own: dict[str, Tensor] = {}
+            counts: dict[str, list[int]] = {}
+            for key in self.cells[some[0]].keys if split else self._held(self.cells[some[0]]):
+                values = [traces[k, key] for k in some] if split else self._traces(some, key)
+                own[key] = torch.cat(values) if len(values) > 1 else values[0]
+                counts[key] = [self._blocks(k, key) for k in some] if not split else [len(v) for v in values]
+            if not own:
+                continue
+            for key, part in curvature.split(own, damping).items():
+                self.parts |= {(k, key): value for k, value in zip(some, part.split(counts[key]))}
+
+    def _held(self, cell: Cell) -> list[str]:
+        """The statistics of a layer that this rank holds."""
+        return [key for key in cell.keys if cell.holders[key] == self.world.rank]
+
+    def _kind(self, index: int, key: str) -> Any:
+        value = self.cells[index].state()[key]
+        return value.dtype, value.device
+
+    def _blocks(self, index: int, key: str) -> int:
+        return len(self.cells[index].state()[key])
+
+    def _traces(self, indices: Sequence[int], key: str) -> list[Tensor]:
+        """Mean eigenvalues of the blocks of these layers, in their order, one tensor for each run of neighbours."""
+        return [mean_eigenvalue(self._joined(run, key)) for run in self._runs(indices, key)]
+
+    def _runs(self, indices: Sequence[int], key: str) -> Iterator[list[int]]:
+        """Layers whose blocks of a statistic lie behind one another, in the given order."""
+        run: list[int] = []
+        for index in indices:
+            if run and not self.storage.follows(run[-1], index, key):
+                yield run
+                run = []
+            run.append(index)
+        if run:
+            yield run
+
+    def _joined(self, run: Sequence[int], key: str) -> Tensor:
+        """The blocks of neighbours as one tensor, without a copy."""
+        if self.cells[run[0]].by_rows:
+            return self.cells[run[0]].state()[key]
+        return self.storage.blocks_of(run[0], run[-1], key)
 
     def invert(self) -> int:
         """Make the inverses that fall to this rank. Returns how many retries they took."""
+        attempts = []
+        for curvature, slabs in self._batches():
+            joined = torch.cat([s.statistic for s in slabs]) if len(slabs) > 1 else slabs[0].statistic
+            damping = torch.cat([s.damping for s in slabs]) if len(slabs) > 1 else slabs[0].damping
+            inverse, good = curvature.factor(slabs[0].key, joined, damping)
+            attempts.append((curvature, slabs, joined, damping, inverse, good))
         retries = 0
-        for curvature, key, batch in self._batches():
-            statistics = [self.cells[index].state()[key] for index in batch]
-            joined = torch.cat(statistics) if len(batch) > 1 else statistics[0]
-            inverse, tries = curvature.factor(key, joined, torch.cat([self.parts[index, key] for index in batch]))
-            retries += tries
-            for index, part in zip(batch, inverse.split([len(s) for s in statistics])):
-                self.made[index, key] = part
+        looked = [good.all() for *_, good in attempts if good is not None]
+        sound = iter(torch.stack([good.to(looked[0].device) for good in looked]).tolist() if looked else [])
+        for curvature, slabs, joined, damping, inverse, good in attempts:
+            if good is not None and not next(sound):
+                inverse, tries = curvature.mend(slabs[0].key, joined, damping)
+                retries += tries
+            for slab, part in zip(slabs, inverse.split([len(s.statistic) for s in slabs])):
+                self._keep(slab, part)
         for index, key in self.jobs:
-            cell = self.cells[index]
-            cell.numbers[f"{key}_damping"] = self.dampings[index]
-            if cell.owner == self.world.rank and (index, key) in self.made:
-                cell.state()[f"{key}_inverse"].copy_(self.made[index, key])
+            self.cells[index].numbers[f"{key}_damping"] = self.dampings[index]
         return retries
 
-    def _batches(self):
-        """(curvature, statistic, cells) whose statistics have one size and one formula."""
+    def _keep(self, slab: Slab, inverse: Tensor) -> None:
+        """Write inverses into the owner's state, and remember those that travel."""
+        first = self.cells[slab.cells[0]]
+        if first.owner == self.world.rank:
+            self._inverse_of(slab).copy_(inverse)
+        else:
+            self.made[slab.cells[0], slab.key] = inverse
+
+    def _inverse_of(self, slab: Slab) -> Tensor:
+        name = f"{slab.key}_inverse"
+        if self.cells[slab.cells[0]].by_rows:
+            return self.cells[slab.cells[0]].state()[name]
+        return self.storage.blocks_of(slab.cells[0], slab.cells[-1], name)
+
+    def _batches(self) -> Iterator[tuple[Curvature, list[Slab]]]:
+        """Statistics of one size and one formula, as runs of neighbours."""
         alike: dict[Any, list[int]] = defaultdict(list)
         for index, key in self.jobs:
             cell = self.cells[index]
@@ -75,9 +150,33 @@ class Inversion:
                 statistic = cell.state()[key]
                 alike[cell.curvature, key, statistic.shape[1:], statistic.dtype, statistic.device].append(index)
         for (curvature, key, shape, *_), indices in alike.items():
-            most = max(1, TOGETHER // max(shape.numel(), 1))
-            for start in range(0, len(indices), most):
-                yield curvature, key, indices[start : start + most]
+            most = max(1, TOGETHER // max(shape.numel(), 1))  # blocks
+            slabs, count = list[Slab](), 0
+            for run in self._runs(sorted(indices, key=self.storage.place_of), key):
+                for part in self._cut(run, key, most):
+                    statistic = self._joined(part, key)
+                    if slabs and count + len(statistic) > most:
+                        yield curvature, slabs
+                        slabs, count = [], 0
+                    damping = [self.parts[k, key] for k in part]
+                    slabs.append(
+                        Slab(tuple(part), key, statistic, torch.cat(damping) if len(damping) > 1 else damping[0])
+                    )
+                    count += len(statistic)
+            if slabs:
+                yield curvature, slabs
+
+    def _cut(self, run: Sequence[int], key: str, most: int) -> Iterator[list[int]]:
+        """A run in pieces of at most `most` blocks, or of one layer."""
+        part, count = list[int](), 0
+        for index in run:
+            own = self._blocks(index, key)
+            if part and count + own > most:
+                yield part
+                part, count = [], 0
+            part.append(index)
+            count += own
+        yield part
 
     def deliver(self) -> None:
         """Send inverses of layers that are split over ranks to their owners."""

@@ -1,4 +1,8 @@
-"""Inverses that survive bad matrices: a factorisation that fails is tried again with more damping, and counted."""
+"""Inverses that survive bad matrices: a factorisation that fails is tried again with more damping, and counted.
+
+`first_inverse` and `first_cholesky` try once and leave it to the caller to look at what came of it, when the host reads
+from the device anyway. `damped_inverse` and `damped_cholesky` look at once and try again.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,21 @@ from torch import Tensor
 
 ATTEMPTS = 8
 GROWTH = 10.0
+
+
+def first_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """(matrix + damping I)^-1 of [b, d, d] with damping [b], and which blocks [b] have one. Nobody waits."""
+    if matrix.shape[-1] <= 2:
+        return _closed_form(matrix, damping)
+    factor, good = first_cholesky(matrix, damping)
+    return torch.cholesky_inverse(factor), good
+
+
+def first_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factors of matrix + damping I, and which blocks [b] have one; the identity where there is none."""
+    factor, good = _cholesky(matrix, damping)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.where(good[:, None, None], factor, eye), good
 
 
 def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from natgrad.averages import Fresh, absorb
 from natgrad.capture import LOGITS, Capture, Key, Measured, Seen, Watch
 from natgrad.cell import DORMANT, Cell
 from natgrad.curvature.rows import Sample
@@ -26,6 +27,7 @@ from natgrad.inversion import Inversion
 from natgrad.layers.find import batch_first_of
 from natgrad.parallel import Parcel, World
 from natgrad.sampling import Sampler
+from natgrad.stacks import Storage
 
 SEEN_BY_STEP, SEEN_BY_LAYER = 4, 8  # numbers in the sum by which ranks tell each other what they saw
 ELSEWHERE = (
@@ -118,6 +120,7 @@ class Preconditioner:
         model: nn.Module | None = None,
         predictions: float | None = None,
     ):
+        self.storage: Storage | None = None  # of the cells' tensors
         self.local = False  # every rank takes its own rows
         self.judged: Judge | None = None  # rows are weighed by the gradients of the logits
         self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
@@ -321,18 +324,15 @@ class Preconditioner:
     def _absorb(self, keys: Sequence[Key], received: Sequence[Tensor | None], samples: int, predictions: int) -> Tensor:
         """Take in what this rank holds. Returns everyone's intervals [keys], 0 for what others hold or was unusable."""
         intervals = torch.zeros(len(keys), dtype=torch.int64)
-        mine = [k for k, value in enumerate(received) if value is not None]
-        looks = [self.cells[keys[k][0]].look(keys[k][1], value) for k in mine if (value := received[k]) is not None]
-        if not looks:
-            return intervals
-        numbers = torch.cat([known for _, known in looks]).tolist()  # the one time that the host waits
-        for k, (fresh, known) in zip(mine, looks):
-            index, key = keys[k]
-            cell = self.cells[index]
-            moment = next(m for m in cell.curvature.statistics if m.key == key)
-            worth = moment.behind(cell.layer, samples, predictions)
-            intervals[k] = cell.keep(key, fresh, numbers[: len(known)], worth)
-            del numbers[: len(known)]
+        mine, found = [], []
+        for k, ((index, key), value) in enumerate(zip(keys, received)):
+            if value is not None:
+                cell = self.cells[index]
+                moment = next(m for m in cell.curvature.statistics if m.key == key)
+                found.append(Fresh(cell, key, value, moment.behind(cell.layer, samples, predictions)))
+                mine.append(k)
+        if mine:
+            intervals[mine] = torch.tensor(absorb(found))
         return intervals
 
     def _stack(self, keys: Sequence[Key], rows: Mapping[Key, Sample], found: Found, step: int) -> Tensor:
@@ -397,7 +397,8 @@ class Preconditioner:
             for key in cell.outdated(damping, fresh.get(index, set()))
         ]
         if jobs:
-            work = Inversion(self.cells, self.world, jobs, dampings)
+            assert self.storage is not None
+            work = Inversion(self.cells, self.storage, self.world, jobs, dampings)
             with self.timed("messages"):
                 work.divide()
             with self.timed("factor"):

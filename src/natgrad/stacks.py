@@ -150,6 +150,7 @@ class Storage:
         self.layouts = [Layout(kind, places, cells, alike) for kind, places in kinds.items()]
         self.mine = [[k for k in layout.order if cells[k].owner == rank] for layout in self.layouts]
         self.stack_of: dict[int, int] = {}
+        self.order = {k: place for place, k in enumerate(k for layout in self.layouts for k in layout.order)}
         self.vectors: list[dict[str, Vector]] = []
         self.statistics: dict[tuple[int, str], Tensor] = {}
         self.blocks: dict[tuple[int, str], tuple[int, int]] = {}
@@ -175,7 +176,9 @@ class Storage:
             for parameter in cell.layer.parameters:
                 for key, value in state[parameter].items():
                     if is_number(cell, key, value):
-                        found.setdefault(f"{key} {tuple(value.shape)} {value.dtype}", []).append((parameter, key, value))
+                        found.setdefault(f"{key} {tuple(value.shape)} {value.dtype}", []).append(
+                            (parameter, key, value)
+                        )
         for name, entries in found.items():
             table = self.tables[name] = Table([value for _, _, value in entries])
             for row, ((parameter, key, _), view) in enumerate(zip(entries, table.views)):
@@ -227,6 +230,20 @@ class Storage:
                         self._bind(state, weight, key, base[begin : begin + len(value)])
                         begin += len(value)
                     self.statistics[stack, key] = base
+
+    def place_of(self, k: int) -> int:
+        """The place of a layer in the order in which layers are stored."""
+        return self.order[k]
+
+    def follows(self, first: int, second: int, key: str) -> bool:
+        """Whether a layer's blocks of a statistic lie right behind those of another."""
+        if self.stack_of[first] != self.stack_of[second] or (first, key) not in self.blocks:
+            return False
+        return self.blocks[first, key][1] == self.blocks[second, key][0]
+
+    def blocks_of(self, first: int, last: int, key: str) -> Tensor:
+        """The blocks of neighbouring layers as one tensor, which shares their memory."""
+        return self.statistics[self.stack_of[first], key][self.blocks[first, key][0] : self.blocks[last, key][1]]
 
     def table(self, key: str) -> Table:
         """The numbers of a name that only one table has."""

@@ -141,11 +141,15 @@ class Curvature(ABC):
         """The damping [b] of each statistic, from the mean eigenvalues [b] of all of them."""
 
     @abstractmethod
-    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
-        """The damped inverses of a statistic's blocks, and how many retries they took.
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The damped inverses of a statistic's blocks, and which blocks [b] have one (None: all).
 
         Block by block: the statistics of several layers may be handed in as one, blocks behind blocks.
         """
+
+    def mend(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+        """`factor` where some blocks had no inverse: with more damping for those, and the retries that it took."""
+        raise NotImplementedError(f"{type(self).__name__}.factor may fail, but there is no mend")
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what `factor` makes of a statistic of this shape."""

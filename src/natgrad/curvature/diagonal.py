@@ -28,8 +28,8 @@ class Diagonal(Curvature):
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         return {"F": torch.full_like(traces["F"], damping)}
 
-    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
-        return 1 / (statistic + damping[:, None]), 0
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
+        return 1 / (statistic + damping[:, None]), None
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
         return gradient * inverses["F"].reshape(gradient.shape)

@@ -35,9 +35,14 @@ class EigenKronecker(Kronecker):
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape if len(shape) == 2 else (*shape[:2], shape[2] + 1)
 
-    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
         if statistic.dim() == 2:
-            return statistic.clone(), 0
+            return statistic.clone(), None
+        vectors, values, retries = eigen(statistic)
+        found = torch.cat([vectors, values.unsqueeze(2)], 2)
+        return found, torch.zeros(len(found), dtype=torch.bool) if retries else None
+
+    def mend(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         vectors, values, retries = eigen(statistic)
         return torch.cat([vectors, values.unsqueeze(2)], 2), retries
 

@@ -16,7 +16,7 @@ from natgrad.curvature.base import Cost, Curvature, Moment, Seen
 from natgrad.curvature.unitwise import SampleMoment
 from natgrad.layers.base import Layer, Shape
 from natgrad.layers.work import Work, moment_of, moved
-from natgrad.linalg import damped_inverse
+from natgrad.linalg import damped_inverse, first_inverse
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Full(Curvature):
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         return {"F": torch.full_like(traces["F"], self.coefficient * damping)}
 
-    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
+        return first_inverse(statistic, damping)
+
+    def mend(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         return damped_inverse(statistic, damping)
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:

@@ -24,7 +24,7 @@ class Identity(Curvature):
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         return {}
 
-    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
         raise KeyError(key)
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:

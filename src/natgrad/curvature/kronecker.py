@@ -29,7 +29,7 @@ from natgrad.curvature.base import (
 )
 from natgrad.layers.base import Layer, Shape, gram_cost, moment
 from natgrad.layers.work import Work, launched, moment_of, moved, product
-from natgrad.linalg import damped_inverse
+from natgrad.linalg import damped_inverse, first_inverse
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,12 @@ class Kronecker(Curvature):
         root = damping**0.5
         return {"A": pi * root, "G": root / pi}
 
-    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
         if statistic.dim() == 2:
-            return 1 / (statistic + damping[:, None]), 0
+            return 1 / (statistic + damping[:, None]), None
+        return first_inverse(statistic, damping)
+
+    def mend(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         return damped_inverse(statistic, damping)
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:

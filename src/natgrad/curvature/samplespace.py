@@ -41,7 +41,7 @@ from natgrad.curvature.rows import (
 from natgrad.curvature.sketching import Sketch
 from natgrad.layers.base import Layer, Shape
 from natgrad.layers.work import Work
-from natgrad.linalg import damped_cholesky
+from natgrad.linalg import damped_cholesky, first_cholesky
 
 STORED = ("columns", "left", "right", "tokens", "short_left", "short_right", "sketched", "drawn", "mean")
 
@@ -95,7 +95,10 @@ class SampleSpace(ByRows):
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         return {"U": torch.full_like(traces["U"], damping)}
 
-    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
+        return first_cholesky(statistic, damping)
+
+    def mend(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         return damped_cholesky(statistic, damping)
 
     def against(self, kept: Sample, gradient: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from natgrad.curvature.base import (
 from natgrad.layers.base import Layer, Shape
 from natgrad.layers.norm import Norm
 from natgrad.layers.work import Work, launched, moved, product
-from natgrad.linalg import damped_inverse
+from natgrad.linalg import damped_inverse, first_inverse
 
 
 class Kept(NamedTuple):
@@ -147,7 +147,10 @@ class UnitWise(Curvature):
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         return {"F": torch.full_like(traces["F"], self.coefficient * damping)}
 
-    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
+    def factor(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None]:
+        return first_inverse(statistic, damping)
+
+    def mend(self, key: str, statistic: Tensor, damping: Tensor) -> tuple[Tensor, int]:
         return damped_inverse(statistic, damping)
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:

@@ -154,6 +154,7 @@ class SecondOrder(Views, Optimizer):
         self._places = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
         place = self._places.__getitem__
         self.storage = Storage(self.cells, self.state, place, self.world.rank)
+        self.engine.storage = self.storage
         self.planner = Planner(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))
         self._groups = [place(cell.layer.parameters[0]) for cell in self.cells]
 

@@ -197,9 +197,7 @@ class Gradients:
                 vector[start - begin : stop - begin].copy_(value)
         return found
 
-    def squares(
-        self, mine: Sequence[Tensor], half: tuple[float, int] | None, samples: float
-    ) -> Squares | None:
+    def squares(self, mine: Sequence[Tensor], half: tuple[float, int] | None, samples: float) -> Squares | None:
         """The squared norms of a share of the step's gradient and of all of it, if both are known. All ranks call it.
 
         mine: the mean gradients of the cells that this rank owns. half: of the step's first passes on the only rank.

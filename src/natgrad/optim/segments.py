@@ -249,14 +249,17 @@ class Planner:
         """For each layout, the segments of the layers at these places, which this rank owns."""
         chosen = tuple(places)
         if self.known[0] != chosen or not self.known[1]:
-            self.known = chosen, [
+            self.known = (
+                chosen,
                 [
-                    Plan(self.storage, layout, vectors, run, curved, self.group_of, self.groups)
-                    for row in adjacent(mine, chosen)
-                    for curved, run in self._cut(row)
-                ]
-                for layout, mine, vectors in zip(self.storage.layouts, self.storage.mine, self.storage.vectors)
-            ]
+                    [
+                        Plan(self.storage, layout, vectors, run, curved, self.group_of, self.groups)
+                        for row in adjacent(mine, chosen)
+                        for curved, run in self._cut(row)
+                    ]
+                    for layout, mine, vectors in zip(self.storage.layouts, self.storage.mine, self.storage.vectors)
+                ],
+            )
         return self.known[1]
 
     def _cut(self, row: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:

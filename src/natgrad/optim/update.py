@@ -71,9 +71,7 @@ def segments_of(
     """The segments of the layers at these places that this rank owns, with their gradients."""
     storage, kept = optimizer.storage, directions_kept(optimizer.rule)
     segments = []
-    for plans, layout, mine, vector in zip(
-        optimizer.planner.plans(places), storage.layouts, storage.mine, vectors
-    ):
+    for plans, layout, mine, vector in zip(optimizer.planner.plans(places), storage.layouts, storage.mine, vectors):
         for plan in plans:
             assert vector is not None
             begin = plan.start - layout.start[mine[0]]

@@ -1,0 +1,106 @@
+"""Fresh measurements become statistics, all of a step at once: running means, and by how much they have moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from natgrad.cell import Cell, relative
+
+TOGETHER = 2**24  # numbers that are looked at in one go: their differences need as much memory once more
+
+
+class Fresh(NamedTuple):
+    """A measurement of one statistic at its holder, and how many samples it is worth."""
+
+    cell: Cell
+    key: str
+    value: Tensor
+    samples: int
+
+
+def absorb(found: Sequence[Fresh]) -> list[int]:
+    """Take in measurements. Returns for each the steps until the next one, 0 if it is not finite and was left out.
+
+    The staleness rule is told |X - Y| / |Y| for each past value Y that it asks for (Frobenius norms, SP-NGD section
+    4.3.1). The host waits once.
+    """
+    looks = [_look(batch) for batch in _batches(found)]
+    told = iter(_on_host([numbers for _, _, numbers in looks]))
+    intervals = []
+    for batch, fresh, _ in looks:
+        sizes = [next(told) for _ in batch]
+        pasts = [len(one.cell.past(one.key)) for one in batch]
+        norms = [[(next(told), next(told)) for _ in range(count)] for count in pasts]
+        sound = [k for k, size in enumerate(sizes) if math.isfinite(size)]
+        changes = [[relative(*pair) for pair in pairs] for pairs in norms]
+        _write([batch[k] for k in sound], [fresh[k] for k in sound])
+        good = set(sound)
+        intervals += [
+            one.cell.next_interval(one.key, changes[k], one.samples) if k in good else 0 for k, one in enumerate(batch)
+        ]
+    return intervals
+
+
+def _batches(found: Sequence[Fresh]) -> Iterator[list[Fresh]]:
+    """In their order, in batches of one type and device that are not too large."""
+    batch, count = list[Fresh](), 0
+    for one in found:
+        value = one.cell.state()[one.key]
+        other = batch and (
+            count + value.numel() > TOGETHER
+            or (kind := batch[0].cell.state()[batch[0].key]).dtype != value.dtype
+            or kind.device != value.device
+        )
+        if other:
+            yield batch
+            batch, count = [], 0
+        batch.append(one)
+        count += value.numel()
+    if batch:
+        yield batch
+
+
+def _look(batch: list[Fresh]) -> tuple[list[Fresh], list[Tensor], list[Tensor]]:
+    """The new statistics, and numbers for the host: the largest entry of each, then |X - Y| and |Y| of all past Y."""
+    lasts = [one.cell.state()[one.key] for one in batch]
+    values = [one.value.to(last) for one, last in zip(batch, lasts)]
+    fresh = list(values)
+    shares = [one.cell.kept_share(one.key) for one in batch]
+    for share in set(shares) - {0.0}:
+        ks = [k for k, own in enumerate(shares) if own == share]
+        means = torch._foreach_mul([lasts[k] for k in ks], share)
+        torch._foreach_add_(means, [values[k] for k in ks], alpha=1 - share)
+        for k, mean in zip(ks, means):
+            fresh[k] = mean
+    numbers = list(torch._foreach_norm(values, math.inf))
+    pairs = [(new, old) for new, one in zip(fresh, batch) for old in one.cell.past(one.key)]
+    if pairs:
+        olds = [old for _, old in pairs]
+        changes = torch._foreach_norm(torch._foreach_sub([new for new, _ in pairs], olds))
+        numbers += [n for pair in zip(changes, torch._foreach_norm(olds)) for n in pair]
+    return batch, fresh, [torch.stack(numbers)]
+
+
+def _on_host(numbers: Sequence[Sequence[Tensor]]) -> list[float]:
+    told = [value for own in numbers for value in own]
+    if not told:
+        return []
+    return torch.cat([value.to(told[0].device, torch.float64) for value in told]).tolist()
+
+
+def _write(batch: Sequence[Fresh], fresh: Sequence[Tensor]) -> None:
+    """The statistics of before become those before the last, and fresh ones take their place."""
+    pairs = [
+        (before, one.cell.state()[one.key])
+        for one in batch
+        if (before := one.cell.state().get(f"{one.key}_before")) is not None
+    ]
+    if pairs:
+        torch._foreach_copy_([before for before, _ in pairs], [last for _, last in pairs])
+    if batch:
+        torch._foreach_copy_([one.cell.state()[one.key] for one in batch], list(fresh))
