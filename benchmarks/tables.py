@@ -112,10 +112,10 @@ def largest(results: Path) -> str:
         if path.stem == "compare-demo":
             continue
         told = json.loads(path.read_text())
-        end = told["wins"][0]
+        batch = told["wins"][-1][0]
+        end = next(row for row in told["wins"] if row[0] == batch)
         if "-" in end[2:5]:
             continue  # where a kind did not take part, the kinds are not compared
-        batch = told["wins"][-1][0]
         goal = told["batches"][0]["title"].partition("goal ")[2].rstrip(":")
         task = f"{path.stem.removeprefix('compare-')}, {batch}: {goal}"
         rows += [[task, *row[1:]] for row in told["wins"] if row[0] == batch]

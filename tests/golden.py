@@ -110,7 +110,7 @@ CASES = {
     "kfac": lambda model, world: natgrad.KFAC(model, 0.02, damping=3e-2, length=natgrad.plain, world=world),
     "kfac, measured change": lambda model, world: natgrad.KFAC(model, 0.1, damping=1e-2, world=world),
     "seng": seng(),
-    "seng, measured change": lambda model, world: natgrad.SENG(model, 0.1, world=world),
+    "seng, measured change": lambda model, world: natgrad.SENG(model, 0.1, damping=0.2, world=world),
     "seng, one block": seng(block="network", sketch=None),
     "seng, improved": seng(columns="improved"),
     "nlcg": nlcg(),

@@ -448,8 +448,10 @@ class Capture:
         there = [(check, g) for check, g in grads if g is not None and not g.is_sparse]
         if there:
             norms = torch._foreach_norm([g for _, g in there])
-            zero = [(n == 0) & (check.squares > 0) for n, (check, _) in zip(norms, there)]
-            if bool(torch.stack([z.cpu() for z in zero]).any()):
+            zero = [
+                (n == 0) & (torch.stack(check.sizes) > 0).any() for n, (check, _) in zip(norms, there) if check.sizes
+            ]
+            if zero and bool(torch.stack([z.cpu() for z in zero]).any()):
                 self.discard(task)
         return None
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from natgrad.curvature.base import Curvature, Statistic
 from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature.rows import Rows, Sample, scaled
-from natgrad.layers.base import Layer
+from natgrad.layers.base import Layer, at_least_single
 from natgrad.linalg import mean_eigenvalue
 from natgrad.staleness import Memory, Staleness
 
@@ -86,7 +86,7 @@ class Cell:
     def zeros(self, shape: Sequence[int], device: str | None = None) -> Tensor:
         """Zeros in the statistics' precision, on the layer's device unless told otherwise."""
         weight = self.layer.parameters[0]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = at_least_single(weight.dtype)
         return torch.zeros(tuple(shape), dtype=dtype, device=device or weight.device)
 
     def clock(self, key: str) -> list[int]:

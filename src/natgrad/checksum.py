@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layers import Layer
+from natgrad.layers.base import at_least_single
 
 ROUNDINGS = 64  # units of rounding by which both sides may differ in single and double precision
 MOST_ADDED_UP = 0.03  # of the gradient: where torch itself is further off, nothing could be told
@@ -35,7 +36,7 @@ class Checksum:
         options: dict[str, Any] = {
             "generator": torch.Generator(weight.device).manual_seed(seed),
             "device": weight.device,
-            "dtype": torch.promote_types(weight.dtype, torch.float32),
+            "dtype": at_least_single(weight.dtype),
         }
         self.layer = layer
         self.u, self.v = torch.randn(b, i, **options), torch.randn(b, o, **options)
@@ -47,12 +48,13 @@ class Checksum:
         self.epsilon = torch.finfo(weight.dtype).eps
         self.least = 0.0  # what half precision cannot hold
         self.rows = self.calls = 0
+        self.sizes: list[Tensor] = []  # of what was added to the weight's gradient
         self.sums: tuple[list[Tensor], ...] = ([], [], [], [])  # claimed, deposited, and the squares of their terms
 
     def fits(self) -> bool:
         """Whether the layer is still of the type and on the device that this was made for."""
         weight = self.layer.parameters[0]
-        return self.u.dtype == torch.promote_types(weight.dtype, torch.float32) and self.u.device == weight.device
+        return self.u.dtype == at_least_single(weight.dtype) and self.u.device == weight.device
 
     def look(self, x: Tensor, output: Tensor) -> Any:
         """What is needed of a call on x until its output's gradient is known."""
@@ -71,7 +73,9 @@ class Checksum:
         self.rows += rows
 
     def deposit(self, place: int, gradient: Tensor, compared: bool = True) -> None:
-        """Autograd adds a gradient to the parameter `place` of the layer, which counts if it is `compared`."""
+        """Autograd adds a gradient to the parameter `place` of the layer. Not `compared`, only its size counts."""
+        if place == 0:
+            self.sizes.append(torch.linalg.vector_norm(gradient))
         if not compared:
             return
         direction = self.layer.unpack(self.v.unsqueeze(2) * self.u.unsqueeze(1))[place]

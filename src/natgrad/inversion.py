@@ -1,7 +1,7 @@
 """From statistics to damped inverses, over all layers and ranks, in three moves.
 
 divide    how much damping each statistic gets; holders of one layer on several ranks sum up their traces (a small sum)
-invert    every holder inverts what it holds, statistics of one size in one call; whether all had an inverse is read once
+invert    every holder inverts what it holds, statistics of one size in one call; the host waits once
 deliver   inverses made elsewhere go to their layers' owners
 """
 

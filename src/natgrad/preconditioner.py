@@ -193,7 +193,7 @@ class Preconditioner:
             seen = [key for key in plan if found.saw(key) and key[0] not in unusable]
             moments = [key for key in seen if not self.cells[key[0]].by_rows]
             means = self._means(found, reduction)
-            parcels = [self._parcel(key, measured, found, scale, reduction, means) for key in moments]
+            parcels = self._parcels(moments, measured, found, scale, reduction, means)
             received = self.world.reduce_narrow(parcels, "statistics")
             stacks = [key for key in seen if self.cells[key[0]].by_rows]
             weigh = (measured.samples if reduction == "mean" else 1) / scale
@@ -363,21 +363,29 @@ class Preconditioner:
         self.assumed = Assumed(self.samples, means, by)
         return means if means > 0 else 1.0
 
-    def _parcel(self, key: Key, measured: Measured, found: Found, scale: float, reduction: str, means: float) -> Parcel:
-        """A rank's share of a mean over all ranks' samples."""
-        cell = self.cells[key[0]]
-        moment = next(m for m in cell.curvature.statistics if m.key == key[1])
-        value = measured.sums.get(key)
-        if value is None:
-            value = cell.zeros(moment.shape(cell.layer))
-        elif moment.order == 0:
-            value = value / found.weights[key]
+    def _parcels(
+        self, keys: Sequence[Key], measured: Measured, found: Found, scale: float, reduction: str, means: float
+    ) -> list[Parcel]:
+        """A rank's shares of means over all ranks' samples."""
+        if reduction == "mean":
+            weigh = measured.samples / self.world.size * means
         else:
-            weigh = measured.samples / self.world.size * means if reduction == "mean" else means / found.samples
-            if self.sampled:  # our own loss, a sum over predictions, unscaled
-                weigh, scale = 1 / (found.samples * means), 1.0
-            value = value * (weigh / scale**2)
-        return Parcel(value, cell.holders[key[1]], moment.symmetric)
+            weigh = means / found.samples
+        if self.sampled:  # our own loss, a sum over predictions, unscaled
+            weigh, scale = 1 / (found.samples * means), 1.0
+        moments, values, factors = [], [], []
+        for key in keys:
+            cell = self.cells[key[0]]
+            moment = next(m for m in cell.curvature.statistics if m.key == key[1])
+            value = measured.sums.get(key)
+            moments.append(moment)
+            values.append(cell.zeros(moment.shape(cell.layer)) if value is None else value)
+            factors.append(1 / found.weights[key] if moment.order == 0 else weigh / scale**2)
+        means_of = torch._foreach_mul(values, factors) if values else []
+        return [
+            Parcel(value, self.cells[index].holders[name], moment.symmetric)
+            for value, (index, name), moment in zip(means_of, keys, moments)
+        ]
 
     def _advance(self, index: int, key: str, step: int, interval: int) -> None:
         cell = self.cells[index]

@@ -26,7 +26,7 @@ from natgrad.cell import Cell
 from natgrad.layers import Loose
 from natgrad.layers.base import real, real_type
 
-State = Mapping[nn.Parameter, dict[str, Any]]
+State = Mapping[Any, dict[str, Any]]
 Kind = tuple[torch.dtype, torch.device, torch.dtype]
 """The type of what is kept, the device, and the type in which gradients travel."""
 
@@ -82,7 +82,7 @@ def views_of(cell: Cell, start: int) -> list[View]:
         if part.untyped_storage()._cdata != marked.untyped_storage()._cdata:
             raise TypeError(f"{type(layer).__name__}.unpack copies; return views of the matrix (see Layer.unpack)")
         assert part.shape == real(parameter.detach()).shape, (part.shape, parameter.shape)
-        found.append(View(tuple(part.shape), part.stride(), start + part.storage_offset()))
+        found.append(View(tuple(part.shape), part.stride(), start + int(part.storage_offset())))
     return found
 
 
@@ -294,7 +294,7 @@ class Storage:
     def runs(self, places: Sequence[int]) -> list[Run]:
         """Layers in a row, in the layout's order, as runs of layers that are alike."""
         found = []
-        for stack, group in groupby(places, key=self.stack_of.__getitem__):
+        for (stack, _), group in groupby(places, key=lambda k: (self.stack_of[k], self.cells[k].by_rows and k)):
             run = tuple(group)
             names = [] if self.cells[run[0]].by_rows else [f"{key}_inverse" for key in self.cells[run[0]].keys]
             begin = {name: self.blocks[run[0], name][0] for name in names}
@@ -334,9 +334,9 @@ def likeness(cell: Cell, group: Callable[[nn.Parameter], int], place: int) -> Ha
     layer = cell.layer
     if isinstance(layer, Loose):
         return "loose", group(layer.parameters[0])
-    if cell.by_rows or cell.split:
+    if cell.split:
         return place
-    sides = tuple(m.shape(layer)[1:] for m in cell.curvature.statistics)
+    sides = () if cell.by_rows else tuple(m.shape(layer)[1:] for m in cell.curvature.statistics)
     return cell.curvature, layer.shape.out, layer.shape.inner, sides, group(layer.parameters[0])
 
 

@@ -110,7 +110,8 @@ class SampleSpace(ByRows):
             inner = kept["sketched"] @ self.sketch.apply(kept["drawn"], gradient.flatten(), size)
         else:
             inner = project(short(kept), gradient)
-        return self._boost(shape) * inner
+        boost = self._boost(shape)
+        return inner if boost == 1 else boost * inner
 
     def without(self, kept: Sample, gradient: Tensor, weights: Tensor, damping: float) -> Tensor:
         """(g - U b) / lambda with b = `weights`."""

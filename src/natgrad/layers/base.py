@@ -181,7 +181,13 @@ def gram_cost(rows: int, size: int) -> float:
 
 def promote(x: Tensor) -> Tensor:
     """X in at least single precision: half-precision sums lose positivity."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(at_least_single(x.dtype))
+
+
+@cache
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The type, or single precision where that is more precise."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def real(x: Tensor) -> Tensor:
@@ -191,7 +197,7 @@ def real(x: Tensor) -> Tensor:
 
 def real_type(x: Tensor) -> torch.dtype:
     """The type of what is kept of x: real numbers in at least single precision."""
-    return torch.promote_types(real(x.detach()).dtype, torch.float32)
+    return at_least_single(real(x.detach()).dtype)
 
 
 def take(x: Tensor, index: Tensor | None) -> Tensor:

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from natgrad.layers.base import Layer, Shape, layer_of, portions, promote, take, weight_and_bias, with_ones
+from natgrad.layers.base import (
+    Layer,
+    Shape,
+    at_least_single,
+    layer_of,
+    portions,
+    promote,
+    take,
+    weight_and_bias,
+    with_ones,
+)
 from natgrad.layers.work import Passes, moved
 
 
@@ -126,14 +136,17 @@ class Norm(Layer):
     def unit_gradients(self, inputs: Inputs, dy: Tensor, samples: slice | None) -> Tensor:
         """Per-sample gradients [m, c, i], the sums over places of dy * [x_hat, 1], in portions that stay in cache."""
         mean, scale, chosen = inputs.mean, inputs.scale, inputs.chosen
-        parts = []
-        for a, g in zip(portions(of(inputs.take(), chosen)), portions(of(self.places(dy), samples))):
-            g = promote(g)
-            parts.append(torch.stack([(g * a).sum(1), g.sum(1)]))
-        product, total = torch.cat(parts, 1)
+        outputs, rows = of(self.places(dy), samples), of(inputs.take(), chosen)
+        dtype = at_least_single(torch.promote_types(outputs.dtype, rows.dtype))
+        found, start = outputs.new_empty(len(outputs), outputs.shape[2], 2, dtype=dtype), 0
+        for a, g in zip(portions(rows), portions(outputs)):
+            part = found[start : start + len(g)]
+            torch.sum(promote(g) * a, 1, out=part[..., 0])
+            torch.sum(g, 1, dtype=dtype, out=part[..., 1])
+            start += len(g)
         if mean is not None and scale is not None:
-            product = (product - mean * total) * scale
-        return torch.stack([product, total], -1) if self.biased else product.unsqueeze(-1)
+            found[..., 0].addcmul_(mean, found[..., 1], value=-1).mul_(scale)
+        return found if self.biased else found[..., :1]
 
     def projected(self, x: Tensor, u: Tensor) -> Tensor:
         rows = self.normalized(x).flatten(0, 1)

@@ -38,8 +38,8 @@ from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule, directions_kept, takes_loose
 from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
-from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
 from natgrad.optim.segments import Planner
+from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World, uneven
