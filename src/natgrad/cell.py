@@ -54,9 +54,14 @@ class Cell:
     numbers: Any = None
 
     @cached_property
+    def statistics(self) -> tuple[Any, ...]:
+        """What is measured of the layer."""
+        return tuple(self.curvature.statistics)
+
+    @cached_property
     def keys(self) -> list[str]:
         """The statistics' names."""
-        return [m.key for m in self.curvature.statistics]
+        return [m.key for m in self.statistics]
 
     @cached_property
     def split(self) -> bool:
@@ -69,7 +74,7 @@ class Cell:
 
     def allocate(self, state: dict, rank: int | None) -> None:
         """Make every tensor that `rank` will ever hold of this cell; None makes all that any rank holds."""
-        for moment in self.curvature.statistics:
+        for moment in self.statistics:
             key = moment.key
             state[f"{key}_clock"] = torch.tensor([0, 1, 1, 0])
             state[f"{key}_damping"] = torch.zeros((), dtype=torch.float64)
@@ -152,7 +157,7 @@ class Cell:
 
     def due(self, step: int) -> tuple[Statistic, ...]:
         """The statistics to be measured in this step."""
-        return tuple(m for m in self.curvature.statistics if self.clock(m.key)[0] <= step)
+        return tuple(m for m in self.statistics if self.clock(m.key)[0] <= step)
 
     def past(self, key: str) -> list[Tensor]:
         """The values that the staleness rule compares a fresh one with, the last one first."""

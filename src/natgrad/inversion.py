@@ -51,7 +51,7 @@ class Inversion:
         indices = list(dict.fromkeys(index for index, _ in self.jobs))
         for index in indices:
             cell = self.cells[index]
-            for moment in cell.curvature.statistics if cell.split else ():
+            for moment in cell.statistics if cell.split else ():
                 held = cell.holders[moment.key] == self.world.rank
                 shape = moment.shape(cell.layer)[:1]
                 traces[index, moment.key] = cell.trace(moment.key) if held else cell.zeros(shape)
@@ -185,7 +185,7 @@ class Inversion:
             cell = self.cells[index]
             if cell.holders[key] == cell.owner:
                 continue
-            moment = next(m for m in cell.curvature.statistics if m.key == key)
+            moment = next(m for m in cell.statistics if m.key == key)
             inverse = self.made.get((index, key), cell.state().get(f"{key}_inverse"))
             if inverse is None:  # neither from here nor to here
                 inverse = cell.zeros(cell.curvature.inverse_shape(moment.shape(cell.layer)), device="meta")

@@ -105,6 +105,16 @@ class Assumed:
         return f"{self.samples} samples, the loss a mean over {self.predictions:g} predictions of each ({self.by})"
 
 
+class Clocks(NamedTuple):
+    """What the clocks of all layers say: the next step in which something is due; which are measured, which asleep."""
+
+    stamp: int
+    cells: list[Cell]
+    due: int
+    ready: list[bool]
+    asleep: list[bool]
+
+
 class Preconditioner:
     """The cells of a model with the hooks that feed them.
 
@@ -121,6 +131,8 @@ class Preconditioner:
         predictions: float | None = None,
     ):
         self.storage: Storage | None = None  # of the cells' tensors
+        self._clocks: Clocks | None = None
+        self._settled: tuple[int, tuple[float, ...]] | None = None  # clocks and dampings of a step without inversions
         self.local = False  # every rank takes its own rows
         self.judged: Judge | None = None  # rows are weighed by the gradients of the logits
         self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
@@ -160,14 +172,34 @@ class Preconditioner:
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
 
+    @property
+    def clocks(self) -> Clocks:
+        """What all clocks say together."""
+        assert self.storage is not None
+        stamp = self.storage.clocks_stamp
+        if self._clocks is None or self._clocks.stamp != stamp or self._clocks.cells is not self.cells:
+            times = [[cell.clock(key) for key in cell.keys] for cell in self.cells]
+            self._clocks = Clocks(
+                stamp,
+                self.cells,
+                min((clock[0] for own in times for clock in own), default=DORMANT),
+                [all(clock[3] > 0 for clock in own) for own in times],
+                [any(clock[0] >= DORMANT for clock in own) for own in times],
+            )
+        return self._clocks
+
     def arm(self, step: int) -> None:
         """Attach hooks for the coming step `step` if anything is due in it, remove them otherwise."""
+        if self.clocks.due > step:
+            self._plan = []
+            return self.capture.disarm()
         watches = {k: Watch(c.layer, due) for k, c in enumerate(self.cells) if (due := c.due(step))}
         self._plan = [(k, moment.key) for k, watch in watches.items() for moment in watch.moments]
         if watches:
             self.capture.arm(watches, Sampler(self.seed, step, self.world.rank, 1 / self.world.size))
         else:
             self.capture.disarm()
+        return None
 
     def refresh(self, step: int, scale: float, reduction: str) -> Step:
         """Take in what this step's passes measured. Nothing is taken of layers that went astray.
@@ -176,7 +208,7 @@ class Preconditioner:
         """
         self.whole.clear()
         self.half = None
-        plan, total = self._plan, sum(len(c.curvature.statistics) for c in self.cells)
+        plan, total = self._plan, sum(len(c.statistics) for c in self.cells)
         self.share = len(plan) / max(total, 1)
         if not plan:
             return Step({}, {})
@@ -328,7 +360,7 @@ class Preconditioner:
         for k, ((index, key), value) in enumerate(zip(keys, received)):
             if value is not None:
                 cell = self.cells[index]
-                moment = next(m for m in cell.curvature.statistics if m.key == key)
+                moment = next(m for m in cell.statistics if m.key == key)
                 found.append(Fresh(cell, key, value, moment.behind(cell.layer, samples, predictions)))
                 mine.append(k)
         if mine:
@@ -376,7 +408,7 @@ class Preconditioner:
         moments, values, factors = [], [], []
         for key in keys:
             cell = self.cells[key[0]]
-            moment = next(m for m in cell.curvature.statistics if m.key == key[1])
+            moment = next(m for m in cell.statistics if m.key == key[1])
             value = measured.sums.get(key)
             moments.append(moment)
             values.append(cell.zeros(moment.shape(cell.layer)) if value is None else value)
@@ -399,12 +431,17 @@ class Preconditioner:
     def factor(self, dampings: Sequence[float]) -> None:
         """Invert, at their holders, what is fresh or was damped otherwise, and bring it to the owners."""
         fresh, self._fresh = self._fresh, {}
+        now = self.clocks.stamp, tuple(dampings)
+        if not fresh and self._settled == now:
+            return
+        self._settled = now
         jobs = [
             (index, key)
             for index, (cell, damping) in enumerate(zip(self.cells, dampings))
             for key in cell.outdated(damping, fresh.get(index, set()))
         ]
         if jobs:
+            self._settled = None
             assert self.storage is not None
             work = Inversion(self.cells, self.storage, self.world, jobs, dampings)
             with self.timed("messages"):
@@ -416,18 +453,18 @@ class Preconditioner:
 
     def sleep(self, index: int) -> None:
         """Do not watch a layer that is not in use."""
-        for moment in self.cells[index].curvature.statistics:
+        for moment in self.cells[index].statistics:
             _, *rest = self.cells[index].clock(moment.key)
             self.cells[index].set_clock(moment.key, [DORMANT, *rest])
 
     def wait(self, index: int, step: int) -> None:
         """Try again after the present interval: this time there was nothing to measure."""
-        for moment in self.cells[index].curvature.statistics:
+        for moment in self.cells[index].statistics:
             _, interval, *rest = self.cells[index].clock(moment.key)
             self.cells[index].set_clock(moment.key, [step + interval, interval, *rest])
 
     def wake(self, index: int, step: int) -> None:
         """Watch a layer again from `step` on."""
-        for moment in self.cells[index].curvature.statistics:
+        for moment in self.cells[index].statistics:
             _, *rest = self.cells[index].clock(moment.key)
             self.cells[index].set_clock(moment.key, [step, *rest])

@@ -94,10 +94,14 @@ class Table:
         self.views = tuple(self.base.unbind())
         self.read()
 
+    stamp = 0
+    """Another number after every change."""
+
     def read(self) -> None:
         """Take what the tensor holds."""
         self.rows: list[Any] = self.base.tolist()
         self.version, self.changed = self.base._version, False
+        self.stamp += 1
 
     def write(self) -> None:
         """Bring the tensor up to date."""
@@ -111,6 +115,7 @@ class Table:
         """A new value, for the tensor at the next `write`."""
         self.rows[row] = value
         self.changed = True
+        self.stamp += 1
 
 
 class Vector(NamedTuple):
@@ -163,6 +168,7 @@ class Storage:
         for layout, mine in zip(self.layouts, self.mine):
             self.vectors.append(self._bind_vectors(state, mine))
             self._bind_statistics(state, layout, alike)
+        self.clocks = [table for name, table in self.tables.items() if name.split()[0].endswith("_clock")]
         for cell in cells:
             cell.numbers = Numbers(self.places[cell.layer.parameters[0]])
 
@@ -264,6 +270,11 @@ class Storage:
             if table.base._version != table.version:
                 table.read()
 
+    @property
+    def clocks_stamp(self) -> int:
+        """Another number after every change of a clock."""
+        return sum(table.stamp for table in self.clocks)
+
     def count_step(self) -> None:
         """All parameters have made one more step."""
         table = self.table("step")
@@ -336,7 +347,7 @@ def likeness(cell: Cell, group: Callable[[nn.Parameter], int], place: int) -> Ha
         return "loose", group(layer.parameters[0])
     if cell.split:
         return place
-    sides = () if cell.by_rows else tuple(m.shape(layer)[1:] for m in cell.curvature.statistics)
+    sides = () if cell.by_rows else tuple(m.shape(layer)[1:] for m in cell.statistics)
     return cell.curvature, layer.shape.out, layer.shape.inner, sides, group(layer.parameters[0])
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from natgrad.capture import calm
-from natgrad.cell import DORMANT, Cell
+from natgrad.cell import Cell
 from natgrad.curvature import Curvature, Identity
 from natgrad.layers import Found, Loose, find_layers
 from natgrad.layers.base import real, real_type
@@ -29,7 +29,7 @@ from natgrad.optim import checks, noise
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import Census
 from natgrad.optim.change import LastStep
-from natgrad.optim.coverage import count_preconditioned
+from natgrad.optim.coverage import Preconditioned, count_preconditioned
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.lengths import Keeps, Length, Remembers, layerwise
@@ -43,7 +43,7 @@ from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World, uneven
-from natgrad.preconditioner import TWICE, Preconditioner, Step, shortened
+from natgrad.preconditioner import TWICE, Clocks, Preconditioner, Step, shortened
 from natgrad.stacks import Storage
 from natgrad.staleness import Every, Staleness
 
@@ -125,6 +125,7 @@ class SecondOrder(Views, Optimizer):
         self.gradients = Gradients(self.world, max_norm, partial(known_scale, self))
         self.said: set[str] = set()  # warnings that were given
         self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
+        self._counted: tuple[Clocks, tuple[bool, ...], Preconditioned] | None = None
         self._join_config = uneven.nobody()
         self._scope = None if params is None else checks.scope_of(params)
         self._model = model
@@ -391,7 +392,7 @@ class SecondOrder(Views, Optimizer):
         with self.engine.timed("messages"):
             gradients = self.gradients.to_owners(self.storage, present, scale)
         self.engine.factor([self.param_groups[place]["damping"] for place in self._groups])
-        self.preconditioned = count_preconditioned(self.cells, present)
+        self.preconditioned = self._count(present)
         self._hear_noise(self.storage.present(gradients, present), sent_scale)
         update(self, present, gradients)
         if self.census.unfrozen():
@@ -400,6 +401,13 @@ class SecondOrder(Views, Optimizer):
         self.storage.write()
         self._hear_length()
         self.engine.arm(step + 1)
+
+    def _count(self, present: Sequence[bool]) -> Preconditioned:
+        """How much this step preconditions; counted anew where layers or clocks are others than in the last one."""
+        now = self.engine.clocks, tuple(present)
+        if self._counted is None or self._counted[0] is not now[0] or self._counted[1] != now[1]:
+            self._counted = *now, count_preconditioned(self.cells, present)
+        return self._counted[2]
 
     def _hear_noise(self, gradients: Sequence[Tensor], scale: float) -> None:
         """In steps that measure, learn how noisy the gradient is from shares of it that are there anyway."""
@@ -452,15 +460,14 @@ class SecondOrder(Views, Optimizer):
                 engine.sleep(k)
             elif engine.cells[k].ready:
                 engine.wait(k, step)
-        for k, cell in enumerate(engine.cells):
-            asleep = any(cell.clock(m.key)[0] >= DORMANT for m in cell.curvature.statistics)
+        for k, asleep in enumerate(engine.clocks.asleep):
             if asleep and present[k] and k not in found.unseen:
                 engine.wake(k, step + 1)
         whys = {k: HALF_FROZEN for k, half in enumerate(halves) if half} | found.astray
         for k, called in found.unseen.items():
             if present[k] and not called and not self.cells[k].ready and found.astray.get(k) != TWICE:
                 whys[k] = NOT_SAMPLED if self.sampled else NEVER_CALLED
-        for k, cell in enumerate(self.cells):
+        for k, cell in enumerate(self.cells if engine.drops else ()):
             times, why = engine.drops.get(cell.name, (0, ""))
             if k in whys or times < WARNED:
                 continue
@@ -475,7 +482,7 @@ class SecondOrder(Views, Optimizer):
             self.say(message, message[:12])
         if not whys:
             return present
-        curved = [k for k, cell in enumerate(self.cells) if cell.curvature.statistics]
+        curved = [k for k, cell in enumerate(self.cells) if cell.statistics]
         if curved and all(found.astray.get(k) == TWICE for k in curved):
             raise ValueError(
                 f"{TWICE}, and no layer would keep its curvature: the hooks see only the first pass. Take an optimizer "
@@ -538,7 +545,7 @@ class SecondOrder(Views, Optimizer):
     @property
     def fallback_is_all(self) -> bool:
         """Whether no layer is meant to have curvature."""
-        return all(not c.curvature.statistics for c in self.cells if not isinstance(c.layer, Loose))
+        return all(not c.statistics for c in self.cells if not isinstance(c.layer, Loose))
 
     def rebuild(self) -> None:
         """Look at the model again, after parameters were added, replaced or moved, or a half frozen layer was unfrozen.

@@ -86,7 +86,7 @@ class Preconditioned(NamedTuple):
 def count_preconditioned(cells: Sequence[Cell], present: Sequence[bool]) -> Preconditioned:
     """Counts over all ranks' layers that have a gradient."""
     moved = [cell for cell, here in zip(cells, present) if here]
-    own = [cell for cell in moved if cell.curvature.statistics and cell.ready]
+    own = [cell for cell in moved if cell.statistics and cell.ready]
     weights = [sum(sum(p.numel() for p in cell.layer.parameters) for cell in some) for some in (own, moved)]
     return Preconditioned(len(own), weights[0], len(moved), weights[1])
 
@@ -119,7 +119,7 @@ def coverage(
                 bytes=numbers * max(weight.element_size(), 4),
                 flops=flops,
                 owner=cell.owner,
-                covered=bool(cell.curvature.statistics),
+                covered=bool(cell.statistics),
             )
         )
     return rows
@@ -137,5 +137,5 @@ def describe(cell: Cell) -> str:
     """The curvature's name, with the sides that are kept diagonal."""
     if cell.by_rows:
         return cell.curvature.name
-    sides = [m.key for m in cell.curvature.statistics if len(m.shape(cell.layer)) == 2]
+    sides = [m.key for m in cell.statistics if len(m.shape(cell.layer)) == 2]
     return cell.curvature.name + (f" ({', '.join(sides)} diagonal)" if sides else "")

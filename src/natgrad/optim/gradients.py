@@ -99,16 +99,19 @@ class Gradients:
         halves = [any(own) and not all(own) for own in frozen]
         lost = [(c.by_rows or self.loaded) and c.lost(self.world.rank) for c in cells]
         self.loaded = False
-        flags = torch.tensor([float(bad), *map(float, (*here, *halves, *lost))], dtype=torch.float64)
-        self.world.max([flags], "scalars")
-        if flags[0] > 0:
+        told = [bad, *here, *halves, *lost]
+        if self.world.size > 1:
+            flags = torch.tensor(told, dtype=torch.float64)
+            self.world.max([flags], "scalars")
+            told = [flag > 0 for flag in flags.tolist()]
+        if told[0]:
             self.give_up()
             return None
         if early is not None:
             early.check(scale)
         if (look or self.mode == "auto") and not self.reduced and self.active == self.world.size:
             self._are_local(gradients)
-        count, told = len(cells), [bool(f) for f in flags[1:].tolist()]
+        count, told = len(cells), told[1:]
         for cell, gone in zip(cells, told[2 * count :]):
             if gone:
                 cell.forget()

@@ -220,8 +220,9 @@ class NLCG(SecondOrder):
         """Write down what the step has left, on every rank."""
         memory, self.conjugate.next = self.conjugate.next, None
         if memory is not None:
+            numbers = memory.tensor().tolist()
             for cell in self.cells:
-                cell.numbers["scalars"] = list(memory.tensor().tolist())
+                cell.numbers["scalars"] = numbers
             self.storage.write()
 
     def coverage(self) -> CoverageTable:

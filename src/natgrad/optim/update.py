@@ -32,7 +32,8 @@ def update(
     cells, timed = optimizer.cells, optimizer.engine.timed
     for group in optimizer.param_groups:  # a number of the groups, so that a resumed run knows it
         group["batch"] = optimizer.engine.samples or group.get("batch", 0)
-    chosen = [k for k, here in enumerate(present) if here and (cells[k].ready or k in bare)]
+    ready = optimizer.engine.clocks.ready
+    chosen = [k for k, here in enumerate(present) if here and (ready[k] or k in bare)]
     with timed("precondition"):
         segments = segments_of(optimizer, chosen, vectors, bool(bare))
         factors = aim(optimizer, segments, bool(bare))

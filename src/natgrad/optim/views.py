@@ -49,7 +49,7 @@ class Views:
 
     def intervals(self) -> dict[str, int]:
         """The present refresh interval of every statistic, by layer and statistic."""
-        return {f"{c.name}.{m.key}": c.clock(m.key)[1] for c in self.cells for m in c.curvature.statistics}
+        return {f"{c.name}.{m.key}": c.clock(m.key)[1] for c in self.cells for m in c.statistics}
 
     def traffic(self) -> dict[str, int]:
         """Bytes of payload in the last step by kind: gradients, statistics, weights, scalars."""
