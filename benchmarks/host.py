@@ -171,7 +171,7 @@ def table(content: dict[str, Any]) -> str:
     lines = []
     for case in content["cases"]:
         lines += [
-            f"\n{case['case']}:\n",
+            f"\nThe layers of {case['case']}:\n",
             "| a step | operations | waits | ms | over AdamW(foreach) |",
             "| --- | ---: | ---: | ---: | ---: |",
         ]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import defaults
+import host
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,12 +97,18 @@ def settings(results: dict[str, Any], which: str | None) -> str:
     return defaults.table(results)
 
 
+def on_host(results: dict[str, Any], which: str | None) -> str:
+    """Operations, waits and milliseconds of a step by network."""
+    return host.table(results).strip()
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "compare": compared,
     "scaling": scaling,
     "micro": micro,
     "overhead": overhead,
     "defaults": settings,
+    "host": on_host,
 }
 
 
