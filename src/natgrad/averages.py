@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.cell import Cell, relative
 
-TOGETHER = 2**24  # numbers that are looked at in one go: their differences need as much memory once more
+TOGETHER = 2**20  # numbers that are looked at in one go: their differences need as much memory, best in a cache
 
 
 class Fresh(NamedTuple):

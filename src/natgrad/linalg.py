@@ -22,10 +22,10 @@ def first_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower factors of matrix + damping I, and which blocks [b] have one; the identity where there is none."""
+    """The lower factors of matrix + damping I, and which blocks [b] have one; where there is none it has no meaning."""
     factor, good = _cholesky(matrix, damping)
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.where(good[:, None, None], factor, eye), good
+    factor.diagonal(dim1=1, dim2=2).masked_fill_(~good[:, None], 1)  # which triangular solvers do not stumble over
+    return factor, good
 
 
 def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
