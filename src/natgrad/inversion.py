@@ -130,16 +130,12 @@ class Inversion:
     def _keep(self, slab: Slab, inverse: Tensor) -> None:
         """Write inverses into the owner's state, and remember those that travel."""
         first = self.cells[slab.cells[0]]
-        if first.owner == self.world.rank:
-            self._inverse_of(slab).copy_(inverse)
+        if first.by_rows and first.owner == self.world.rank:
+            first.state()[f"{slab.key}_inverse"] = inverse  # those made together lie behind one another
+        elif first.owner == self.world.rank:
+            self.storage.blocks_of(slab.cells[0], slab.cells[-1], f"{slab.key}_inverse").copy_(inverse)
         else:
             self.made[slab.cells[0], slab.key] = inverse
-
-    def _inverse_of(self, slab: Slab) -> Tensor:
-        name = f"{slab.key}_inverse"
-        if self.cells[slab.cells[0]].by_rows:
-            return self.cells[slab.cells[0]].state()[name]
-        return self.storage.blocks_of(slab.cells[0], slab.cells[-1], name)
 
     def _batches(self) -> Iterator[tuple[Curvature, list[Slab]]]:
         """Statistics of one size and one formula, as runs of neighbours."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,3 +25,9 @@ class ByRows(Curvature):
     @abstractmethod
     def digest(self, rows: Sample, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Sample]:
         """The matrices [b, n, n] that `factor` takes, and what else is kept, from the rows of all ranks."""
+
+    def precondition_all(
+        self, kept: Sequence[Mapping[str, Tensor]], gradients: Sequence[Tensor], damping: float
+    ) -> list[Tensor]:
+        """`precondition` for several layers, which may share what they do."""
+        return [self.precondition(own, gradient, damping) for own, gradient in zip(kept, gradients)]

@@ -15,7 +15,7 @@ Kept of a layer beside K and its factor: U's rows, `short_left` and `short_right
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -115,22 +115,52 @@ class SampleSpace(ByRows):
 
     def without(self, kept: Sample, gradient: Tensor, weights: Tensor, damping: float) -> Tensor:
         """(g - U b) / lambda with b = `weights`."""
+        return (gradient - self._subtracted(kept, gradient, weights)) / damping
+
+    def _subtracted(self, kept: Sample, gradient: Tensor, weights: Tensor) -> Tensor:
+        """U b with b = `weights`, as the release has it where asked for."""
         shape = Shape(*gradient.shape)
         if self.legacy is not None and self.legacy.blurs(kept, shape):
-            return (gradient - mean_field(kept, weights)) / damping
-        return (gradient - combine(kept, weights, shape)) / damping
+            return mean_field(kept, weights)
+        return combine(kept, weights, shape)
 
-    def makes_up(self, kept: Sample, gradient: Tensor) -> bool:
-        """Whether the gradient is U c to rounding, c being `mean`."""
+    def makes_up(self, kept: Sample, gradient: Tensor) -> Tensor:
+        """Whether the gradient is U c to rounding, c being `mean` [scalar]."""
         rest = gradient - combine(kept, kept["mean"], Shape(*gradient.shape))
         limit = torch.finfo(gradient.dtype).eps ** 0.5
-        return bool(torch.linalg.vector_norm(rest) <= limit * torch.linalg.vector_norm(gradient))
+        return torch.linalg.vector_norm(rest) <= limit * torch.linalg.vector_norm(gradient)
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
-        kept, root = dict(inverses), inverses["U"][0]
-        if "fresh" in kept and self.legacy is None and self.makes_up(kept, gradient):
-            return combine(kept, solved(root, kept["mean"]), Shape(*gradient.shape))
-        return self.without(kept, gradient, solved(root, self.against(kept, gradient)), damping)
+        return self.precondition_all([inverses], [gradient], damping)[0]
+
+    def precondition_all(
+        self, kept: Sequence[Mapping[str, Tensor]], gradients: Sequence[Tensor], damping: float
+    ) -> list[Tensor]:
+        own = [dict(one) for one in kept]
+        whole = self._made_up(own, gradients)
+        right = [k["mean"] if made else self.against(k, g) for k, g, made in zip(own, gradients, whole)]
+        weights = solved_all([k["U"][0] for k in own], right)
+        found = [
+            combine(k, w, Shape(*g.shape)) if made else self._subtracted(k, g, w)
+            for k, g, w, made in zip(own, gradients, weights, whole)
+        ]
+        rest = [k for k, made in enumerate(whole) if not made]
+        if rest:  # (g - U b) / lambda, as in `without`
+            away = torch._foreach_sub([gradients[k] for k in rest], [found[k] for k in rest])
+            torch._foreach_div_(away, damping)
+            for k, direction in zip(rest, away):
+                found[k] = direction
+        return found
+
+    def _made_up(self, kept: Sequence[Sample], gradients: Sequence[Tensor]) -> list[bool]:
+        """Of which layers the gradient is a sum of the columns; the host waits once."""
+        asked = [k for k, one in enumerate(kept) if "fresh" in one and self.legacy is None]
+        found = [False] * len(kept)
+        if asked:
+            told = torch.stack([self.makes_up(kept[k], gradients[k]).to(gradients[0].device) for k in asked])
+            for k, made in zip(asked, told.tolist()):
+                found[k] = made
+        return found
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         columns = explicit(dict(statistics), shape).flatten(1)
@@ -176,6 +206,31 @@ class SampleSpace(ByRows):
 def solved(root: Tensor, right: Tensor) -> Tensor:
     """(L L^T)^-1 right [n]."""
     return torch.cholesky_solve(right.unsqueeze(1), root)[:, 0]
+
+
+def solved_all(roots: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    """`solved` for several roots [n, n]; those that lie behind one another in memory are taken as one."""
+    found: list[Tensor] = []
+    while len(found) < len(roots):
+        begin = len(found)
+        end = begin + 1
+        while end < len(roots) and behind(roots[end - 1], roots[end]):
+            end += 1
+        first, count = roots[begin], end - begin
+        size = (count, *first.shape)
+        joined = first.as_strided(size, (first.numel(), *first.stride()), first.storage_offset())
+        found += torch.cholesky_solve(torch.stack(list(right[begin:end])).unsqueeze(2), joined)[..., 0]
+    return found
+
+
+def behind(one: Tensor, other: Tensor) -> bool:
+    """Whether a matrix begins in memory where another of its size ends."""
+    alike = one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
+    return (
+        alike
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and other.storage_offset() == one.storage_offset() + one.numel()
+    )
 
 
 def shortened(rows: Sample, rank: int | None) -> Sample:

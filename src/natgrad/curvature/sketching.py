@@ -60,13 +60,13 @@ class CountSketch(Sketch):
         return (places * (1 - 2 * torch.randint(2, (length,), **options))).int()
 
     def apply(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
-        places, signs = drawn.abs().long() - 1, drawn.sign().to(x.dtype)
-        result = x.new_zeros(*x.shape[:-1], size)
-        columns, sums = x.reshape(-1, x.shape[-1]), result.view(-1, size)
+        places, signs = drawn.abs(), drawn.sign()
+        result = x.new_zeros(*x.shape[:-1], size + 1)  # the first of which nothing is added to
+        columns, sums = x.reshape(-1, x.shape[-1]), result.view(-1, size + 1)
         step = max(1, CACHED // x.shape[-1]) if x.device.type == "cpu" else max(1, len(columns))
         for some, out in zip(columns.split(step), sums.split(step)):
             out.index_add_(-1, places, some * signs)
-        return result
+        return result[..., 1:]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.cell import Cell
+from natgrad.curvature.by_rows import ByRows
 from natgrad.layers import Loose
 from natgrad.layers.base import promote, real
 from natgrad.stacks import Layout, Run, Storage, Vector, adjacent
@@ -132,8 +133,27 @@ class Segment:
 
     def precondition(self, vector: Tensor) -> Tensor:
         """The damped natural gradient of a gradient, layers that are alike at once."""
-        found = [self._preconditioned(part, vector).reshape(-1) for part in self.plan.parts]
+        found: list[Tensor] = []
+        for rows, some in groupby(self.plan.parts, key=self._rows_of):
+            parts = list(some)
+            if rows is None:
+                found += [self._preconditioned(part, vector).reshape(-1) for part in parts]
+            else:
+                found += [one.reshape(-1) for one in self._by_rows(rows, parts, vector)]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _rows_of(self, part: Part) -> ByRows | None:
+        """The curvature of a layer in the space of samples."""
+        curvature = self.plan.storage.cells[part.run.places[0]].curvature
+        return curvature if isinstance(curvature, ByRows) else None
+
+    def _by_rows(self, curvature: ByRows, parts: Sequence[Part], vector: Tensor) -> list[Tensor]:
+        """Layers in the space of samples, which share their solves."""
+        places = [part.run.places[0] for part in parts]
+        whole = vector is self.gradient
+        kept = [self.plan.storage.cells[k].kept(whole and k in self.fresh) for k in places]
+        pieces = [vector[part.start : part.stop].view(part.form) for part in parts]
+        return curvature.precondition_all(kept, pieces, self.group["damping"])
 
     def _preconditioned(self, part: Part, vector: Tensor) -> Tensor:
         run, start, stop, form = part
@@ -141,9 +161,6 @@ class Segment:
         if isinstance(cell.layer, Loose):
             return vector[start:stop].clone()
         piece = vector[start:stop].view(form)
-        if cell.by_rows:
-            fresh = run.places[0] in self.fresh and vector is self.gradient
-            return cell.precondition(piece, self.group["damping"], fresh)
         kept = {
             key: self.plan.storage.statistics[run.stack, name][run.begin[name] : run.end[name]]
             for key, name in zip(cell.keys, run.begin)
