@@ -121,6 +121,8 @@ class Inversion:
             if good is not None and not next(sound):
                 inverse, tries = curvature.mend(slabs[0].key, joined, damping)
                 retries += tries
+            if self.cells[slabs[0].cells[0]].by_rows:  # these are kept as they are; LAPACK's lie column by column
+                inverse = inverse.contiguous()
             for slab, part in zip(slabs, inverse.split([len(s.statistic) for s in slabs])):
                 self._keep(slab, part)
         for index, key in self.jobs:
