@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from record import git, machine
+from record import git, machine, read
 
 import natgrad
 from natgrad.data import Splits
@@ -55,6 +55,8 @@ NEAR = 3.2
 """The training loss below which a run is judged at all: at the target it is about 2.9."""
 FAR = 3.0
 FRESH = (1, 2)
+MOST_LOST = 4
+"""Learning rates in one direction that may miss the target before the other direction is tried."""
 CONTENDERS: dict[str, tuple[Settings, float, str]] = {
     "SP-NGD": (SpNgd(), 0.05, "#D55E00"),
     "SGD": (Sgd(lr=0.1, nesterov=True), 0.2, "#08519C"),
@@ -127,7 +129,9 @@ def arrival(job: Job) -> float | None:
     return None
 
 
-def search(runs: Runs, name: str, batch: int, near: float, most: int) -> tuple[float, dict[float, float]]:
+def search(
+    runs: Callable[..., float], name: str, batch: int, near: float, most: int
+) -> tuple[float, dict[float, float]]:
     """The best learning rate on seed 0, and the steps at each that was tried."""
     tried: dict[float, float] = {}
 
@@ -138,21 +142,19 @@ def search(runs: Runs, name: str, batch: int, near: float, most: int) -> tuple[f
 
     at(near)
     for factor in (2.0, 0.5):
-        best = min(tried, key=lambda lr: tried[lr])
+        lr = min(tried, key=lambda lr: tried[lr])
         lost = 0
-        lr = best
-        while lost < 1:
-            lr *= factor
-            if lr in tried:
-                break
-            least = min(tried.values())
-            lost += at(lr) >= least and not math.isinf(least)
-            if math.isinf(least) and len(tried) > 6:
+        while (lr := lr * factor) not in tried and lost < MOST_LOST:
+            before = min(tried.values())
+            lost += at(lr) == math.inf
+            if tried[lr] >= before < math.inf:
                 break
     return min(tried, key=lambda lr: tried[lr]), tried
 
 
-def measured(runs: Runs, name: str, batches: list[int], seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def measured(
+    runs: Callable[..., float], name: str, batches: Sequence[int], seeds: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
     """One batch after another, each beginning at the learning rate and the steps of the last."""
     near, most = CONTENDERS[name][1], 5000
     least = math.inf
@@ -269,7 +271,7 @@ def main() -> None:
             "command": "python benchmarks/critical.py --data PATH",
         }
         write_json(told.out, {"about": about, "target": TARGET, "above": ABOVE, "rows": rows})
-    rows = json.loads(told.out.read_text())["rows"]
+    rows = read(told.out)["rows"]
     if told.out == RESULTS:
         with look():
             draw(rows).savefig(PLOT, metadata={"Date": None})

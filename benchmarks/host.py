@@ -16,7 +16,6 @@ Operations are those that torch dispatches (a `_foreach_` call is one). A wait i
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import Record
+from record import Record, read
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -198,7 +197,7 @@ def main() -> None:
             case = {"case": name, "rounds": told.rounds, "threads": 1}
             if record.find(case) is None:
                 record.add(case, measure(net, told.rounds))
-    return print(table(json.loads(told.out.read_text())))
+    return print(table(read(told.out)))
 
 
 def profile(name: str) -> None:

@@ -13,6 +13,13 @@ import torch
 import natgrad
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The results of a benchmark that has been run."""
+    if not path.exists():
+        raise SystemExit(f"{path} is not there yet: run the script without --show first")
+    return json.loads(path.read_text())
+
+
 class Record:
     """A file of cases, written after each of them: a run that was stopped goes on where it was."""
 

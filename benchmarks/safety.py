@@ -12,7 +12,6 @@ steps where a batch is below 1,000 predictions, and the last over the first.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from record import Record
+from record import Record, read
 
 from natgrad.data import Splits
 from natgrad.parallel import World
@@ -132,7 +131,7 @@ def main() -> None:
                 rows = [row(name, lr, count, losses_of(task, batch, name, lr, splits)) for lr in RATES]
                 record.add(case, rows)
                 print(f"{case['case']}, {name}: {', '.join(map(shown, rows))}", flush=True)
-    print(table(json.loads(told.out.read_text())))
+    print(table(read(told.out)))
 
 
 if __name__ == "__main__":

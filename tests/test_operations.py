@@ -1,32 +1,25 @@
 """What a step issues depends on the kinds of layers, not on their number, and state stays one with its storage."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import natgrad
 from helpers import OPTIMIZERS, backward, made, points, train, weights
 from natgrad.layers import Loose
+from natgrad.optim.segments import Segment
 from natgrad.stacks import likeness
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from host import Counted
+
 NEVER = 10**9
-
-
-class Counted(TorchDispatchMode):
-    """Counts operations that are not views."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
-        self.operations += not views
-        return function(*args, **(kwargs or {}))
 
 
 def deep(layers):
@@ -105,15 +98,63 @@ def test_a_state_that_somebody_replaced_is_taken_over(kind):
 def test_what_was_written_into_the_state_counts():
     model = deep(3)
     opt = natgrad.SPNGD(model, lr=0.05, refresh=5, length=natgrad.plain, momentum=0.9)
-    train(opt, model, [points(8, 0)])
-    assert opt.intervals()["0.A"] == 5
-    state = opt.state[model[0].weight]
-    state["momentum"].zero_()
-    state["A_clock"][0] = 2
-    backward(model, points(8, 1))
+    train(opt, model, [points(8, 0), points(8, 1)])
+    for parameter, state in opt.state.items():
+        if "momentum" in state:
+            state["momentum"].zero_()
+            state[next(key for key in state if key.endswith("_clock"))][0] = 4
+        assert parameter in dict.fromkeys(model.parameters())
+    backward(model, points(8, 2))
+    gradients = [cell.layer.pack([p.grad.clone() for p in cell.layer.parameters]) for cell in opt.cells]
     opt.step()
-    assert opt.state[model[0].weight]["A_clock"].tolist()[0] == 2  # it was not watched: nothing was armed for it
-    assert opt.steps_made == 2
+    for cell, gradient in zip(opt.cells, gradients):
+        assert_close(cell.state()["momentum"], cell.precondition(gradient, 3e-4))  # nothing of the steps before
+    assert opt.refreshed == 0
+    opt.zero_grad()
+    train(opt, model, [points(8, 3)])
+    assert opt.refreshed > 0  # due in step 4, as the clocks say now
+
+
+@pytest.mark.parametrize("lose", [lambda opt: opt.state.clear(), lambda opt: opt.state.popitem()], ids=["all", "one"])
+def test_a_state_that_was_lost_is_an_error(lose):
+    model = deep(2)
+    opt = natgrad.SPNGD(model, lr=0.05)
+    train(opt, model, [points(8, 0)])
+    start = weights(model)
+    lose(opt)
+    backward(model, points(8, 1))
+    with pytest.raises(ValueError, match=r"has lost .* load a whole state"):
+        opt.step()
+    assert torch.equal(weights(model), start)
+
+
+def test_a_rule_keeps_what_it_likes():
+    """Numbers come as rows of a table; tensors of other shapes are in each cell's state."""
+
+    class Mine:
+        def allocate(self, layer, state):
+            state["seen"] = torch.zeros(())
+            state["rows"] = torch.zeros(layer.shape.blocks * layer.shape.out)
+            state["square"] = torch.zeros(layer.shape.blocks, layer.shape.out)
+
+        def __call__(self, segments, natural, world):
+            for segment, curved in zip(segments, natural(segments, [s.gradient for s in segments])):
+                segment.state["seen"] += 1
+                for cell, piece in zip(segment.cells, segment.pieces(segment.gradient)):
+                    cell.state()["rows"] += piece.square().sum(2).flatten()
+                    cell.state()["square"] += piece.square().sum(2)
+                segment.direction = curved
+
+    model = deep(2)
+    opt = natgrad.SPNGD(model, lr=0.05, rule=Mine(), length=natgrad.plain)
+    train(opt, model, [points(8, 0), points(8, 1)])
+    for cell in opt.cells:
+        assert float(cell.state()["seen"]) == 2
+        assert torch.equal(cell.state()["rows"], cell.state()["square"].flatten())
+        assert float(cell.state()["rows"].sum()) > 0
+    (segments,) = opt.outlines.known[1]
+    with pytest.raises(KeyError, match="of another shape in every layer"):
+        Segment(segments[0], torch.zeros(segments[0].numel)).state["rows"]
 
 
 def test_layers_that_take_no_part_keep_their_vectors():

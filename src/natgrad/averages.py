@@ -22,6 +22,11 @@ class Fresh(NamedTuple):
     value: Tensor
     samples: int
 
+    @property
+    def last(self) -> Tensor:
+        """The statistic as it is kept so far."""
+        return self.cell.state()[self.key]
+
 
 def absorb(found: Sequence[Fresh]) -> list[int]:
     """Take in measurements. Returns for each the steps until the next one, 0 if it is not finite and was left out.
@@ -29,19 +34,17 @@ def absorb(found: Sequence[Fresh]) -> list[int]:
     The staleness rule is told |X - Y| / |Y| for each past value Y that it asks for (Frobenius norms, SP-NGD section
     4.3.1). The host waits once.
     """
-    looks = [_look(batch) for batch in _batches(found)]
-    told = iter(_on_host([numbers for _, _, numbers in looks]))
+    batches = list(_batches(found))
+    looks = [_look(batch) for batch in batches]
+    told = iter(_on_host([numbers for _, numbers in looks]))
     intervals = []
-    for batch, fresh, _ in looks:
-        sizes = [next(told) for _ in batch]
-        pasts = [len(one.cell.past(one.key)) for one in batch]
-        norms = [[(next(told), next(told)) for _ in range(count)] for count in pasts]
-        sound = [k for k, size in enumerate(sizes) if math.isfinite(size)]
-        changes = [[relative(*pair) for pair in pairs] for pairs in norms]
-        _write([batch[k] for k in sound], [fresh[k] for k in sound])
-        good = set(sound)
+    for batch, (fresh, _) in zip(batches, looks):
+        sound = [math.isfinite(next(told)) for _ in batch]
+        changes = [[relative(next(told), next(told)) for _ in one.cell.past(one.key)] for one in batch]
+        _write([one for one, good in zip(batch, sound) if good], [value for value, good in zip(fresh, sound) if good])
         intervals += [
-            one.cell.next_interval(one.key, changes[k], one.samples) if k in good else 0 for k, one in enumerate(batch)
+            one.cell.next_interval(one.key, changed, one.samples) if good else 0
+            for one, changed, good in zip(batch, changes, sound)
         ]
     return intervals
 
@@ -50,13 +53,8 @@ def _batches(found: Sequence[Fresh]) -> Iterator[list[Fresh]]:
     """In their order, in batches of one type and device that are not too large."""
     batch, count = list[Fresh](), 0
     for one in found:
-        value = one.cell.state()[one.key]
-        other = batch and (
-            count + value.numel() > TOGETHER
-            or (kind := batch[0].cell.state()[batch[0].key]).dtype != value.dtype
-            or kind.device != value.device
-        )
-        if other:
+        value = one.last
+        if batch and (count + value.numel() > TOGETHER or not alike(batch[0].last, value)):
             yield batch
             batch, count = [], 0
         batch.append(one)
@@ -65,9 +63,14 @@ def _batches(found: Sequence[Fresh]) -> Iterator[list[Fresh]]:
         yield batch
 
 
-def _look(batch: list[Fresh]) -> tuple[list[Fresh], list[Tensor], list[Tensor]]:
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one type and are on one device."""
+    return one.dtype == other.dtype and one.device == other.device
+
+
+def _look(batch: list[Fresh]) -> tuple[list[Tensor], Tensor]:
     """The new statistics, and numbers for the host: the largest entry of each, then |X - Y| and |Y| of all past Y."""
-    lasts = [one.cell.state()[one.key] for one in batch]
+    lasts = [one.last for one in batch]
     values = [one.value.to(last) for one, last in zip(batch, lasts)]
     fresh = list(values)
     shares = [one.cell.kept_share(one.key) for one in batch]
@@ -83,24 +86,18 @@ def _look(batch: list[Fresh]) -> tuple[list[Fresh], list[Tensor], list[Tensor]]:
         olds = [old for _, old in pairs]
         changes = torch._foreach_norm(torch._foreach_sub([new for new, _ in pairs], olds))
         numbers += [n for pair in zip(changes, torch._foreach_norm(olds)) for n in pair]
-    return batch, fresh, [torch.stack(numbers)]
+    return fresh, torch.stack(numbers)
 
 
-def _on_host(numbers: Sequence[Sequence[Tensor]]) -> list[float]:
-    told = [value for own in numbers for value in own]
-    if not told:
-        return []
-    return torch.cat([value.to(told[0].device, torch.float64) for value in told]).tolist()
+def _on_host(numbers: Sequence[Tensor]) -> list[float]:
+    """All of them; the host waits once."""
+    return torch.cat([own.to(numbers[0].device, torch.float64) for own in numbers]).tolist() if numbers else []
 
 
 def _write(batch: Sequence[Fresh], fresh: Sequence[Tensor]) -> None:
     """The statistics of before become those before the last, and fresh ones take their place."""
-    pairs = [
-        (before, one.cell.state()[one.key])
-        for one in batch
-        if (before := one.cell.state().get(f"{one.key}_before")) is not None
-    ]
+    pairs = [(before, one.last) for one in batch if (before := one.cell.state().get(f"{one.key}_before")) is not None]
     if pairs:
         torch._foreach_copy_([before for before, _ in pairs], [last for _, last in pairs])
     if batch:
-        torch._foreach_copy_([one.cell.state()[one.key] for one in batch], list(fresh))
+        torch._foreach_copy_([one.last for one in batch], list(fresh))

@@ -31,6 +31,10 @@ Kind = tuple[torch.dtype, torch.device, torch.dtype]
 """The type of what is kept, the device, and the type in which gradients travel."""
 
 
+NUMBERS = 16
+"""So many numbers of one name and layer are kept as numbers at most; what is larger stays a tensor of its own."""
+
+
 class View(NamedTuple):
     """How a parameter's numbers lie in a flat vector."""
 
@@ -78,15 +82,19 @@ def views_of(cell: Cell, start: int) -> list[View]:
     marked = torch.empty(layer.shape, dtype=torch.float32, device="meta")
     found = []
     for parameter, part in zip(layer.parameters, layer.unpack(marked)):
-        part = real(part)
+        part, kind = real(part), type(layer).__name__
         if part.untyped_storage()._cdata != marked.untyped_storage()._cdata:
-            raise TypeError(f"{type(layer).__name__}.unpack copies; return views of the matrix (see Layer.unpack)")
-        assert part.shape == real(parameter.detach()).shape, (part.shape, parameter.shape)
+            raise TypeError(f"{kind}.unpack copies; return views of the matrix (see Layer.unpack)")
+        if part.shape != real(parameter.detach()).shape:
+            raise TypeError(
+                f"{kind}.unpack gives {tuple(part.shape)} for a parameter of shape {tuple(parameter.shape)}; return "
+                "tensors shaped like the layer's parameters"
+            )
         found.append(View(tuple(part.shape), part.stride(), start + int(part.storage_offset())))
     return found
 
 
-class Table:
+class NumberTable:
     """Numbers of one name: a tensor on the host with a row for each of its places, and python's copy of it."""
 
     def __init__(self, values: Sequence[Tensor]):
@@ -155,12 +163,12 @@ class Storage:
         self.layouts = [Layout(kind, places, cells, alike) for kind, places in kinds.items()]
         self.mine = [[k for k in layout.order if cells[k].owner == rank] for layout in self.layouts]
         self.stack_of: dict[int, int] = {}
-        self.order = {k: place for place, k in enumerate(k for layout in self.layouts for k in layout.order)}
+        self._place = {k: place for place, k in enumerate(k for layout in self.layouts for k in layout.order)}
         self.vectors: list[dict[str, Vector]] = []
         self.statistics: dict[tuple[int, str], Tensor] = {}
         self.blocks: dict[tuple[int, str], tuple[int, int]] = {}
-        self.tables: dict[str, Table] = {}
-        self.places: dict[nn.Parameter, dict[str, tuple[Table, int]]] = {}
+        self.tables: dict[str, NumberTable] = {}
+        self.places: dict[nn.Parameter, dict[str, tuple[NumberTable, int]]] = {}
         self.bound: dict[nn.Parameter, dict[str, Tensor]] = {}
         self.masters = any("master" in state[p] for cell in cells for p in cell.layer.parameters)
         """Whether weights are kept in more precision than the model's."""
@@ -186,7 +194,7 @@ class Storage:
                             (parameter, key, value)
                         )
         for name, entries in found.items():
-            table = self.tables[name] = Table([value for _, _, value in entries])
+            table = self.tables[name] = NumberTable([value for _, _, value in entries])
             for row, ((parameter, key, _), view) in enumerate(zip(entries, table.views)):
                 self.places.setdefault(parameter, {})[key] = table, row
                 self._bind(state, parameter, key, view)
@@ -239,7 +247,7 @@ class Storage:
 
     def place_of(self, k: int) -> int:
         """The place of a layer in the order in which layers are stored."""
-        return self.order[k]
+        return self._place[k]
 
     def follows(self, first: int, second: int, key: str) -> bool:
         """Whether a layer's blocks of a statistic lie right behind those of another."""
@@ -251,7 +259,7 @@ class Storage:
         """The blocks of neighbouring layers as one tensor, which shares their memory."""
         return self.statistics[self.stack_of[first], key][self.blocks[first, key][0] : self.blocks[last, key][1]]
 
-    def table(self, key: str) -> Table:
+    def table(self, key: str) -> NumberTable:
         """The numbers of a name that only one table has."""
         (found,) = (table for name, table in self.tables.items() if name.split()[0] == key)
         return found
@@ -262,10 +270,15 @@ class Storage:
             own = state[parameter]
             for key, view in views.items():
                 value = own.get(key)
-                if value is not view:
-                    if value is not None:
-                        view.copy_(value)
-                    own[key] = view
+                if value is view:
+                    continue
+                if value is None:
+                    raise ValueError(
+                        f"optimizer.state has lost {key} of a parameter of shape {tuple(parameter.shape)}: load a "
+                        "whole state with load_state_dict(), or build the optimizer again to begin anew"
+                    )
+                view.copy_(value)
+                own[key] = view
         for table in self.tables.values():
             if table.base._version != table.version:
                 table.read()
@@ -316,7 +329,7 @@ class Storage:
 class Numbers:
     """The numbers in the state of one parameter, by name. What is set reaches the state with `Storage.write`."""
 
-    def __init__(self, places: Mapping[str, tuple[Table, int]]):
+    def __init__(self, places: Mapping[str, tuple[NumberTable, int]]):
         self.places = places
 
     def __getitem__(self, key: str) -> Any:
@@ -352,8 +365,10 @@ def likeness(cell: Cell, group: Callable[[nn.Parameter], int], place: int) -> Ha
 
 
 def is_number(cell: Cell, key: str, value: Any) -> bool:
-    """Whether a state holds a few numbers under a name: a clock, a damping, a count."""
-    return isinstance(value, Tensor) and value.dim() <= 1 and key != "master" and key not in cell.row_names
+    """Whether a state holds a few numbers on the host under a name: a clock, a damping, a count."""
+    if not isinstance(value, Tensor) or key == "master" or key in cell.row_names:
+        return False
+    return value.dim() <= 1 and value.numel() <= NUMBERS and value.device.type == "cpu"
 
 
 def adjacent(order: Sequence[int], chosen: Iterable[int]) -> list[list[int]]:

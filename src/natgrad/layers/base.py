@@ -76,7 +76,7 @@ class Layer(ABC):
 
     @abstractmethod
     def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """W[b, o, i] as tensors shaped like `parameters`; the inverse of `pack`."""
+        """W[b, o, i] as tensors shaped like `parameters`, views of it; the inverse of `pack`."""
 
     def tokens(self, x: Tensor) -> Tensor | None:
         """Where rows are one-hot: the place of the one in every row [m], -1 for none. None where they are not."""

@@ -38,7 +38,7 @@ from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule, directions_kept, takes_loose
 from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
-from natgrad.optim.segments import Planner
+from natgrad.optim.segments import Outlines
 from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
@@ -156,7 +156,7 @@ class SecondOrder(Views, Optimizer):
         place = self._places.__getitem__
         self.storage = Storage(self.cells, self.state, place, self.world.rank)
         self.engine.storage = self.storage
-        self.planner = Planner(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))
+        self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))
         self._groups = [place(cell.layer.parameters[0]) for cell in self.cells]
 
     def _engine(self, cells: Sequence[Cell], predictions: float | None) -> Preconditioner:
@@ -505,6 +505,7 @@ class SecondOrder(Views, Optimizer):
         if self.strict:
             raise ValueError(f"strict=True, but {told}")
         checks.warn(f"{told}; so without curvature ({self.fallback.name})")
+        self.storage.write()
         cells: list[Cell] = []
         kept: list[str] = []
         origins: list[int] = []
@@ -514,7 +515,6 @@ class SecondOrder(Views, Optimizer):
                 kept.append(why)
                 origins.append(k)
                 continue
-            self.storage.write()
             for parameter in cell.layer.parameters:
                 key = next(n for n, p in cell.layer.module.named_parameters() if p is parameter)
                 found = Found(f"{cell.name}.{key}".lstrip("."), Loose(cell.layer.module, parameter), whys[k])
@@ -619,6 +619,7 @@ class SecondOrder(Views, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state that this rank holds. On several ranks that is a part: `gather_state_dict()` is whole."""
+        self.storage.write()
         if self.world.size > 1 and self.world.owners:
             self.say(
                 "state_dict() holds this rank's part of the state: save gather_state_dict(), which all ranks call, or "

@@ -230,8 +230,8 @@ def half_squares(segments: Sequence[Segment]) -> float:
     weighed = [
         (decay, promote(segment.parameters[k].detach()))
         for segment in segments
-        for place, ks in segment.plan.by_group.items()
-        if (decay := segment.plan.groups()[place]["weight_decay"])
+        for place, ks in segment.outline.by_group.items()
+        if (decay := segment.outline.groups()[place]["weight_decay"])
         for k in ks
     ]
     norms = on_host(torch._foreach_norm([p for _, p in weighed])).tolist() if weighed else []

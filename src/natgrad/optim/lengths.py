@@ -78,5 +78,5 @@ def trust(segments: Sequence[Segment], world: World) -> list[Tensor | float]:
 def trust_ratios(segment: Segment) -> Tensor:
     """|w| / |d| of each layer [layers], with a floor for layers that start at or near zero."""
     directions = segment.norms(segment.direction)
-    weights = torch.maximum(segment.weight_norms().to(directions), segment.plan.floors)
+    weights = torch.maximum(segment.weight_norms().to(directions), segment.outline.floors)
     return torch.where(directions > 0, weights / directions.clamp_min(torch.finfo(directions.dtype).tiny), 0)

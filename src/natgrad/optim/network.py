@@ -79,7 +79,7 @@ class Network:
         pieces = [segment.pieces(gradient) for segment, gradient in zip(segments, gradients)]
         kept = [[cell.kept() for cell in segment.cells] for segment in segments]
         for segment, gradient, rows, parts in zip(segments, gradients, kept, pieces):
-            for place, cell, k, piece in zip(segment.plan.places, segment.cells, rows, parts):
+            for place, cell, k, piece in zip(segment.outline.places, segment.cells, rows, parts):
                 curvature: SampleSpace = cell.curvature  # type: ignore[assignment]
                 inner[:-2] += curvature.against(k, piece).to(inner)
                 inner[-2] += 1

@@ -20,7 +20,7 @@ from natgrad.stacks import Layout, Run, Storage, Vector, adjacent
 LEAST_WEIGHT = 0.1  # of a healthy weight: a layer that starts at zero must be able to leave it
 
 
-class Part(NamedTuple):
+class Alike(NamedTuple):
     """Layers that are alike within a segment: where their numbers are in its vectors, as [blocks, out, inner]."""
 
     run: Run
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 @dataclass(eq=False)
-class Plan:
+class Outline:
     """All of a segment that does not change from step to step."""
 
     storage: Storage
@@ -52,13 +52,13 @@ class Plan:
         self.start = self.layout.start[self.places[0]]
         self.sizes = [cell.layer.shape.numel for cell in self.cells]
         self.numel = sum(self.sizes)
-        self.parts: list[Part] = []
+        self.parts: list[Alike] = []
         for run in self.storage.runs(self.places):
             begin = self.layout.start[run.places[0]] - self.start
             shapes = [self.storage.cells[k].layer.shape for k in run.places]
             blocks = sum(shape.blocks for shape in shapes)
             end = begin + sum(shape.numel for shape in shapes)
-            self.parts.append(Part(run, begin, end, (blocks, *shapes[0][1:])))
+            self.parts.append(Alike(run, begin, end, (blocks, *shapes[0][1:])))
         self.equal: list[tuple[int, int]] = []  # (layers, numbers of each), for sums
         for size, group in groupby(self.sizes):
             self.equal.append((len(list(group)), size))
@@ -97,12 +97,12 @@ class Segment:
         terms       the gradient is that of the mean loss times so many: of a sum over a rank's samples
     """
 
-    def __init__(self, plan: Plan, gradient: Tensor, fresh: frozenset[int] = frozenset()):
-        self.plan, self.gradient, self.fresh = plan, gradient, fresh
+    def __init__(self, outline: Outline, gradient: Tensor, fresh: frozenset[int] = frozenset()):
+        self.outline, self.gradient, self.fresh = outline, gradient, fresh
         self.direction = gradient
-        self.curved = plan.curved
-        self.group = plan.groups()[plan.group_places[0]]
-        self.state = Kept(plan)
+        self.curved = outline.curved
+        self.group = outline.groups()[outline.group_places[0]]
+        self.state = SegmentState(outline)
         self.keep, self.terms = 0.0, 1.0
         self.past: Tensor | None = None
         self.products: Tensor | None = None
@@ -114,27 +114,27 @@ class Segment:
     @property
     def cells(self) -> list[Cell]:
         """The layers, in the vectors' order."""
-        return self.plan.cells
+        return self.outline.cells
 
     def pieces(self, vector: Tensor) -> list[Tensor]:
         """A vector as one tensor a layer, W[b, o, i] each; they share its memory."""
-        parts = vector.split(self.plan.sizes)
-        return [part.view(cell.layer.shape) for part, cell in zip(parts, self.plan.cells)]
+        parts = vector.split(self.outline.sizes)
+        return [part.view(cell.layer.shape) for part, cell in zip(parts, self.outline.cells)]
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """A vector as tensors of the shapes of `parameters` (of real numbers); they share its memory."""
-        begin = vector.storage_offset() - self.plan.start
-        return [vector.as_strided(size, stride, begin + start) for size, stride, start in self.plan.views]
+        begin = vector.storage_offset() - self.outline.start
+        return [vector.as_strided(size, stride, begin + start) for size, stride, start in self.outline.views]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of all layers, in the vectors' order."""
-        return self.plan.parameters
+        return self.outline.parameters
 
     def precondition(self, vector: Tensor) -> Tensor:
         """The damped natural gradient of a gradient, layers that are alike at once."""
         found: list[Tensor] = []
-        for rows, some in groupby(self.plan.parts, key=self._rows_of):
+        for rows, some in groupby(self.outline.parts, key=self._rows_of):
             parts = list(some)
             if rows is None:
                 found += [self._preconditioned(part, vector).reshape(-1) for part in parts]
@@ -142,59 +142,59 @@ class Segment:
                 found += [one.reshape(-1) for one in self._by_rows(rows, parts, vector)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _rows_of(self, part: Part) -> ByRows | None:
+    def _rows_of(self, part: Alike) -> ByRows | None:
         """The curvature of a layer in the space of samples."""
-        curvature = self.plan.storage.cells[part.run.places[0]].curvature
+        curvature = self.outline.storage.cells[part.run.places[0]].curvature
         return curvature if isinstance(curvature, ByRows) else None
 
-    def _by_rows(self, curvature: ByRows, parts: Sequence[Part], vector: Tensor) -> list[Tensor]:
+    def _by_rows(self, curvature: ByRows, parts: Sequence[Alike], vector: Tensor) -> list[Tensor]:
         """Layers in the space of samples, which share their solves."""
         places = [part.run.places[0] for part in parts]
         whole = vector is self.gradient
-        kept = [self.plan.storage.cells[k].kept(whole and k in self.fresh) for k in places]
+        kept = [self.outline.storage.cells[k].kept(whole and k in self.fresh) for k in places]
         pieces = [vector[part.start : part.stop].view(part.form) for part in parts]
         return curvature.precondition_all(kept, pieces, self.group["damping"])
 
-    def _preconditioned(self, part: Part, vector: Tensor) -> Tensor:
+    def _preconditioned(self, part: Alike, vector: Tensor) -> Tensor:
         run, start, stop, form = part
-        cell = self.plan.storage.cells[run.places[0]]
+        cell = self.outline.storage.cells[run.places[0]]
         if isinstance(cell.layer, Loose):
             return vector[start:stop].clone()
         piece = vector[start:stop].view(form)
         kept = {
-            key: self.plan.storage.statistics[run.stack, name][run.begin[name] : run.end[name]]
+            key: self.outline.storage.statistics[run.stack, name][run.begin[name] : run.end[name]]
             for key, name in zip(cell.keys, run.begin)
         }
         return cell.curvature.precondition(kept, piece, self.group["damping"])
 
     def add_weights(self, vector: Tensor, numbers: str = "weight_decay") -> Tensor:
         """The vector plus each parameter times a number of its group."""
-        groups = self.plan.groups()
-        chosen = [(groups[place][numbers], ks) for place, ks in self.plan.by_group.items() if groups[place][numbers]]
+        groups = self.outline.groups()
+        chosen = [(groups[place][numbers], ks) for place, ks in self.outline.by_group.items() if groups[place][numbers]]
         if not chosen:
             return vector
         vector = vector.clone()
         views = self.views(vector)
         for factor, ks in chosen:
-            weights = [real(promote(self.plan.parameters[k].detach())) for k in ks]
+            weights = [real(promote(self.outline.parameters[k].detach())) for k in ks]
             torch._foreach_add_([views[k] for k in ks], weights, alpha=factor)
         return vector
 
     def rates(self, name: str) -> float | Tensor:
         """The learning rate of each number ("lr", "lr_last"): one for all, or a vector where groups differ."""
-        groups = self.plan.groups()
-        numbers = {place: groups[place].get(name, groups[place]["lr"]) for place in self.plan.by_group}
+        groups = self.outline.groups()
+        numbers = {place: groups[place].get(name, groups[place]["lr"]) for place in self.outline.by_group}
         if len(set(numbers.values())) == 1:
-            return numbers[self.plan.group_places[0]]
+            return numbers[self.outline.group_places[0]]
         vector = torch.empty_like(self.gradient)
-        for view, place in zip(self.views(vector), self.plan.group_places):
+        for view, place in zip(self.views(vector), self.outline.group_places):
             view.fill_(numbers[place])
         return vector
 
     def sums(self, products: Tensor) -> Tensor:
         """The sums over each layer's numbers of vectors [m, n], in double precision [m, layers]."""
         found, start = [], 0
-        for count, size in self.plan.equal:
+        for count, size in self.outline.equal:
             part = products[:, start : start + count * size].unflatten(1, (count, size))
             found.append(part.sum(2, dtype=torch.float64))
             start += count * size
@@ -202,35 +202,42 @@ class Segment:
 
     def norms(self, vector: Tensor) -> Tensor:
         """The norm of each layer's part of a vector [layers]."""
-        return torch.stack(torch._foreach_norm(list(vector.split(self.plan.sizes))))
+        return torch.stack(torch._foreach_norm(list(vector.split(self.outline.sizes))))
 
     def weight_norms(self) -> Tensor:
         """The norm of each layer's weights, bias included [layers]."""
-        dtype = self.plan.layout.kind[0]
-        norms = torch.stack(torch._foreach_norm([real(p.detach()) for p in self.plan.parameters], 2, dtype=dtype))
-        if self.plan.alone:
+        dtype = self.outline.layout.kind[0]
+        norms = torch.stack(torch._foreach_norm([real(p.detach()) for p in self.outline.parameters], 2, dtype=dtype))
+        if self.outline.alone:
             return norms
-        squares = torch.zeros(len(self.plan.cells), dtype=norms.dtype, device=norms.device)
-        return squares.index_add_(0, self.plan.layer_of, norms.square()).sqrt()
+        squares = torch.zeros(len(self.outline.cells), dtype=norms.dtype, device=norms.device)
+        return squares.index_add_(0, self.outline.layer_of, norms.square()).sqrt()
 
     def spread(self, factors: Tensor) -> Tensor:
         """A number for each layer [layers] as one for each of its entries [n]."""
-        return factors.repeat_interleave(self.plan.lengths, output_size=self.plan.numel)
+        return factors.repeat_interleave(self.outline.lengths, output_size=self.outline.numel)
 
 
-class Kept(MutableMapping[str, Tensor]):
+class SegmentState(MutableMapping[str, Tensor]):
     """What the optimizer's state holds of a segment's layers by name: flat vectors [n], or numbers [layers, ...]."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self, outline: Outline):
+        self.outline = outline
 
     def __getitem__(self, key: str) -> Tensor:
-        vector, first = self.plan.vectors.get(key), self.plan.places[0]
+        vector, first = self.outline.vectors.get(key), self.outline.places[0]
         if vector is None:
-            table, row = self.plan.cells[0].numbers.places[key]
-            return table.base[row : row + len(self.plan.cells)]
+            return self._numbers(key)
         begin = vector.start[first]
-        return vector.flat[begin : begin + self.plan.numel]
+        return vector.flat[begin : begin + self.outline.numel]
+
+    def _numbers(self, key: str) -> Tensor:
+        """A row for each layer of the table that holds this name."""
+        cells = self.outline.cells
+        (table, row), *others = [cell.numbers.places[key] for cell in cells]
+        if any(other is not table for other, _ in others):
+            raise KeyError(f"{key} is of another shape in every layer: take it from each cell's state()")
+        return table.base[row : row + len(cells)]
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         own = self[key]
@@ -241,15 +248,15 @@ class Kept(MutableMapping[str, Tensor]):
         raise TypeError(f"the state's names are fixed; {key} stays")
 
     def __iter__(self) -> Iterator[str]:
-        first = self.plan.places[0]
-        yield from (key for key, vector in self.plan.vectors.items() if first in vector.start)
-        yield from self.plan.cells[0].numbers.places
+        first = self.outline.places[0]
+        yield from (key for key, vector in self.outline.vectors.items() if first in vector.start)
+        yield from self.outline.cells[0].numbers.places
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
-class Planner:
+class Outlines:
     """The segments of a step, from the layers that take part; those of the last step are kept."""
 
     def __init__(
@@ -260,9 +267,9 @@ class Planner:
         takes_loose: bool,
     ):
         self.storage, self.group_of, self.groups, self.takes_loose = storage, group_of, groups, takes_loose
-        self.known: tuple[tuple[int, ...], list[list[Plan]]] = ((), [])
+        self.known: tuple[tuple[int, ...], list[list[Outline]]] = ((), [])
 
-    def plans(self, places: Iterable[int]) -> list[list[Plan]]:
+    def of(self, places: Iterable[int]) -> list[list[Outline]]:
         """For each layout, the segments of the layers at these places, which this rank owns."""
         chosen = tuple(places)
         if self.known[0] != chosen or not self.known[1]:
@@ -270,7 +277,7 @@ class Planner:
                 chosen,
                 [
                     [
-                        Plan(self.storage, layout, vectors, run, curved, self.group_of, self.groups)
+                        Outline(self.storage, layout, vectors, run, curved, self.group_of, self.groups)
                         for row in adjacent(mine, chosen)
                         for curved, run in self._cut(row)
                     ]

@@ -72,14 +72,14 @@ def segments_of(
     """The segments of the layers at these places that this rank owns, with their gradients."""
     storage, kept = optimizer.storage, directions_kept(optimizer.rule)
     segments = []
-    for plans, layout, mine, vector in zip(optimizer.planner.plans(places), storage.layouts, storage.mine, vectors):
-        for plan in plans:
+    for outlines, layout, mine, vector in zip(optimizer.outlines.of(places), storage.layouts, storage.mine, vectors):
+        for outline in outlines:
             assert vector is not None
-            begin = plan.start - layout.start[mine[0]]
-            segment = Segment(plan, vector[begin : begin + plan.numel], frozenset(optimizer.engine.whole))
+            begin = outline.start - layout.start[mine[0]]
+            segment = Segment(outline, vector[begin : begin + outline.numel], frozenset(optimizer.engine.whole))
             if optimizer.reduction == "sum":
                 segment.terms = max(segment.group["batch"] / optimizer.world.size, 1.0)
-            segment.curved = plan.curved and not bare
+            segment.curved = outline.curved and not bare
             segment.past = segment.state.get("last", segment.state.get(kept) if kept else None)
             segments.append(segment)
     return segments
@@ -141,11 +141,11 @@ def simple(optimizer: SecondOrder) -> bool:
 
 def move_segment(segment: Segment, move_by: Tensor) -> None:
     """W <- w - lr * part for all parameters of a segment, each with the lr of its own group."""
-    plan, views = segment.plan, segment.views(move_by)
-    for place, ks in plan.by_group.items():
-        weights = [plan.parameters[k] for k in ks]
+    outline, views = segment.outline, segment.views(move_by)
+    for place, ks in outline.by_group.items():
+        weights = [outline.parameters[k] for k in ks]
         weights = [real(w.detach()) if w.is_complex() else w for w in weights]
-        torch._foreach_add_(weights, [views[k] for k in ks], alpha=-plan.groups()[place]["lr"])
+        torch._foreach_add_(weights, [views[k] for k in ks], alpha=-outline.groups()[place]["lr"])
 
 
 def like(parameter: nn.Parameter, part: Tensor) -> Tensor:
