@@ -225,4 +225,6 @@ def test_a_rule_and_a_length_of_your_own():
     opt = natgrad.SPNGD(model, lr=0.1, rule=Sign(), length=lambda steps, world: [0.5] * len(steps))
     train(opt, model, [points(8, 0)])
     assert_close((weights(model) - start).abs(), torch.full_like(start, 0.05))
-    assert float(opt.state[model[0].weight]["mine"]) == 1
+    assert float(opt.state_dict()["state"][0]["mine"]) == 1
+    train(opt, model, [points(8, 1)])
+    assert float(opt.state_dict()["state"][0]["mine"]) == 2

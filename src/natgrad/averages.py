@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from natgrad.cell import Cell, relative
+from natgrad.readings import Readings
 
 TOGETHER = 2**20  # numbers that are looked at in one go: their differences need as much memory, best in a cache
 
@@ -28,24 +29,32 @@ class Fresh(NamedTuple):
         return self.cell.state()[self.key]
 
 
-def absorb(found: Sequence[Fresh]) -> list[int]:
-    """Take in measurements. Returns for each the steps until the next one, 0 if it is not finite and was left out.
+def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[int]]:
+    """Take in measurements. What is returned gives, after a read, for each the steps until the next one.
 
-    The staleness rule is told |X - Y| / |Y| for each past value Y that it asks for (Frobenius norms, SP-NGD section
-    4.3.1). The host waits once.
+    0 stands for a statistic that has become infinite. The staleness rule is told |X - Y| / |Y| for each past value Y
+    that it asks for (Frobenius norms, SP-NGD section 4.3.1).
     """
     batches = list(_batches(found))
-    looks = [_look(batch) for batch in batches]
-    told = iter(_on_host([numbers for _, numbers in looks]))
-    intervals = []
-    for batch, (fresh, _) in zip(batches, looks):
-        sound = [math.isfinite(next(told)) for _ in batch]
-        changes = [[relative(next(told), next(told)) for _ in one.cell.past(one.key)] for one in batch]
-        _write([one for one, good in zip(batch, sound) if good], [value for value, good in zip(fresh, sound) if good])
-        intervals += [
-            one.cell.next_interval(one.key, changed, one.samples) if good else 0
-            for one, changed, good in zip(batch, changes, sound)
-        ]
+    heard = list[Tensor]()
+    pasts = [[len(one.cell.past(one.key)) for one in batch] for batch in batches]
+    for batch in batches:
+        fresh, numbers = _look(batch)
+        readings.ask(numbers, heard.append)
+        _write(batch, fresh)
+
+    def intervals() -> list[int]:
+        told = []
+        for batch, counts, numbers in zip(batches, pasts, heard):
+            values = iter(numbers.tolist())
+            sound = [math.isfinite(next(values)) for _ in batch]
+            changes = [[relative(next(values), next(values)) for _ in range(count)] for count in counts]
+            told += [
+                one.cell.next_interval(one.key, changed, one.samples) if good else 0
+                for one, changed, good in zip(batch, changes, sound)
+            ]
+        return told
+
     return intervals
 
 
@@ -87,11 +96,6 @@ def _look(batch: list[Fresh]) -> tuple[list[Tensor], Tensor]:
         changes = torch._foreach_norm(torch._foreach_sub([new for new, _ in pairs], olds))
         numbers += [n for pair in zip(changes, torch._foreach_norm(olds)) for n in pair]
     return fresh, torch.stack(numbers)
-
-
-def _on_host(numbers: Sequence[Tensor]) -> list[float]:
-    """All of them; the host waits once."""
-    return torch.cat([own.to(numbers[0].device, torch.float64) for own in numbers]).tolist() if numbers else []
 
 
 def _write(batch: Sequence[Fresh], fresh: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ Everything is kept as sums over this rank; turning sums into means needs all sam
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -35,6 +36,7 @@ from natgrad.curvature.rows import Rows, Sample, count, longer, places_of, stack
 from natgrad.hooks import Begin, Deposit, End, Judge, LayerHook, deposits
 from natgrad.layers import Layer, Loose
 from natgrad.layers.base import promote
+from natgrad.readings import Readings, together
 from natgrad.sampling import Aligned, Sampler, Window
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
@@ -42,6 +44,7 @@ Key = tuple[int, str]  # a layer's place in the list of watched layers, and one 
 FIRST, EVERY = 8, 8  # a layer's first measurements have a checksum, and after them one of so many
 TOGETHER = -2  # the "layer" by which all layers draw the same samples
 LOGITS = -1  # the "layer" whose output is the model's
+TOLD = ("predictions", "steepness")  # what devices count of an episode
 
 
 class Watch(NamedTuple):
@@ -65,6 +68,7 @@ class Seen:
     missed: bool = False  # a backward pass went through it and did not reach its weight
     deep: bool = False  # its input has more than one dimension that could be that of samples
     again: bool = False  # it was called more than once outside of the model
+    finite: bool = True  # all that was measured of it
     swapped: bool = False  # its module had another weight or another forward method than it had been found with
 
 
@@ -229,6 +233,8 @@ class Capture:
             check.reset()
         self._task = -1
         self._half: tuple[Sequence[Tensor], int] | None = None
+        self._half_square = 0.0
+        self._settled = False  # the step's passes have ended
         self._outer = self._last = None
         self.drew, self.drawn = False, 0.0
         self._claimed: dict[int, int] = {}  # the last backward pass that went through each layer's calls
@@ -614,8 +620,8 @@ class Capture:
         limit = moment.most(layer, places_of(rows))
         return thinned(rows, None if limit is None else self.sampler.quota(limit))
 
-    def collect(self) -> Measured:
-        """What was measured since the last `collect` or `discard`."""
+    def settle(self, readings: Readings) -> None:
+        """The step's passes have ended. Ask for the numbers that `collect` decides by."""
         for episode in list(self._told):
             self._hear(episode)
         for call in list(self._waiting):
@@ -623,9 +629,43 @@ class Capture:
             assert dy is not None
             self._finish(call, dy)
         self._waiting.clear()
-        samples, predictions, steepest, by, counts = 0, 0.0, 0.0, None, list[int]()
         for episode in self._episodes:
             self._close(episode)
+        self._settled = True
+        if not self._episodes:
+            return
+        asked = [(e, name, n) for e in self._episodes for name in TOLD if isinstance(n := getattr(e, name), Tensor)]
+        if asked:
+            readings.ask(together([n for *_, n in asked]), lambda numbers: hear_episodes(asked, numbers))
+        if self._half is not None and self._half[0]:
+            readings.ask(together(self._half[0]).square().sum(), self._hear_half)
+        self._ask_finite(readings)
+        self._check(readings)
+
+    def _ask_finite(self, readings: Readings) -> None:
+        """Ask which layers' sums and rows are finite."""
+        own = [(index, value) for (index, _), value in self._sums.items()]
+        own += [(k, v) for (k, _), rows in self._rows.items() for v in rows.values() if v.is_floating_point()]
+        if not own:
+            return
+
+        def hear(sizes: Tensor) -> None:
+            for (index, _), size in zip(own, sizes.tolist()):
+                self._seen[index].finite &= math.isfinite(size)
+
+        readings.ask(together(torch._foreach_norm([value for _, value in own], math.inf)), hear)
+
+    def _hear_half(self, square: Tensor) -> None:
+        self._half_square = float(square)
+
+    def collect(self) -> Measured:
+        """What was measured since the last `collect` or `discard`, after `settle` and a read."""
+        if not self._settled:
+            readings = Readings()
+            self.settle(readings)
+            readings.read()
+        samples, predictions, steepest, by, counts = 0, 0.0, 0.0, None, list[int]()
+        for episode in self._episodes:
             n = samples_of(episode.counts.values(), {episode.first} & {episode.rows})
             samples += n
             counts.append(n)
@@ -638,18 +678,16 @@ class Capture:
                 strange = self.layers[index].kind == "embedding" and n and own % n and n % own
                 seen.once = seen.once or (own == 1 and n > 1) or bool(strange)
         predictions = self.drawn if self.edges is not None else predictions
-        self._check()
         half = None
         if self._half is not None and self._half[0]:
-            norms, reached = self._half
-            half = float(torch.stack([n.double().cpu() for n in norms]).square().sum()), sum(counts[:reached])
+            half = self._half_square, sum(counts[: self._half[1]])
         seen = dict(self._seen)
         measured = Measured(self._sums, self._weights, samples, self._rows, predictions, by, steepest, seen, half)
         self.discard()
         return measured
 
-    def _check(self) -> None:
-        """Compare the two sides of every layer's checksum; the host waits once."""
+    def _check(self, readings: Readings) -> None:
+        """Compare the two sides of every layer's checksum."""
         self._measured.update(self.watches.keys())
         for index in self._claimed.keys() & self.watches.keys():
             self._seen[index].missed = not self._seen[index].passes
@@ -657,9 +695,18 @@ class Capture:
         if not checks:
             return
         device = next(iter(checks.values())).u.device
-        numbers = torch.stack([c.numbers().to(device) for c in checks.values()]).tolist()
-        for (index, check), sides in zip(checks.items(), numbers):
-            self._seen[index].agrees = check.agrees(*sides)
+
+        def hear(numbers: Tensor) -> None:
+            for (index, check), sides in zip(checks.items(), numbers.view(-1, 4).tolist()):
+                self._seen[index].agrees = check.agrees(*sides)
+
+        readings.ask(torch.stack([c.numbers().to(device) for c in checks.values()]), hear)
+
+
+def hear_episodes(asked: Iterable[tuple[Episode, str, Tensor]], numbers: Tensor) -> None:
+    """What devices have counted of forward passes."""
+    for (episode, name, _), value in zip(asked, numbers.tolist()):
+        setattr(episode, name, value)
 
 
 def gradient_norms(layers: Iterable[Layer]) -> Sequence[Tensor]:
@@ -732,7 +779,7 @@ def calm(*devices: torch.device) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for kind in {device.type for device in devices}:
-            if torch.is_autocast_enabled(kind):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

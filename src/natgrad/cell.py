@@ -135,8 +135,8 @@ class Cell:
         for key in self.keys:
             self.set_clock(key, [0, 1, 1, 0])
 
-    def keep_rows(self, key: str, rows: Sample, share: float, seed: int) -> int:
-        """Take in the rows of all ranks at the owner. Returns the steps until the next ones, 0 if they are unusable.
+    def keep_rows(self, key: str, rows: Sample, share: float, seed: int) -> tuple[Tensor, int]:
+        """Take in the rows of all ranks at the owner. Returns their matrix and the steps until the next ones.
 
         share: how many samples the layer saw of each of the step's; their gradients count as so many samples'.
         """
@@ -146,14 +146,12 @@ class Cell:
         assert isinstance(curvature, ByRows)
         generator = torch.Generator(rows["mean"].device).manual_seed(seed)
         gram, kept = curvature.digest(rows, self.layer.shape, generator)
-        if not bool(torch.isfinite(gram).all()):
-            return 0
         for name in self.row_names & state.keys():
             del state[name]
         state |= {f"{key}_{name}": value for name, value in kept.items()}
         state[key], state[f"{key}_inverse"] = gram, torch.zeros_like(gram)
         _, interval, previous, _ = self.clock(key)
-        return self.staleness().next(Memory((None, None), interval, previous, len(gram[0])))
+        return gram, self.staleness().next(Memory((None, None), interval, previous, len(gram[0])))
 
     def due(self, step: int) -> tuple[Statistic, ...]:
         """The statistics to be measured in this step."""
@@ -179,9 +177,9 @@ class Cell:
     def outdated(self, damping: float, fresh: set[str]) -> list[str]:
         """The statistics to be inverted again: fresh ones, and those inverted with a damping too far from this one.
 
-        Every rank comes to the same list.
+        Every rank comes to the same list; none as long as some statistic of the layer has never been measured.
         """
-        if not self.ready or self.curvature.joint:
+        if self.curvature.joint or not all(k in fresh or self.clock(k)[3] > 0 for k in self.keys):
             return []
         return [k for k in self.keys if k in fresh or self._far(damping, self.numbers[f"{k}_damping"])]
 

@@ -1,7 +1,8 @@
-"""From statistics to damped inverses, over all layers and ranks, in three moves.
+"""From statistics to damped inverses, over all layers and ranks, in four moves.
 
 divide    how much damping each statistic gets; holders of one layer on several ranks sum up their traces (a small sum)
-invert    every holder inverts what it holds, statistics of one size in one call; the host waits once
+invert    every holder inverts what it holds, statistics of one size in one call
+mend      where that did not succeed, as the host knows after a read, once more with more damping
 deliver   inverses made elsewhere go to their layers' owners
 """
 
@@ -18,6 +19,7 @@ from natgrad.cell import Cell
 from natgrad.curvature import Curvature
 from natgrad.linalg import mean_eigenvalue
 from natgrad.parallel import Parcel, World
+from natgrad.readings import Readings, together
 from natgrad.stacks import Storage
 
 Job = tuple[int, str]  # a cell's place and one of its statistics
@@ -30,6 +32,15 @@ class Slab(NamedTuple):
 
     cells: tuple[int, ...]
     key: str
+    statistic: Tensor
+    damping: Tensor
+
+
+class Attempt(NamedTuple):
+    """Statistics of one size that were inverted in one call, with their dampings [blocks]."""
+
+    curvature: Curvature
+    slabs: Sequence[Slab]
     statistic: Tensor
     damping: Tensor
 
@@ -106,28 +117,41 @@ class Inversion:
             return self.cells[run[0]].state()[key]
         return self.storage.blocks_of(run[0], run[-1], key)
 
-    def invert(self) -> int:
-        """Make the inverses that fall to this rank. Returns how many retries they took."""
+    def invert(self, readings: Readings) -> None:
+        """Make the inverses that fall to this rank, and ask which of them can be used; `mend` follows after a read."""
+        self.failed: list[Attempt] = []
         attempts = []
         for curvature, slabs in self._batches():
             joined = torch.cat([s.statistic for s in slabs]) if len(slabs) > 1 else slabs[0].statistic
             damping = torch.cat([s.damping for s in slabs]) if len(slabs) > 1 else slabs[0].damping
             inverse, good = curvature.factor(slabs[0].key, joined, damping)
-            attempts.append((curvature, slabs, joined, damping, inverse, good))
-        retries = 0
-        looked = [good.all() for *_, good in attempts if good is not None]
-        sound = iter(torch.stack([good.to(looked[0].device) for good in looked]).tolist() if looked else [])
-        for curvature, slabs, joined, damping, inverse, good in attempts:
-            if good is not None and not next(sound):
-                inverse, tries = curvature.mend(slabs[0].key, joined, damping)
-                retries += tries
-            if self.cells[slabs[0].cells[0]].by_rows:  # these are kept as they are; LAPACK's lie column by column
-                inverse = inverse.contiguous()
-            for slab, part in zip(slabs, inverse.split([len(s.statistic) for s in slabs])):
-                self._keep(slab, part)
+            self._keep_all(slabs, inverse)
+            if good is not None:
+                attempts.append((good.all(), Attempt(curvature, slabs, joined, damping)))
         for index, key in self.jobs:
             self.cells[index].numbers[f"{key}_damping"] = self.dampings[index]
+        if not attempts:
+            return
+
+        def hear(failed: Tensor) -> None:
+            self.failed = [attempt for bad, (_, attempt) in zip(failed.tolist(), attempts) if bad]
+
+        readings.ask(together([~good for good, _ in attempts]), hear)
+
+    def mend(self) -> int:
+        """Make again, with more damping, what could not be inverted. Returns how many retries that took."""
+        retries = 0
+        for curvature, slabs, joined, damping in self.failed:
+            inverse, tries = curvature.mend(slabs[0].key, joined, damping)
+            self._keep_all(slabs, inverse)
+            retries += tries
         return retries
+
+    def _keep_all(self, slabs: Sequence[Slab], inverse: Tensor) -> None:
+        if self.cells[slabs[0].cells[0]].by_rows:  # these are kept as they are; LAPACK's lie column by column
+            inverse = inverse.contiguous()
+        for slab, part in zip(slabs, inverse.split([len(s.statistic) for s in slabs])):
+            self._keep(slab, part)
 
     def _keep(self, slab: Slab, inverse: Tensor) -> None:
         """Write inverses into the owner's state, and remember those that travel."""

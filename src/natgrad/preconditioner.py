@@ -8,7 +8,8 @@ which the damping is divided, and then send the inverses to the layer's owner. W
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -26,10 +27,11 @@ from natgrad.hooks import Judge
 from natgrad.inversion import Inversion
 from natgrad.layers.find import batch_first_of
 from natgrad.parallel import Parcel, World
+from natgrad.readings import Readings, together
 from natgrad.sampling import Sampler
 from natgrad.stacks import Storage
 
-SEEN_BY_STEP, SEEN_BY_LAYER = 4, 8  # numbers in the sum by which ranks tell each other what they saw
+SEEN_BY_STEP, SEEN_BY_LAYER = 4, 9  # numbers in the sum by which ranks tell each other what they saw
 ELSEWHERE = (
     "its module's calls do not account for its gradient: the weight is changed before its use, used elsewhere too "
     "(a penalty in the loss is weight_decay= here), its module computes more than its kind of layer does, or a hook "
@@ -82,6 +84,16 @@ class Found(NamedTuple):
         return {k: row[0] > 0 for k, row in self.layers.items()}
 
 
+class Taken(NamedTuple):
+    """Measurements of one step that were taken in, until it is known when to measure again."""
+
+    step: int
+    plan: Sequence[Key]
+    keys: Sequence[Key]
+    unusable: Mapping[int, str]
+    intervals: Callable[[], list[int]]
+
+
 class Step(NamedTuple):
     """What `refresh` found out about a step."""
 
@@ -131,6 +143,8 @@ class Preconditioner:
         predictions: float | None = None,
     ):
         self.storage: Storage | None = None  # of the cells' tensors
+        self._taken: Taken | None = None
+        self._work: Inversion | None = None
         self._clocks: Clocks | None = None
         self._settled: tuple[int, tuple[float, ...]] | None = None  # clocks and dampings of a step without inversions
         self.local = False  # every rank takes its own rows
@@ -201,8 +215,13 @@ class Preconditioner:
             self.capture.disarm()
         return None
 
-    def refresh(self, step: int, scale: float, reduction: str) -> Step:
-        """Take in what this step's passes measured. Nothing is taken of layers that went astray.
+    def settle(self, readings: Readings) -> None:
+        """The passes of a step have ended: ask for the numbers that `refresh` decides by."""
+        if self._plan:
+            self.capture.settle(readings)
+
+    def refresh(self, step: int, scale: float, reduction: str, readings: Readings) -> Step:
+        """Take in what this step's passes measured, `conclude` follows. Nothing is taken of layers that went astray.
 
         `scale` is the factor by which the loss was multiplied for mixed precision.
         """
@@ -232,23 +251,53 @@ class Preconditioner:
             wider = 1.0 if self.judged is not None else means**0.5  # judged rows have no scale of their own
             rows = bring_rows(self.cells, self.world, stacks, measured, weigh, wider, self.local)
         with self.timed("factor"):
-            taken = self._absorb(moments, received, round(samples), round(samples * max(means, 1.0)))
-            intervals = torch.cat([taken, self._stack(stacks, rows, found, step)])
-        with self.timed("messages"):
-            self.world.max([intervals], "scalars")
+            taken = self._absorb(moments, received, round(samples), round(samples * max(means, 1.0)), readings)
+            stacked = self._stack(stacks, rows, found, step, readings)
         self._fresh = {}
+        for index, key in (*moments, *stacks):
+            self._fresh.setdefault(index, set()).add(key)
         lost = {index for index, why in unusable.items() if not found.astray.get(index)}
-        for (index, key), interval in zip([*moments, *stacks], intervals.tolist()):
-            self._advance(index, key, step, interval)
-            if interval:
-                self._fresh.setdefault(index, set()).add(key)
         for index, key in plan:
             if index in lost:
                 self._advance(index, key, step, 0)
-        self._count_drops(plan, unusable, dict(zip([*moments, *stacks], intervals.tolist())))
+        self._taken = Taken(step, plan, [*moments, *stacks], unusable, lambda: [*taken(), *stacked()])
         self._doubts = self._doubt(found, measured, scale, reduction)
         nothing = {index for index, key in plan if not found.saw((index, key))}
         return Step({index: found.called[index] for index in sorted(nothing)}, found.astray)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether `conclude` has something to do in this step, the same on every rank."""
+        return self._taken is not None or self._work is not None
+
+    def conclude(self) -> None:
+        """After a read: when to measure again, and inverses that are as they should be, at their owners."""
+        work, self._work = self._work, None
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            with self.timed("messages"):
+                intervals = torch.tensor(taken.intervals(), dtype=torch.int64)
+                self.world.max([intervals], "scalars")
+            found = dict(zip(taken.keys, intervals.tolist()))
+            for (index, key), interval in found.items():
+                self._advance(index, key, taken.step, interval)
+                if not interval:
+                    self._begin_anew(index)
+            self._count_drops(taken.plan, taken.unusable, found)
+        if work is not None:
+            with self.timed("factor"):
+                self.retries += work.mend()
+            with self.timed("messages"):
+                work.deliver()
+
+    def _begin_anew(self, index: int) -> None:
+        """What was measured of a layer was finite on every rank, and its sum is not: nothing of it is of use."""
+        cell = self.cells[index]
+        cell.forget()
+        for key in cell.keys:
+            cell.numbers[f"{key}_damping"] = 0.0
+            if not cell.by_rows and cell.holders[key] == self.world.rank:
+                cell.state()[key].zero_()
 
     def _exchange(self, plan: Sequence[Key], measured: Measured) -> Found:
         """What all ranks saw, added up: one small sum."""
@@ -269,6 +318,7 @@ class Preconditioner:
                 seen.once,
                 seen.grown,
                 seen.missed,
+                not seen.finite,
             ]
         numbers = torch.tensor(own, dtype=torch.float64)
         self.world.sum([numbers], "scalars")
@@ -284,8 +334,8 @@ class Preconditioner:
     def _unusable(self, found: Found) -> dict[int, str]:
         """The layers whose measurements say nothing about their curvature, and why."""
         unusable = dict(found.astray)
-        for index, (_, _, _, _, _, once, grown, missed) in found.layers.items():
-            for happened, why in ((missed, MISSED), (once, ONCE), (grown, GROWN)):
+        for index, (_, _, _, _, _, once, grown, missed, infinite) in found.layers.items():
+            for happened, why in ((missed, MISSED), (once, ONCE), (grown, GROWN), (infinite, NOT_FINITE)):
                 if happened:
                     unusable.setdefault(index, why)
         return unusable
@@ -353,9 +403,17 @@ class Preconditioner:
         told, self._doubts = self._doubts, []
         return told
 
-    def _absorb(self, keys: Sequence[Key], received: Sequence[Tensor | None], samples: int, predictions: int) -> Tensor:
-        """Take in what this rank holds. Returns everyone's intervals [keys], 0 for what others hold or was unusable."""
-        intervals = torch.zeros(len(keys), dtype=torch.int64)
+    def _absorb(
+        self,
+        keys: Sequence[Key],
+        received: Sequence[Tensor | None],
+        samples: int,
+        predictions: int,
+        readings: Readings,
+    ) -> Callable[[], list[int]]:
+        """Take in what this rank holds. Returns what gives, after a read, the intervals [keys]: 0 for what others hold
+        or was unusable.
+        """
         mine, found = [], []
         for k, ((index, key), value) in enumerate(zip(keys, received)):
             if value is not None:
@@ -363,21 +421,34 @@ class Preconditioner:
                 moment = next(m for m in cell.statistics if m.key == key)
                 found.append(Fresh(cell, key, value, moment.behind(cell.layer, samples, predictions)))
                 mine.append(k)
-        if mine:
-            intervals[mine] = torch.tensor(absorb(found))
+        told = absorb(found, readings)
+
+        def intervals() -> list[int]:
+            own = dict(zip(mine, told()))
+            return [own.get(k, 0) for k in range(len(keys))]
+
         return intervals
 
-    def _stack(self, keys: Sequence[Key], rows: Mapping[Key, Sample], found: Found, step: int) -> Tensor:
+    def _stack(
+        self, keys: Sequence[Key], rows: Mapping[Key, Sample], found: Found, step: int, readings: Readings
+    ) -> Callable[[], list[int]]:
         """`_absorb` for rows."""
-        intervals = torch.zeros(len(keys), dtype=torch.int64)
+        intervals, grams = [0] * len(keys), dict[int, Tensor]()
         for k, key in enumerate(keys):
             if key in rows:
                 seed = Sampler(self.seed, step, 0, 1.0).mix(key[0])
                 share = 1.0 if self.local else found.weights[key] / max(found.samples, 1)
-                intervals[k] = self.cells[key[0]].keep_rows(key[1], rows[key], share, seed)
+                grams[k], intervals[k] = self.cells[key[0]].keep_rows(key[1], rows[key], share, seed)
                 if len(rows[key]["mean"]) == round(found.weights[key]):
                     self.whole.add(key[0])
-        return intervals
+
+        def hear(sizes: Tensor) -> None:
+            for k, size in zip(grams, sizes.tolist()):
+                intervals[k] = intervals[k] if math.isfinite(size) else 0
+
+        if grams:
+            readings.ask(together(torch._foreach_norm(list(grams.values()), math.inf)), hear)
+        return lambda: intervals
 
     def _means(self, found: Found, reduction: str) -> float:
         """How many predictions a sample's loss is the mean of.
@@ -428,8 +499,8 @@ class Preconditioner:
         else:
             cell.set_clock(key, [step + interval, interval, current, refreshes + 1])
 
-    def factor(self, dampings: Sequence[float]) -> None:
-        """Invert, at their holders, what is fresh or was damped otherwise, and bring it to the owners."""
+    def factor(self, dampings: Sequence[float], readings: Readings) -> None:
+        """Invert, at their holders, what is fresh or was damped otherwise; `conclude` follows."""
         fresh, self._fresh = self._fresh, {}
         now = self.clocks.stamp, tuple(dampings)
         if not fresh and self._settled == now:
@@ -443,13 +514,11 @@ class Preconditioner:
         if jobs:
             self._settled = None
             assert self.storage is not None
-            work = Inversion(self.cells, self.storage, self.world, jobs, dampings)
+            self._work = Inversion(self.cells, self.storage, self.world, jobs, dampings)
             with self.timed("messages"):
-                work.divide()
+                self._work.divide()
             with self.timed("factor"):
-                self.retries += work.invert()
-            with self.timed("messages"):
-                work.deliver()
+                self._work.invert(readings)
 
     def sleep(self, index: int) -> None:
         """Do not watch a layer that is not in use."""

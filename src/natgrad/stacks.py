@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from natgrad.cell import Cell
 from natgrad.layers import Loose
 from natgrad.layers.base import real, real_type
+from natgrad.readings import Readings
 
 State = Mapping[Any, dict[str, Any]]
 Kind = tuple[torch.dtype, torch.device, torch.dtype]
@@ -119,6 +120,17 @@ class NumberTable:
             self.base.copy_(torch.tensor(self.rows, dtype=self.base.dtype))
             self.version, self.changed = self.base._version, False
 
+    def tensor(self) -> Tensor:
+        """All numbers as they are now."""
+        self.write()
+        return self.base
+
+    def take(self, row: int, values: Tensor) -> None:
+        """New values for the rows from this one on."""
+        self.write()
+        self.base[row : row + len(values)] = values
+        self.read()
+
     def set(self, row: int, value: Any) -> None:
         """A new value, for the tensor at the next `write`."""
         self.rows[row] = value
@@ -151,11 +163,19 @@ class Storage:
         state: the optimizer's state as it is now; its tensors become views.
         group: the place of a parameter's param_group.
         rank: this rank; without owners every layer is its own.
+        readings: by which numbers of the layers reach the host.
 
     """
 
-    def __init__(self, cells: Sequence[Cell], state: State, group: Callable[[nn.Parameter], int], rank: int):
-        self.cells, self.rank = cells, rank
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        state: State,
+        group: Callable[[nn.Parameter], int],
+        rank: int,
+        readings: Readings,
+    ):
+        self.cells, self.rank, self.readings = cells, rank, readings
         alike = [likeness(cell, group, k) for k, cell in enumerate(cells)]
         kinds: dict[Kind, list[int]] = {}
         for k, cell in enumerate(cells):

@@ -125,7 +125,7 @@ class SampleSpace(ByRows):
         return combine(kept, weights, shape)
 
     def makes_up(self, kept: Sample, gradient: Tensor) -> Tensor:
-        """Whether the gradient is U c to rounding, c being `mean` [scalar]."""
+        """Whether the gradient is U c to rounding, c being `mean` [scalar]; then U b is the whole direction."""
         rest = gradient - combine(kept, kept["mean"], Shape(*gradient.shape))
         limit = torch.finfo(gradient.dtype).eps ** 0.5
         return torch.linalg.vector_norm(rest) <= limit * torch.linalg.vector_norm(gradient)
@@ -137,30 +137,18 @@ class SampleSpace(ByRows):
         self, kept: Sequence[Mapping[str, Tensor]], gradients: Sequence[Tensor], damping: float
     ) -> list[Tensor]:
         own = [dict(one) for one in kept]
-        whole = self._made_up(own, gradients)
-        right = [k["mean"] if made else self.against(k, g) for k, g, made in zip(own, gradients, whole)]
+        asked = [k for k, one in enumerate(own) if "fresh" in one and self.legacy is None]
+        made = {k: self.makes_up(own[k], gradients[k]) for k in asked}
+        right = [self.against(k, g) for k, g in zip(own, gradients)]
+        for k, is_sum in made.items():
+            right[k] = torch.where(is_sum, own[k]["mean"], right[k])
         weights = solved_all([k["U"][0] for k in own], right)
-        found = [
-            combine(k, w, Shape(*g.shape)) if made else self._subtracted(k, g, w)
-            for k, g, w, made in zip(own, gradients, weights, whole)
-        ]
-        rest = [k for k, made in enumerate(whole) if not made]
-        if rest:  # (g - U b) / lambda, as in `without`
-            away = torch._foreach_sub([gradients[k] for k in rest], [found[k] for k in rest])
-            torch._foreach_div_(away, damping)
-            for k, direction in zip(rest, away):
-                found[k] = direction
-        return found
-
-    def _made_up(self, kept: Sequence[Sample], gradients: Sequence[Tensor]) -> list[bool]:
-        """Of which layers the gradient is a sum of the columns; the host waits once."""
-        asked = [k for k, one in enumerate(kept) if "fresh" in one and self.legacy is None]
-        found = [False] * len(kept)
-        if asked:
-            told = torch.stack([self.makes_up(kept[k], gradients[k]).to(gradients[0].device) for k in asked])
-            for k, made in zip(asked, told.tolist()):
-                found[k] = made
-        return found
+        found = [self._subtracted(k, g, w) for k, g, w in zip(own, gradients, weights)]
+        away = list(torch._foreach_sub(list(gradients), found))  # (g - U b) / lambda, as in `without`
+        torch._foreach_div_(away, damping)
+        for k, is_sum in made.items():
+            away[k] = torch.where(is_sum, found[k], away[k])
+        return away
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         columns = explicit(dict(statistics), shape).flatten(1)

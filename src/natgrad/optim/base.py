@@ -37,13 +37,14 @@ from natgrad.optim.likelihoods import Likelihood, draw_labels
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.rules import Rule, directions_kept, takes_loose
-from natgrad.optim.scaling import hook_scale, known_scale, loss_scale
+from natgrad.optim.scaling import LossScale, known_scale
 from natgrad.optim.segments import Outlines
 from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
 from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World, uneven
 from natgrad.preconditioner import TWICE, Clocks, Preconditioner, Step, shortened
+from natgrad.readings import Readings
 from natgrad.stacks import Storage
 from natgrad.staleness import Every, Staleness
 
@@ -124,6 +125,7 @@ class SecondOrder(Views, Optimizer):
         self.world = world if isinstance(world, World) else World(world)
         self.gradients = Gradients(self.world, max_norm, partial(known_scale, self))
         self.said: set[str] = set()  # warnings that were given
+        self.readings = Readings()
         self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
         self._counted: tuple[Clocks, tuple[bool, ...], Preconditioned] | None = None
         self._join_config = uneven.nobody()
@@ -150,14 +152,19 @@ class SecondOrder(Views, Optimizer):
 
     def _store(self) -> None:
         """Make the state's tensors views of few large ones (stacks.py)."""
-        if hasattr(self, "storage"):
-            self.storage.write()
+        self.settle()
         self._places = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
         place = self._places.__getitem__
-        self.storage = Storage(self.cells, self.state, place, self.world.rank)
+        self.storage = Storage(self.cells, self.state, place, self.world.rank, self.readings)
         self.engine.storage = self.storage
         self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))
         self._groups = [place(cell.layer.parameters[0]) for cell in self.cells]
+
+    def settle(self) -> None:
+        """Bring `state` and `param_groups` up to date with all steps that were made. The host waits."""
+        self.readings.read()
+        if hasattr(self, "storage"):
+            self.storage.write()
 
     def _engine(self, cells: Sequence[Cell], predictions: float | None) -> Preconditioner:
         """What measures and inverts the curvature of these cells."""
@@ -231,11 +238,13 @@ class SecondOrder(Views, Optimizer):
         Far below it, twice the batch takes nearly half of the steps; far above it, a larger batch changes little. It is
         known on several ranks that hold their own gradients, or on one with several forward passes a step; else None.
         """
+        self.readings.read()
         return noise.scale_of({name: self.param_groups[0].get(name, 0.0) for name in noise.NUMBERS})
 
     @property
     def last_step(self) -> LastStep | None:
         """How long the last step was and why; None before the first one, and for lengths that bound nothing."""
+        self.readings.read()
         group = self.param_groups[0]
         if not self.steps_made or "bound" not in group:
             return None
@@ -379,27 +388,29 @@ class SecondOrder(Views, Optimizer):
             self.world.sent.clear()
         for group in self.param_groups:
             checks.check_group(group)
-        step, scale, bad = self.steps_made + 1, *loss_scale(self)
-        sent_scale = hook_scale(self, scale)
+        step, scale = self.steps_made + 1, LossScale(self)
+        self.engine.settle(self.readings)
         with self.engine.timed("messages"):
-            agreed = self.gradients.agree(self.cells, bad, self.engine.capture.armed, sent_scale)
+            agreed = self.gradients.agree(self.cells, self.engine.capture.armed, scale, self.readings)
         if agreed is None:
             self.skipped += 1
             self.engine.capture.discard()
             return
-        found = self.engine.refresh(step, sent_scale, self.reduction)
+        found = self.engine.refresh(step, scale.seen, self.reduction, self.readings)
+        self.engine.factor([self.param_groups[place]["damping"] for place in self._groups], self.readings)
+        if self.engine.unfinished:
+            self.readings.read()
+            self.engine.conclude()
         present = self._look_after(found, agreed.present, agreed.halves, step)
         with self.engine.timed("messages"):
-            gradients = self.gradients.to_owners(self.storage, present, scale)
-        self.engine.factor([self.param_groups[place]["damping"] for place in self._groups])
+            gradients = self.gradients.to_owners(self.storage, present, scale.now)
         self.preconditioned = self._count(present)
-        self._hear_noise(self.storage.present(gradients, present), sent_scale)
+        self._hear_noise(self.storage.present(gradients, present), scale.seen)
         update(self, present, gradients)
         if self.census.unfrozen():
-            self._take_in(scale)
+            self._take_in(scale.now)
         self.storage.count_step()
         self.storage.write()
-        self._hear_length()
         self.engine.arm(step + 1)
 
     def _count(self, present: Sequence[bool]) -> Preconditioned:
@@ -414,22 +425,27 @@ class SecondOrder(Views, Optimizer):
         if not self.engine.share:
             return
         half, samples = self.engine.half, self.engine.samples
-        found = self.gradients.squares(gradients, half and (half[0] / scale**2, half[1]), samples)
-        if found is not None:
-            numbers = {name: self.param_groups[0].get(name, value) for name, value in noise.NUMBERS.items()}
-            for group in self.param_groups:
-                group.update(noise.learn(numbers, found, samples))
+        half = half and (half[0] / scale**2, half[1])
+        self.gradients.squares(gradients, half, samples, self.readings, partial(self._learn_noise, samples))
 
-    def _hear_length(self) -> None:
-        """Warn once if steps have been shortened so much for so long that the learning rate says nothing."""
-        found = self.last_step
-        if found is None:
-            return
-        self.factors.append(max(found.factor, 1e-30))
+    def _learn_noise(self, samples: float, found: noise.Squares) -> None:
+        numbers = {name: self.param_groups[0].get(name, value) for name, value in noise.NUMBERS.items()}
+        for group in self.param_groups:
+            group.update(noise.learn(numbers, found, samples))
+
+    def hear_length(self, values: Tensor) -> None:
+        """What the length has learned by the last step. Warn once if steps have long been shortened so much that the
+        learning rate says nothing.
+        """
+        assert isinstance(self.length, Remembers)
+        for group in self.param_groups:
+            group.update(zip(self.length.numbers, values.tolist()))
+        own = self.param_groups[0]
+        self.factors.append(max(own["factor"], 1e-30))
         if len(self.factors) == self.factors.maxlen:
             share = math.exp(fmean(map(math.log, self.factors)))
             if share < SAYS_NOTHING:
-                lr = self.param_groups[0]["lr"]
+                lr = own["lr_last"]
                 self.say(
                     f"lr={lr:g} says nothing yet: the last {len(self.factors)} steps were shortened to {share:.2g} of "
                     f"it by the bound on how much a step may change the outputs (see last_step); a schedule acts once "
@@ -505,7 +521,7 @@ class SecondOrder(Views, Optimizer):
         if self.strict:
             raise ValueError(f"strict=True, but {told}")
         checks.warn(f"{told}; so without curvature ({self.fallback.name})")
-        self.storage.write()
+        self.settle()
         cells: list[Cell] = []
         kept: list[str] = []
         origins: list[int] = []
@@ -600,6 +616,7 @@ class SecondOrder(Views, Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` or `gather_state_dict` gave; values keep their precision, this rank keeps its part."""
+        self.readings.read()
         fresh = exact_copies(self, state_dict)
         super().load_state_dict({**state_dict, "state": {}})  # torch's copies would only be dropped
         self.state.clear()
@@ -619,7 +636,7 @@ class SecondOrder(Views, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state that this rank holds. On several ranks that is a part: `gather_state_dict()` is whole."""
-        self.storage.write()
+        self.settle()
         if self.world.size > 1 and self.world.owners:
             self.say(
                 "state_dict() holds this rank's part of the state: save gather_state_dict(), which all ranks call, or "

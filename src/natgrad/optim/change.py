@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -59,14 +58,15 @@ class PredictedChange:
     def look_back(self, segments: Sequence[Segment]) -> None:
         """What came of the last step does not matter here."""
 
-    def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, float]) -> list[float]:
+    def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, Tensor]) -> list[Tensor]:
         """The same factor for every layer; `numbers` are told what was done."""
-        change = torch.zeros(1, dtype=torch.float64)
-        if segments:  # one wait for the device
-            change += torch.stack([predicted(segment).sum(dtype=torch.float64) for segment in segments]).sum().cpu()
+        change = torch.zeros_like(numbers["change"])
+        for segment in segments:
+            change += predicted(segment).sum(dtype=torch.float64).to(change.device)
         world.over_owners([change], "scalars")
-        factor = shortened(change.item(), self.limit)
-        numbers.update(change=abs(change.item()) * factor**2, bound=self.limit, factor=factor)
+        factor = shortened(change, self.limit)
+        bound = torch.full_like(change, self.limit)
+        numbers.update(change=change.abs() * factor.square(), bound=bound, factor=factor)
         return [factor] * len(segments)
 
 
@@ -128,65 +128,54 @@ class MeasuredChange:
             if segment.past is not None:
                 torch.mul(segment.past, segment.gradient, out=segment.products[2])
 
-    def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, float]) -> list[float]:
+    def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, Tensor]) -> list[Tensor]:
         """One factor for layers with curvature and one for parameters without, from what `numbers` remember."""
-        ahead = self._look_ahead(segments)
-        sums = [[0.0] * 3, [0.0] * 3]  # curved, loose: shown, foreseen, and the prediction of this step
-        for segment, layers in zip(segments, ahead):
-            own = sums[0 if foretold(segment) else 1]
-            for cell, (prediction, _, met) in zip(segment.cells, layers):
-                length, foreseen, before = cell.numbers["went"]
-                if length:
-                    own[0] += -length * met / segment.terms - before
-                    own[1] += foreseen
-                own[2] += prediction
-        told = torch.tensor(sums, dtype=torch.float64)
+        told = torch.stack([torch.zeros_like(numbers["ratio"])] * 6).view(2, 3)
+        ahead = [self._look_ahead(segment) for segment in segments]
+        for segment, (predictions, _, met) in zip(segments, ahead):
+            length, foreseen, before = segment.state["went"].unbind(1)
+            shown = met * length / -segment.terms - before
+            sums = torch.stack([shown, foreseen, predictions]).sum(1).to(told.device)
+            told[0 if foretold(segment) else 1] += sums  # shown, foreseen, and the prediction of this step
         world.over_owners([told], "scalars")
-        (shown, foreseen, change), (shown_loose, walked, change_loose) = told.tolist()
-        self._learn(numbers, (shown, foreseen), (shown_loose, walked))
-        bound = min(self.most, max(self.least, self.limit / numbers["ratio"]))
+        self._learn(numbers, told[:, :2])
+        change, change_loose = told[:, 2].unbind()
+        bound = (self.limit / numbers["ratio"]).clamp(self.least, self.most)
         factor = shortened(change, bound)
-        bend = numbers["shown_loose"] / max(numbers["walked_loose"], TINY)
-        loose = shortened(change_loose * max(bend, 0.0), self.limit)
-        numbers.update(change=abs(change) * factor**2, bound=bound, factor=factor, loose=loose)
-        for segment, layers in zip(segments, ahead):
-            own_factor = factor if foretold(segment) else loose
-            step = segment.lr * own_factor
-            for cell, (prediction, slope, _) in zip(segment.cells, layers):
-                cell.numbers["went"] = [step, prediction * own_factor**2, -step * slope / segment.terms]
+        bend = numbers["shown_loose"] / numbers["walked_loose"].clamp_min(TINY)
+        loose = shortened(change_loose * bend.clamp_min(0), self.limit)
+        numbers.update(change=change.abs() * factor.square(), bound=bound, factor=factor, loose=loose)
+        factors = [(factor if foretold(segment) else loose).to(segment.gradient.device) for segment in segments]
+        for segment, (predictions, slopes, _), own in zip(segments, ahead, factors):
+            steps = torch.full_like(predictions, segment.lr) * own
+            went = [steps, predictions * own.square(), steps * slopes / -segment.terms]
+            segment.state["went"] = torch.stack(went, 1)
             if "last" in segment.state:
                 segment.state["last"].copy_(segment.direction)
-        return [factor if foretold(segment) else loose for segment in segments]
+        return factors
 
-    def _look_ahead(self, segments: Sequence[Segment]) -> list[list[list[float]]]:
-        """Each layer's predicted change (of loose ones lr^2), d . g and last d . g, with one wait for the device."""
-        if not segments:
-            return []
-        told = []
-        for segment in segments:
-            assert segment.products is not None
-            if foretold(segment):
-                predicted(segment, out=segment.products[0])
-            torch.mul(segment.direction, segment.gradient, out=segment.products[1])
-            sums, segment.products = segment.sums(segment.products), None
-            if not foretold(segment):
-                sums[0] = segment.lr**2
-            told.append(sums.to(segments[0].gradient.device))
-        rows = torch.cat(told, 1).T.tolist()
-        counts = [len(segment.cells) for segment in segments]
-        return [rows[sum(counts[:k]) : sum(counts[: k + 1])] for k in range(len(counts))]
+    def _look_ahead(self, segment: Segment) -> Tensor:
+        """Each layer's predicted change (of loose ones lr^2), d . g and last d . g [3, layers]."""
+        assert segment.products is not None
+        if foretold(segment):
+            predicted(segment, out=segment.products[0])
+        torch.mul(segment.direction, segment.gradient, out=segment.products[1])
+        sums, segment.products = segment.sums(segment.products), None
+        if not foretold(segment):
+            sums[0] = segment.lr**2
+        return sums
 
-    def _learn(self, numbers: dict[str, float], curved: tuple[float, float], loose: tuple[float, float]) -> None:
-        """Running sums of what was shown and foreseen, and their ratio, at first that of `first`."""
-        fresh = 1 - self.memory
-        for (shown, foreseen), names in ((curved, ("shown", "foreseen")), (loose, ("shown_loose", "walked_loose"))):
-            if foreseen > 0:
-                numbers["heard"] += names[0] == "shown"
-                for name, value in zip(names, (shown, foreseen)):
-                    numbers[name] = self.memory * numbers[name] + fresh * value
+    def _learn(self, numbers: dict[str, Tensor], told: Tensor) -> None:
+        """Running sums of what was shown and foreseen [curved or loose, 2], and their ratio, at first `first`."""
+        names = (("shown", "foreseen"), ("shown_loose", "walked_loose"))
+        known = torch.stack([numbers[name] for own in names for name in own]).view(2, 2)
+        says = told[:, 1:] > 0
+        known = torch.where(says, torch.lerp(known, told, 1 - self.memory), known)
+        numbers.update(zip([name for own in names for name in own], known.flatten().unbind()))
+        numbers["heard"] = numbers["heard"] + says[0, 0]
         left = self.memory ** numbers["heard"] * self.limit
         ratio = (numbers["shown"] + left) / (numbers["foreseen"] + left / self.first)
-        numbers["ratio"] = max(ratio, TINY)
+        numbers["ratio"] = ratio.clamp_min(TINY)
 
 
 def allocate_sum(layer: Layer, state: dict) -> None:
@@ -206,9 +195,9 @@ def predicted(segment: Segment, out: Tensor | None = None) -> Tensor:
     return torch.mul(segment.direction, gradients, out=out).mul_(segment.lr**2)
 
 
-def shortened(change: float, bound: float) -> float:
+def shortened(change: Tensor, bound: Tensor | float) -> Tensor:
     """The factor, at most 1, that brings a change that is quadratic in it to the bound."""
-    return min(1.0, math.sqrt(bound / max(abs(change), TINY)))
+    return (bound / change.abs().clamp_min(TINY)).sqrt().clamp_max(1)
 
 
 predicted_change = PredictedChange()

@@ -25,11 +25,11 @@ from natgrad.layers.base import Layer, promote, real, real_type
 from natgrad.optim.betas import Products, needs_of
 from natgrad.optim.lengths import Natural
 from natgrad.optim.metrics import Metric
-from natgrad.optim.overlap import on_host
 from natgrad.optim.part import Part, joined, parts_of, total
 from natgrad.optim.search import CurvatureStep, Memory, Scheduled
 from natgrad.optim.segments import Segment
 from natgrad.parallel import World
+from natgrad.readings import on_host
 
 TURNED = 1e-3  # of g.q(g): a direction that descends less starts afresh
 STANDS = 1e-8  # a learning rate below it takes nothing back
@@ -234,5 +234,5 @@ def half_squares(segments: Sequence[Segment]) -> float:
         if (decay := segment.outline.groups()[place]["weight_decay"])
         for k in ks
     ]
-    norms = on_host(torch._foreach_norm([p for _, p in weighed])).tolist() if weighed else []
+    norms = torch.cat(on_host(torch._foreach_norm([p for _, p in weighed]))).tolist() if weighed else []
     return sum(decay / 2 * norm**2 for (decay, _), norm in zip(weighed, norms))

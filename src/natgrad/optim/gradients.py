@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from natgrad.cell import Cell
 from natgrad.layers.base import real
 from natgrad.optim.noise import Squares, square
-from natgrad.optim.overlap import Overlap, on_host
+from natgrad.optim.overlap import Overlap
+from natgrad.optim.scaling import LossScale
 from natgrad.parallel import Parcel, World
+from natgrad.readings import Readings, on_host, to_device, together
 from natgrad.stacks import Storage, adjacent
 
 
@@ -22,6 +24,14 @@ class Agreed(NamedTuple):
 
     present: list[bool]
     halves: list[bool]  # cells of which some parameters, not all, are frozen
+
+
+class Told(NamedTuple):
+    """What was read of a step's gradients."""
+
+    flags: Tensor
+    square: Tensor
+    early: Tensor  # norms of gradients that left early, when they left and now
 
 
 class Gradients:
@@ -36,7 +46,7 @@ class Gradients:
         self.active = world.size  # ranks that have a batch
         self.square = 0.0  # of this rank's gradients of the last step, the loss's scale taken out
         self.local = False  # they were this rank's own, of its own samples
-        self.clipped = 1.0  # by this the mean was multiplied
+        self.clipped = torch.ones((), dtype=torch.float64)  # by this the mean was multiplied
         self.loaded = False  # a state was loaded: some of it may be missing
         self.overlap: Overlap | None = None
 
@@ -77,45 +87,63 @@ class Gradients:
             self.world.gather([Parcel(real(_gradient(p)), owners[p]) for p in chosen], "gradients")
         unscale(gradients, 1 / scale)  # whoever looks next expects them as the backward pass left them
 
-    def agree(self, cells: Sequence[Cell], bad: bool, look: bool, scale: float) -> Agreed | None:
+    def agree(self, cells: Sequence[Cell], look: bool, scale: LossScale, readings: Readings) -> Agreed | None:
         """Which cells have a gradient on any rank, and which are half frozen; None if a gradient is not finite on any.
 
-        With `look`, "auto" is decided again: whoever averages gradients does it in every step. `scale` is that of the
-        gradients that the backward pass left.
+        All that was asked of `readings` is heard now: this is the step's one wait for the device.
+
+        With `look`, "auto" is decided again: whoever averages gradients does it in every step.
         """
         early = self.overlap if not self.reduced else None
         if early is not None:
             early.flush()
         found = [[grad_of(p) for p in c.layer.parameters] for c in cells]
         gradients = [g for own in found for g in own if g is not None]
-        if not gradients:
-            norms = torch.zeros(1)
-        else:
-            norms = on_host(torch._foreach_norm(gradients))
-        bad = bad or not bool(torch.isfinite(norms).all())
-        self.square = float(norms.double().square().sum()) / scale**2
         here = [any(g is not None for g in own) for own in found]
         frozen = [[not p.requires_grad for p in c.layer.parameters] for c in cells]
         halves = [any(own) and not all(own) for own in frozen]
         lost = [(c.by_rows or self.loaded) and c.lost(self.world.rank) for c in cells]
         self.loaded = False
-        told = [bad, *here, *halves, *lost]
-        if self.world.size > 1:
-            flags = torch.tensor(told, dtype=torch.float64)
-            self.world.max([flags], "scalars")
-            told = [flag > 0 for flag in flags.tolist()]
-        if told[0]:
+        flags = [False, *here, *halves, *lost]
+        told = self._look(gradients, scale.found, flags, early, readings)
+        self.square = float(told.square) / scale.seen**2
+        flags = [bool(told.flags[0]), *(told.flags[1:].tolist() if len(told.flags) > 1 else flags[1:])]
+        if flags[0]:
             self.give_up()
             return None
         if early is not None:
-            early.check(scale)
+            early.check(told.early, scale.seen)
         if (look or self.mode == "auto") and not self.reduced and self.active == self.world.size:
             self._are_local(gradients)
-        count, told = len(cells), told[1:]
-        for cell, gone in zip(cells, told[2 * count :]):
+        count, flags = len(cells), [flag > 0 for flag in flags[1:]]
+        for cell, gone in zip(cells, flags[2 * count :]):
             if gone:
                 cell.forget()
-        return Agreed(told[:count], told[count : 2 * count])
+        return Agreed(flags[:count], flags[count : 2 * count])
+
+    def _look(
+        self,
+        gradients: Sequence[Tensor],
+        bad: Tensor | None,
+        flags: Sequence[bool],
+        early: Overlap | None,
+        readings: Readings,
+    ) -> Told:
+        """Read what there is to be known of this rank's gradients, and the maxima over ranks of `flags`.
+
+        The first flag becomes whether a gradient is not finite; alone, a rank has no need to send the others.
+        """
+        norms = together(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, dtype=torch.float64)
+        finite = torch.isfinite(norms).all()
+        own = to_device([float(flag) for flag in (flags if self.world.size > 1 else flags[:1])], norms.device)
+        own[0] = ~finite if bad is None else ~finite | (bad.to(norms.device) != 0).any()
+        self.world.max([own], "scalars")
+        answers = [own, norms.square().sum(), own[:0] if early is None else early.norms_then_and_now()]
+        told = list[Tensor]()
+        for numbers in answers:
+            readings.ask(numbers, told.append)
+        readings.read()
+        return Told(*told)
 
     def give_up(self) -> None:
         """Forget the gradients of this step."""
@@ -127,8 +155,8 @@ class Gradients:
         """Whether ranks still hold their own gradients. Bit-equal ones were averaged before we saw them."""
         if self.world.size == 1 or self.world.gradients != "auto":
             return self.mode == "local"
-        marks = [_mark(g) for g in gradients]
-        high = torch.cat([*marks, torch.tensor([float(sum(map(len, marks)))], dtype=torch.float64)])
+        marks = _marks(gradients)
+        high = torch.cat([marks, torch.tensor([float(len(marks))], dtype=torch.float64)])
         ends = _ends(self.world, high)
         mode = "averaged" if ends is not None and bool((ends[0] == -ends[1]).all()) else "local"
         if self.mode not in ("auto", mode):
@@ -200,34 +228,40 @@ class Gradients:
                 vector[start - begin : stop - begin].copy_(value)
         return found
 
-    def squares(self, mine: Sequence[Tensor], half: tuple[float, int] | None, samples: float) -> Squares | None:
-        """The squared norms of a share of the step's gradient and of all of it, if both are known. All ranks call it.
+    def squares(
+        self,
+        mine: Sequence[Tensor],
+        half: tuple[float, int] | None,
+        samples: float,
+        readings: Readings,
+        hear: Callable[[Squares], None],
+    ) -> None:
+        """Ask for the squared norms of a share of the step's gradient and of all of it, if both are there.
 
         mine: the mean gradients of the cells that this rank owns. half: of the step's first passes on the only rank.
+        All ranks call it.
         """
         if not self.local and (half is None or not 0 < half[1] < samples):
-            return None
-        own = square(mine) / self.clipped**2
+            return
+        own, size = square(mine, self.clipped) / self.clipped.square(), self.world.size
         if self.local:
-            size = self.world.size
-            sums = torch.tensor([self.square / size, own / (1 if self.world.owners else size)], dtype=torch.float64)
+            sums = torch.stack([torch.full_like(own, self.square / size), own / (1 if self.world.owners else size)])
             self.world.sum([sums], "scalars")
-            return Squares(float(sums[0]) / size**2, float(sums[1]), 1 / size)
-        assert half is not None
-        return Squares(half[0], own, half[1] / samples)
+            readings.ask(sums, lambda told: hear(Squares(float(told[0]) / size**2, float(told[1]), 1 / size)))
+        elif half is not None:
+            part, share = half[0], half[1] / samples
+            readings.ask(own, lambda told: hear(Squares(part, float(told), share)))
 
     def _clip(self, storage: Storage, present: Sequence[bool], vectors: Sequence[Tensor | None]) -> None:
-        self.clipped = 1.0
+        self.clipped = torch.ones((), dtype=torch.float64, device=storage.layouts[0].kind[1])
         if self.max_norm is None:
             return
-        total = torch.tensor([square(storage.present(vectors, present))], dtype=torch.float64)
+        total = square(storage.present(vectors, present), self.clipped)
         self.world.over_owners([total], "scalars")
-        factor = self.max_norm / (total.sqrt().item() + 1e-6)
-        self.clipped = min(factor, 1.0)
-        if factor < 1:
-            for vector in vectors:
-                if vector is not None:
-                    vector.mul_(factor)
+        self.clipped = (self.max_norm / (total.sqrt() + 1e-6)).clamp_max(1)
+        for vector in vectors:
+            if vector is not None:
+                vector.mul_(self.clipped.to(vector.device))
 
 
 def unscale(gradients: Sequence[Tensor], scale: float) -> None:
@@ -236,11 +270,13 @@ def unscale(gradients: Sequence[Tensor], scale: float) -> None:
         torch._foreach_mul_(list(gradients), 1 / scale)
 
 
-def _mark(gradient: Tensor) -> Tensor:
-    """Some entries of a gradient and its norm: equal to the last bit only if the gradients are."""
-    flat = real(gradient).flatten()
-    entries = flat[:: max(1, flat.numel() // 16)]
-    return torch.cat([entries.double(), flat.double().norm().reshape(1)]).cpu()
+def _marks(gradients: Sequence[Tensor]) -> Tensor:
+    """Some entries of each gradient and its norm: equal to the last bit only if the gradients are."""
+    found = []
+    for gradient in gradients:
+        flat = real(gradient).flatten()
+        found += [flat[:: max(1, flat.numel() // 16)], flat.double().norm()]
+    return torch.cat(on_host(found)) if found else torch.zeros(0, dtype=torch.float64)
 
 
 def _ends(world: World, marks: Tensor) -> Tensor | None:

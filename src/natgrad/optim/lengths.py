@@ -60,8 +60,13 @@ class Remembers(Keeps, Protocol):
     def look_back(self, segments: Sequence[Segment]) -> None:
         """See what came of the last step, before the rule gives new directions."""
 
-    def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, float]) -> list[float]:
-        """A factor a segment; `numbers` are changed alike on all ranks. Every rank calls it in every step."""
+    def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, Tensor]) -> list[Tensor]:
+        """A factor a segment, on its device; `numbers` are replaced alike on all ranks.
+
+        Every rank calls it in every step. All are scalars in double precision on the device, and nothing is read: the
+        host hears them with the finite check of the next step. What is assigned to a name of `segment.state` that
+        holds numbers [layers, ...] reaches the state then too.
+        """
         ...
 
 

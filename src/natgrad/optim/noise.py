@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.optim.overlap import on_host
+from natgrad.readings import together
 
 MEMORY = 0.9  # of running means over steps that measure
 NUMBERS = {"signal": 0.0, "noise": 0.0}
@@ -36,10 +36,12 @@ class Squares(NamedTuple):
         return self.whole - noise, noise
 
 
-def square(gradients: Iterable[Tensor]) -> float:
-    """The squared norm of all of them together."""
+def square(gradients: Iterable[Tensor], like: Tensor) -> Tensor:
+    """The squared norm of all of them together, a scalar on the device of `like`."""
     tensors = list(gradients)
-    return float(on_host(torch._foreach_norm(tensors)).double().square().sum()) if tensors else 0.0
+    if not tensors:
+        return torch.zeros_like(like, dtype=torch.float64)
+    return together(torch._foreach_norm(tensors)).square().sum().to(like.device)
 
 
 def learn(numbers: Mapping[str, float], squares: Squares, samples: float) -> dict[str, float]:

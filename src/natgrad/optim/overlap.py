@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from natgrad.layers.base import real
 from natgrad.parallel import Parcel, World
+from natgrad.readings import together
 
 LARGEST = 25 * 2**20  # bytes of a bucket
 SHARES = 4  # a small model's gradients go in about so many buckets
@@ -90,13 +91,19 @@ class Overlap:
         while len(self.under_way) < len(self.buckets):
             self._send()
 
-    def check(self, scale: float) -> None:
-        """Refuse gradients that were changed after they had left; by `scale` they may have been divided."""
-        present = [p for p in self.norms if p.grad is not None]
-        if not present:
-            return
-        sent = on_host([self.norms[p] for p in present])
-        here = on_host(torch._foreach_norm([p.grad for p in present if p.grad is not None]))
+    def norms_then_and_now(self) -> Tensor:
+        """The norms of the gradients as they left, and of the same gradients as they are [2, gradients]."""
+        pairs = [(norm, p.grad) for p, norm in self.norms.items() if p.grad is not None]
+        if not pairs:
+            return torch.zeros(2, 0)
+        return together([*(n for n, _ in pairs), *torch._foreach_norm([g for _, g in pairs])]).view(2, -1)
+
+    def check(self, norms: Tensor, scale: float) -> None:
+        """Refuse gradients that were changed after they had left, by their norms then and now [2 * gradients].
+
+        By `scale` they may have been divided.
+        """
+        sent, here = norms.view(2, -1).unbind()
         ratio = torch.where(sent > 0, here / sent.clamp_min(1e-300), 1.0)
         usable = torch.isfinite(ratio)
         if bool(((ratio - 1).abs().minimum((ratio * scale - 1).abs())[usable] > 1e-2).any()):
@@ -137,13 +144,6 @@ class _Hook:
 
     def __reduce__(self) -> tuple:
         return _Hook, (None,)
-
-
-def on_host(norms: Sequence[Tensor]) -> Tensor:
-    """Scalars in float64 on the host, which waits once."""
-    if len({(n.dtype, n.device) for n in norms}) == 1:
-        return torch.stack(list(norms)).cpu().double()
-    return torch.stack([n.double().to(norms[0].device) for n in norms]).cpu()
 
 
 def fill(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

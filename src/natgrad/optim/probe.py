@@ -17,9 +17,9 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from natgrad.optim.overlap import on_host
 from natgrad.optim.search import CurvatureStep, quadratic
 from natgrad.parallel import World
+from natgrad.readings import on_host
 
 Forward = Callable[[], Tensor]
 
@@ -50,7 +50,7 @@ def minimum(
                 high = outputs(forward, parts, -e)  # w + e d, as d = -parts
             low = outputs(forward, parts, 2 * e)
         value = quadratic(search.output, (high + low) / 2, (high - low) / (2 * e))
-        squares = on_host(torch._foreach_norm(list(parts.values()))).square()
+        squares = torch.cat(on_host(torch._foreach_norm(list(parts.values())))).square()
         ridge = float(squares @ (torch.tensor(decays, dtype=torch.float64) + search.mu))
         bent = torch.tensor(
             [float(value), averaged(search, high, predictions), ridge / world.size], dtype=torch.float64
@@ -126,4 +126,4 @@ def check_precision(parts: Mapping[nn.Parameter, Tensor]) -> None:
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """The Euclidean norm of all together."""
-    return on_host(torch._foreach_norm(list(tensors))).norm().item()
+    return torch.cat(on_host(torch._foreach_norm(list(tensors)))).norm().item()

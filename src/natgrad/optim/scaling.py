@@ -1,32 +1,44 @@
-"""What torch's GradScaler leaves on an optimizer, read: by what gradients were multiplied, and when."""
+"""What torch's GradScaler leaves on an optimizer: by what gradients were multiplied, and when."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from natgrad.optim.base import SecondOrder
 
 
-def loss_scale(optimizer: SecondOrder) -> tuple[float, bool]:
-    """By what the gradients are still to be divided, and whether GradScaler found them infinite."""
-    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    return (1.0 if scale is None else float(scale)), (found is not None and bool(found))
+class LossScale:
+    """The scale of this step's loss, as a GradScaler has left it on the optimizer; known after the step's first read.
 
+    now: by this the gradients are still to be divided.
+    seen: the factor on the gradients that hooks saw, and on those sent early: they came before any unscaling.
+    """
 
-def hook_scale(optimizer: SecondOrder, scale: float) -> float:
-    """The factor on the gradients that hooks saw, and on those sent early: they came before any unscaling."""
-    if optimizer.scaler is not None:
-        return known_scale(optimizer)
-    scaled = hasattr(optimizer, "found_inf")
-    unscaled = scaled and getattr(optimizer, "grad_scale", None) is None
-    sent = optimizer.gradients.sent_local
-    if (unscaled and optimizer.engine.capture.armed) or (scaled and sent):
-        raise ValueError(
-            f"the gradients were {'sent to other ranks' if sent else 'unscaled'} before step(), when the scale of the "
-            "loss was not known: build the optimizer with scaler=, the GradScaler"
-        )
-    return scale
+    now = seen = 1.0
+
+    def __init__(self, optimizer: SecondOrder):
+        self.found: Tensor | None = getattr(optimizer, "found_inf", None)
+        """Not 0 where GradScaler found infinite gradients."""
+        scale, self._known = getattr(optimizer, "grad_scale", None), optimizer.scaler is not None
+        if self._known:
+            self.seen = known_scale(optimizer)
+        sent = optimizer.gradients.sent_local
+        unscaled = self.found is not None and scale is None and optimizer.engine.capture.armed
+        if not self._known and (unscaled or (self.found is not None and sent)):
+            raise ValueError(
+                f"the gradients were {'sent to other ranks' if sent else 'unscaled'} before step(), when the scale of "
+                "the loss was not known: build the optimizer with scaler=, the GradScaler"
+            )
+        if scale is not None:
+            optimizer.readings.ask(scale, self._hear)
+
+    def _hear(self, scale: Tensor) -> None:
+        self.now = float(scale)
+        if not self._known:
+            self.seen = self.now
 
 
 def known_scale(optimizer: SecondOrder) -> float:

@@ -15,7 +15,8 @@ from natgrad.cell import Cell
 from natgrad.curvature.by_rows import ByRows
 from natgrad.layers import Loose
 from natgrad.layers.base import promote, real
-from natgrad.stacks import Layout, Run, Storage, Vector, adjacent
+from natgrad.readings import to_device
+from natgrad.stacks import Layout, NumberTable, Run, Storage, Vector, adjacent
 
 LEAST_WEIGHT = 0.1  # of a healthy weight: a layer that starts at zero must be able to leave it
 
@@ -219,7 +220,11 @@ class Segment:
 
 
 class SegmentState(MutableMapping[str, Tensor]):
-    """What the optimizer's state holds of a segment's layers by name: flat vectors [n], or numbers [layers, ...]."""
+    """What the optimizer's state holds of a segment's layers by name: flat vectors [n], or numbers [layers, ...].
+
+    Numbers live on the host. They are read as a copy on the layers' device; what is assigned reaches the host's table
+    at the next read (readings.py).
+    """
 
     def __init__(self, outline: Outline):
         self.outline = outline
@@ -227,19 +232,25 @@ class SegmentState(MutableMapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         vector, first = self.outline.vectors.get(key), self.outline.places[0]
         if vector is None:
-            return self._numbers(key)
+            table, row = self._numbers(key)
+            return to_device(table.tensor()[row : row + len(self.outline.cells)], self.outline.layout.kind[1])
         begin = vector.start[first]
         return vector.flat[begin : begin + self.outline.numel]
 
-    def _numbers(self, key: str) -> Tensor:
-        """A row for each layer of the table that holds this name."""
+    def _numbers(self, key: str) -> tuple[NumberTable, int]:
+        """The table that holds a row of this name for each layer, and the first row."""
         cells = self.outline.cells
         (table, row), *others = [cell.numbers.places[key] for cell in cells]
         if any(other is not table for other, _ in others):
             raise KeyError(f"{key} is of another shape in every layer: take it from each cell's state()")
-        return table.base[row : row + len(cells)]
+        return table, row
 
     def __setitem__(self, key: str, value: Tensor) -> None:
+        if key not in self.outline.vectors:
+            table, row = self._numbers(key)
+            shape = (len(self.outline.cells), *table.base.shape[1:])
+            self.outline.storage.readings.ask(value, lambda told: table.take(row, told.view(shape)))
+            return
         own = self[key]
         if value.data_ptr() != own.data_ptr():
             own.copy_(value)

@@ -117,7 +117,7 @@ def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:
 
 def whole_by_parameter(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, Any]]:
     """`whole_state` by parameter."""
-    optimizer.storage.write()
+    optimizer.settle()
     whole: dict[nn.Parameter, dict[str, Any]] = {}
     parcels = []
     for cell in optimizer.cells:

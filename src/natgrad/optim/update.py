@@ -16,6 +16,7 @@ from natgrad.optim.rescale import rescale
 from natgrad.optim.rules import directions_kept
 from natgrad.optim.segments import Segment
 from natgrad.parallel import Parcel
+from natgrad.readings import to_device
 
 if TYPE_CHECKING:
     from natgrad.optim.base import SecondOrder
@@ -105,15 +106,21 @@ def aim(optimizer: SecondOrder, segments: Sequence[Segment], bare: bool) -> list
     if not learns:
         found = dict(zip(map(id, curved), length(curved, optimizer.world)))
         return [found.get(id(segment), 1.0) for segment in segments]
-    numbers = {name: optimizer.param_groups[0].get(name, value) for name, value in length.numbers.items()}
+    numbers = learned(optimizer, length)
     found = dict(zip(map(id, judged), length.lengths(judged, optimizer.world, numbers)))
-    for group in optimizer.param_groups:
-        group.update(numbers)
-    judged_cells = {id(cell) for segment in judged for cell in segment.cells}
-    for cell in optimizer.cells:  # a layer that stood still has no last step to look back on
-        if id(cell) not in judged_cells and "went" in cell.numbers:
+    optimizer.readings.ask(torch.stack([numbers[name] for name in length.numbers]), optimizer.hear_length)
+    moved_cells = {id(cell) for segment in judged for cell in segment.cells}
+    for cell in optimizer.cells if len(moved_cells) < len(optimizer.cells) else ():
+        if id(cell) not in moved_cells and "went" in cell.numbers:  # it stood still: no last step to look back on
             cell.numbers["went"] = [0.0, 0.0, 0.0]
     return [found.get(id(segment), 1.0) for segment in segments]
+
+
+def learned(optimizer: SecondOrder, length: Remembers) -> dict[str, Tensor]:
+    """What a length remembers, on the device."""
+    own = optimizer.param_groups[0]
+    values = [own.get(name, value) for name, value in length.numbers.items()]
+    return dict(zip(length.numbers, to_device(values, optimizer.storage.layouts[0].kind[1]).unbind()))
 
 
 def stretch(optimizer: SecondOrder, segment: Segment, bare: bool) -> None:
@@ -126,7 +133,7 @@ def stretch(optimizer: SecondOrder, segment: Segment, bare: bool) -> None:
 def moved(optimizer: SecondOrder, segment: Segment, factor: Tensor | float) -> Tensor:
     """The direction times its factor: a vector of its own where it is to be changed or sent."""
     if isinstance(factor, Tensor):
-        return segment.direction * segment.spread(factor.to(segment.direction))
+        return segment.direction * (segment.spread(factor.to(segment.direction)) if factor.dim() else factor)
     if factor == 1 and optimizer.gather == "weights":
         return segment.direction
     return segment.direction * factor

@@ -150,16 +150,20 @@ class World:
         """
         if self.size == 1 or self.wire is None or not parcels:
             return self.reduce(parcels, kind)
-        scales = torch.ones(len(parcels), dtype=torch.float64)
         if self.wire == torch.float16:
-            scales = torch.stack([p.tensor.abs().amax().double().cpu() for p in parcels])
-            self.sum([scales], "scalars")
-            scales = torch.where(scales > 0, 65_000 / scales.clamp_min(1e-30), 1.0)
-        narrow = [p._replace(tensor=(p.tensor * s).to(self.wire)) for p, s in zip(parcels, scales.tolist())]
+            device = parcels[0].tensor.device
+            largest = torch._foreach_norm([p.tensor for p in parcels], torch.inf)
+            largest = torch.stack([n.double().to(device) for n in largest])
+            self.sum([largest], "scalars")
+            scales = torch.where(largest > 0, 65_000 / largest.clamp_min(1e-30), 1.0)
+            each = [s.to(p.tensor.device) for s, p in zip(scales.unbind(), parcels)]
+        else:
+            each = [1.0] * len(parcels)
+        narrow = [p._replace(tensor=(p.tensor * s).to(self.wire)) for p, s in zip(parcels, each)]
         received = self.reduce(narrow, kind)
         return [
             None if value is None else value.to(parcel.tensor.dtype) / scale
-            for parcel, value, scale in zip(parcels, received, scales.tolist())
+            for parcel, value, scale in zip(parcels, received, each)
         ]
 
     def gather(self, parcels: Sequence[Parcel], kind: str = "other") -> None:
