@@ -168,7 +168,7 @@ class Contender:
         return loss.detach()
 
     def finish(self, loss: Tensor) -> None:
-        if isinstance(self.optimizer, natgrad.NLCG):
+        if isinstance(self.optimizer, natgrad.NLCG) and self.optimizer.search.feedback is not None:
             self.optimizer.step(loss=loss)
         else:
             self.optimizer.step()

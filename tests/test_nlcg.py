@@ -92,14 +92,14 @@ def test_a_loss_that_is_not_finite_is_not_heard(mode, value):
     model = mlp()
     opt = nlcg(model, mode=mode)
     told(opt, model, [points(16, k) for k in range(3)])
-    before, h = opt._memory(), opt.state[model[0].weight]["nlcg_hessian"].clone()
+    before, h = opt.memory, opt.state[model[0].weight]["nlcg_hessian"].clone()
     backward(model, points(16, 3))
     opt.step(loss=value)
     opt.zero_grad()
-    after = opt._memory()
+    after = opt.memory
     assert (after.average, after.multiplier, after.told) == (before.average, before.multiplier, 3)
     if mode == "hardened":
-        assert opt.conjugate.used == 0
+        assert opt.last_beta == 0
         assert torch.equal(opt.state[model[0].weight]["nlcg_hessian"], h)
     losses = told(opt, model, [points(16, k) for k in range(4, 8)])
     assert all(torch.isfinite(torch.tensor(losses)))

@@ -56,9 +56,9 @@ def run(beta):
         model().backward()
         opt.step(loss=loss)
         state = opt.state[model.x]
-        memory = opt._memory()
+        memory = opt.memory
         values = model.x.detach().clone(), state["nlcg_hessian"].flatten().clone()
-        yield opt.conjugate.used, memory.multiplier, memory.average, *values
+        yield opt.last_beta, memory.multiplier, memory.average, *values
 
 
 def test_fletcher_reeves(double):

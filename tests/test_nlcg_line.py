@@ -55,7 +55,7 @@ def test_a_forward_pass_that_fails_puts_everything_back():
     with pytest.raises(ValueError, match="outside of autocast"):
         opt.step(forward=lambda: model(x).bfloat16())
     assert torch.equal(weights(model), before)
-    assert opt._memory().steps == 0
+    assert opt.memory.steps == 0
 
 
 def test_a_curvature_step_that_cannot_see_stands_still():

@@ -44,8 +44,8 @@ def steps(model, opt, world, count=8, told=True):
         else:
             opt.step(loss=loss)
         opt.zero_grad()
-        memory = opt._memory()
-        seen.append((opt.conjugate.used, memory.multiplier, memory.length, memory.average, memory.delta))
+        memory = opt.memory
+        seen.append((opt.last_beta, memory.multiplier, memory.length, memory.average, memory.delta))
     return seen
 
 
@@ -101,7 +101,7 @@ def test_a_rank_that_tells_nothing_turns_feedback_off():
         else:
             with pytest.warns(natgrad.NatgradWarning, match="told no loss"):
                 opt.step()
-        return opt._memory()
+        return opt.memory
 
     memories = run_threads(2, work)
     assert memories[0] == memories[1]
@@ -122,7 +122,7 @@ def process(rank, port, line, results):
             loss = backward(model, batch)
             opt.step(forward=lambda b=batch: model(b[0])) if line else opt.step(loss=loss)
             opt.zero_grad()
-            seen.append(vars(opt._memory()))
+            seen.append(vars(opt.memory))
         results[rank] = (weights(model), seen, opt.traffic())
     finally:
         dist.destroy_process_group()

@@ -106,7 +106,7 @@ def test_weight_decay_is_a_part_of_the_loss(double):
                 loss = F.cross_entropy(model(x), y) + (0.0 if decay else written(model))
                 loss.backward()
                 opt.step(forward=lambda m=model, v=x: m(v)) if line else opt.step(loss=loss)
-            ends.append((weights(model), opt._memory().average))
+            ends.append((weights(model), opt.memory.average))
         assert_close(ends[0][0], ends[1][0], rtol=1e-6, atol=1e-8)
         assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-8)
 

@@ -43,8 +43,8 @@ def test_a_resumed_run_is_the_same_run(metric, checkpoint, dtype):
         set_optimizer_state_dict(copy, new, saved)
     else:
         new.load_state_dict(disk(opt.state_dict()))
-    assert new._memory() == opt._memory()
-    assert new._memory().steps == 5
+    assert new.memory == opt.memory
+    assert new.memory.steps == 5
     for p, q in zip(model.parameters(), copy.parameters()):
         for key, value in opt.state[p].items():
             assert torch.equal(new.state[q][key], value), key
@@ -63,7 +63,7 @@ def test_a_whole_state_loads_on_any_number_of_ranks(double):
             opt.load_state_dict(state)
         for k in range(first, last):
             told(opt, model, [share(Mixed.batch(24, k), world)])
-        return weights(model), disk(opt.gather_state_dict()), vars(opt._memory())
+        return weights(model), disk(opt.gather_state_dict()), vars(opt.memory)
 
     start = Mixed()
 
@@ -84,7 +84,7 @@ def test_resuming_a_model_with_a_layer_that_is_never_called():
     options = {"preconditioner": natgrad.spngd_blocks, "step": QUIET, "damping": 0.03}
     opt = nlcg(model, **options)
     quiet(train, opt, model, [points(16, k) for k in range(3)])
-    assert opt._memory().steps == 3
+    assert opt.memory.steps == 3
     assert {r.curvature for r in opt.coverage()} == {"kronecker", "none (plain gradient)"}
     copy = clone(model)
     new = nlcg(copy, **options)
@@ -106,7 +106,7 @@ def test_gradients_may_leave_early_and_weights_be_rounded():
         for k in range(6):
             opt.step(loss=backward(model, share(Mixed.batch(24, k), world)))
             opt.zero_grad()
-        return weights(model), opt._memory()
+        return weights(model), opt.memory
 
     (alone, memory), *_ = run_threads(1, go)
     for options in ({"overlap": True}, {"weights": torch.bfloat16}):

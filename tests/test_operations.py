@@ -17,7 +17,7 @@ from natgrad.stacks import likeness
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from host import Counted
+from host import Counted, Crossings, Net, waits
 
 NEVER = 10**9
 
@@ -60,6 +60,31 @@ def test_a_refresh_of_many_layers_adds_little_to_what_its_hooks_issue():
 
     few, many = refreshed(4), refreshed(24)
     assert (many - few) / 40 < 3  # operations for each of 40 more layers: the checksums' sums
+
+
+NET = Net(lambda: deep(3), lambda: torch.randn(8, 4))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}], ids=["", "clipped"])
+def test_a_step_waits_for_the_device_once(kind, options):
+    assert waits(NET, lambda m: made(kind, m, lr=1e-3, refresh=NEVER, **options)) == 1
+
+
+@pytest.mark.parametrize("kind", [k for k in OPTIMIZERS if k is not natgrad.NLCG], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}, {"refresh": natgrad.Adaptive()}], ids=["", "clipped", "a"])
+def test_a_step_that_measures_waits_twice(kind, options):
+    options = {"refresh": 1, **options}
+    assert waits(NET, lambda m: made(kind, m, lr=1e-3, **options)) == 2
+
+
+def test_reads_of_the_device_are_seen():
+    """What the law above counts."""
+    x = torch.zeros(3, device="meta")
+    for read in (lambda: x.tolist(), lambda: x[0].item(), lambda: bool(x[0]), lambda: x.cpu(), lambda: float(x.sum())):
+        with Crossings() as crossings:
+            read()
+        assert crossings.count > 0
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
@@ -148,6 +173,7 @@ def test_a_rule_keeps_what_it_likes():
     model = deep(2)
     opt = natgrad.SPNGD(model, lr=0.05, rule=Mine(), length=natgrad.plain)
     train(opt, model, [points(8, 0), points(8, 1)])
+    opt.settle()
     for cell in opt.cells:
         assert float(cell.state()["seen"]) == 2
         assert torch.equal(cell.state()["rows"], cell.state()["square"].flatten())

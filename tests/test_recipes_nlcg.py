@@ -147,7 +147,7 @@ def test_the_loop_hands_over_the_loss_and_another_forward_pass(splits, shared_st
     def trained(world, recipe):
         job = prepare(recipe, world, splits)
         losses = [step.loss for step in steps(job)]
-        return losses, job.optimizer._memory()
+        return losses, job.optimizer.memory
 
     losses, memory = trained(World(), recipe)
     assert losses[-1] < 0.8 * losses[0]

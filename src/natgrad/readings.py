@@ -25,6 +25,10 @@ class Readings:
         """At the next read, `hear` is called with these numbers [m] in double precision on the host."""
         self._asked.append((numbers, hear))
 
+    def drop(self) -> None:
+        """A step has come to nothing: nobody hears what was asked."""
+        self._asked.clear()
+
     def read(self) -> None:
         """Wait once; all who have asked hear their numbers in the order in which they asked."""
         asked, self._asked = self._asked, []

@@ -265,6 +265,11 @@ class Storage:
                         begin += len(value)
                     self.statistics[stack, key] = base
 
+    @property
+    def device(self) -> torch.device:
+        """Where numbers are added up that belong to all layers."""
+        return self.layouts[0].kind[1]
+
     def place_of(self, k: int) -> int:
         """The place of a layer in the order in which layers are stored."""
         return self._place[k]

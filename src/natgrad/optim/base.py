@@ -378,6 +378,13 @@ class SecondOrder(Views, Optimizer):
 
     def _update(self, away: bool = False) -> None:
         """The step itself, from gradients to new weights. `away`: this rank has run out of batches (Join)."""
+        try:
+            self._stages(away)
+        except BaseException:
+            self.readings.drop()
+            raise
+
+    def _stages(self, away: bool) -> None:
         self.world.check()
         self.storage.sync(self.state)
         if uneven.enabled(self):
@@ -390,6 +397,7 @@ class SecondOrder(Views, Optimizer):
             checks.check_group(group)
         step, scale = self.steps_made + 1, LossScale(self)
         self.engine.settle(self.readings)
+        self._ask()
         with self.engine.timed("messages"):
             agreed = self.gradients.agree(self.cells, self.engine.capture.armed, scale, self.readings)
         if agreed is None:
@@ -412,6 +420,9 @@ class SecondOrder(Views, Optimizer):
         self.storage.count_step()
         self.storage.write()
         self.engine.arm(step + 1)
+
+    def _ask(self) -> None:
+        """Ask for what the step needs to know before it goes on, beside what gradients are."""
 
     def _count(self, present: Sequence[bool]) -> Preconditioned:
         """How much this step preconditions; counted anew where layers or clocks are others than in the last one."""

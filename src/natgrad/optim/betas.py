@@ -11,25 +11,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 TINY = 1e-30  # d'.y below it says nothing
 
 
 class Products(NamedTuple):
-    """Inner products over all parameters on all ranks; NaN where no beta has asked for one."""
+    """Inner products over all parameters on all ranks, in double precision; NaN where no beta has asked for one.
 
-    gqg: float
+    They are on the parameters' device: a formula that branches on one makes the host wait.
+    """
+
+    gqg: Tensor
     """g . q(g)"""
-    old: float
+    old: Tensor
     """g' . q'(g') of the last step, kept from zero"""
-    gz: float
+    gz: Tensor
     """g . q'(g')"""
-    qy: float
+    qy: Tensor
     """q(g) . y"""
-    dy: float
+    dy: Tensor
     """d' . y"""
-    dg: float
+    dg: Tensor
     """d' . g"""
-    yqy: float
+    yqy: Tensor
     """y . q(y)"""
 
 
@@ -42,29 +48,29 @@ class Beta:
     """A formula and which of the extra products it reads. A plain function of Products is given all of them."""
 
     name: str
-    formula: Callable[[Products], float]
+    formula: Callable[[Products], Tensor]
     needs: frozenset[str] = frozenset()
 
-    def __call__(self, products: Products) -> float:
+    def __call__(self, products: Products) -> Tensor:
         return self.formula(products)
 
 
-def needs_of(beta: Callable[[Products], float]) -> frozenset[str]:
+def needs_of(beta: Callable[[Products], Tensor | float]) -> frozenset[str]:
     """The extra products that a beta reads."""
     return beta.needs if isinstance(beta, Beta) else EXTRA
 
 
-def _over_dy(value: float, p: Products) -> float:
+def _over_dy(value: Tensor, p: Products) -> Tensor:
     """Value / d'.y, and 0 where the step has not met positive curvature."""
-    return value / p.dy if p.dy > TINY else 0.0
+    return torch.where(p.dy > TINY, value / p.dy, 0.0)
 
 
-def _hz(p: Products) -> float:
+def _hz(p: Products) -> Tensor:
     return _over_dy(p.qy, p) - 2 * _over_dy(_over_dy(p.yqy * p.dg, p), p)
 
 
-def _hs_dy(p: Products) -> float:
-    return max(0.0, min(_over_dy(p.qy, p), _over_dy(p.gqg, p)))
+def _hs_dy(p: Products) -> Tensor:
+    return torch.minimum(_over_dy(p.qy, p), _over_dy(p.gqg, p)).clamp_min(0)
 
 
 fletcher_reeves = Beta("fletcher_reeves", lambda p: p.gqg / p.old)

@@ -3,12 +3,13 @@
     d = -q(g) + beta d',   beta from inner products over ALL parameters (betas.py),   w <- w + lr b d
 
 What a rank owns is put behind one another as one flat vector, so that a step is a dozen passes and not a dozen for each
-layer. D = -d is what is kept, as w <- w - lr D. At most two messages of at most five numbers travel:
+layer. D = -d is what is kept, as w <- w - lr D. At most two messages of at most four numbers travel:
 
-    1   y.s, s.(h s)  (what the metric learns by),  g.q'(g'),  the loss and whether all ranks told one
+    1   y.s, s.(h s)  (what the metric learns by),  g.q'(g')
     2   g.q(g), D'.g, q(g).g', y.q(y)               (they need the new metric)
 
-and every rank comes to the same beta and multiplier from them.
+and every rank comes to the same beta from them. They stay on the device, and the host hears what is to be remembered
+with the finite check of the next step. The loss has been heard with that of this one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,22 +31,24 @@ from natgrad.optim.part import Part, joined, parts_of, total
 from natgrad.optim.search import CurvatureStep, Memory, Scheduled
 from natgrad.optim.segments import Segment
 from natgrad.parallel import World
-from natgrad.readings import on_host
 
 TURNED = 1e-3  # of g.q(g): a direction that descends less starts afresh
 STANDS = 1e-8  # a learning rate below it takes nothing back
 
 
 class Conjugate:
-    """The rule. `metric` None: the natural gradients of the layers' curvature. `memory` finds what is remembered,
-    `told` this rank's loss.
+    """The rule.
+
+    metric: None for the natural gradients of the layers' curvature. memory: finds what is remembered. told: the step's
+    loss, the mean over ranks with the L2 penalty; None where not every rank has told one. remember: takes what is to be
+    remembered of the step, once the device has said it. ask: see readings.py.
     """
 
     takes_loose = True  # all parameters are in the inner products
 
     def __init__(
         self,
-        beta: Callable[[Products], float],
+        beta: Callable[[Products], Tensor | float],
         beta_max: float,
         metric: Metric | None,
         search: Scheduled | CurvatureStep,
@@ -52,12 +56,15 @@ class Conjugate:
         prescale: float | None,
         memory: Callable[[], Memory],
         told: Callable[[], float | None],
+        remember: Callable[[Memory], None],
+        ask: Callable[[Tensor, Callable[[Tensor], None]], None],
+        device: Callable[[], torch.device],
     ):
         self.beta, self.beta_max, self.metric, self.search = beta, beta_max, metric, search
-        self.faithful, self.prescale, self.memory, self.told = faithful, prescale, memory, told
+        self.faithful, self.prescale = faithful, prescale
+        self.memory, self.told, self.remember, self.ask, self.device = memory, told, remember, ask, device
         self.needs = needs_of(beta)
-        self.next: Memory | None = None  # what is to be remembered of the step that was just made
-        self.used = 0.0  # the last beta
+        self.used = 0.0  # the last beta that was heard
 
     @property
     def keys(self) -> dict[str, float]:
@@ -78,24 +85,29 @@ class Conjugate:
 
     def __call__(self, segments: Sequence[Segment], natural: Natural, world: World) -> None:
         memory, gradients = self.memory(), [self.shaped(segment) for segment in segments]
-        parts = parts_of(segments, gradients, self.keys)
-        gz, loss = self._learn(parts, memory, world)
+        parts, loss = parts_of(segments, gradients, self.keys), self.told()
+        sound = self.faithful or loss is None or math.isfinite(loss)
+        gz = self._learn(parts, memory, world, sound)
         self._precondition(parts, segments, gradients, natural, memory)
         delta, fall, over, yqy = self._products(parts, natural, world, memory)
-        dg = -fall
-        products = Products(delta, self._guard(memory.delta), gz, delta - over, dg - memory.slope, dg, yqy)
-        sound = self.faithful or loss is None or math.isfinite(loss)
-        beta = self._clamped(products) if memory.steps and sound else 0.0
-        if not self.faithful and delta + beta * fall < TURNED * delta:
-            beta = 0.0
+        dg, beta = -fall, None
+        if memory.steps and sound:
+            old = torch.full_like(delta, self._guard(memory.delta))
+            beta = self._clamped(Products(delta, old, gz, delta - over, dg - memory.slope, dg, yqy))
+            if not self.faithful:
+                beta = torch.where(delta + beta * fall < TURNED * delta, 0.0, beta)
         heard = replace(memory, undone=0.0)
-        if loss is not None and math.isfinite(loss):
-            heard = self.search.hear(heard, loss) if isinstance(self.search, Scheduled) else heard
+        if loss is not None and math.isfinite(loss) and isinstance(self.search, Scheduled):
+            heard = self.search.hear(heard, loss)
         self._fill(parts, beta, memory, heard)
-        self.used = beta
-        self.next = replace(
-            heard, steps=memory.steps + 1, delta=delta, slope=-(delta + beta * fall), length=heard.multiplier
-        )
+        used = torch.zeros_like(delta) if beta is None else beta
+        after = replace(heard, steps=memory.steps + 1, length=heard.multiplier)
+        self.ask(torch.stack([delta, -(delta + used * fall), used]), partial(self._hear, after))
+
+    def _hear(self, after: Memory, numbers: Tensor) -> None:
+        """The device has said what was found: `after`, completed, is what the next step remembers."""
+        delta, slope, self.used = numbers.tolist()
+        self.remember(replace(after, delta=delta, slope=slope))
 
     def shaped(self, segment: Segment) -> Tensor:
         """The gradient of the whole loss, L2 penalty included, pre-scaled variable by variable if asked for."""
@@ -110,12 +122,12 @@ class Conjugate:
     def _guard(self, delta: float) -> float:
         return delta + 1e-8 if self.faithful else max(delta, 1e-30)
 
-    def _clamped(self, products: Products) -> float:
-        beta = self.beta(products)
-        return min(max(beta, 0.0), self.beta_max) if math.isfinite(beta) else 0.0
+    def _clamped(self, products: Products) -> Tensor:
+        beta = torch.as_tensor(self.beta(products), dtype=torch.float64, device=products.gqg.device)
+        return torch.where(torch.isfinite(beta), beta.clamp(0, self.beta_max), 0.0)
 
-    def _learn(self, parts: Sequence[Part], memory: Memory, world: World) -> tuple[float, float | None]:
-        """The first round: teach the metric. Returns g.q'(g') and the loss, None if not every rank told one."""
+    def _learn(self, parts: Sequence[Part], memory: Memory, world: World, sound: bool) -> Tensor:
+        """The first round: teach the metric. Returns g.q'(g'). `sound`: the loss is a number."""
         metric, back = self.metric, memory.steps > 0
         secants = [self._secant(part, memory) for part in parts]
         rows, asks = [], "gz" in self.needs
@@ -125,25 +137,13 @@ class Conjugate:
                 row.append(torch.dot(part.g, self._last_natural(part, memory)))
             rows.append(row)
         count = (metric.sums if metric is not None and back and metric.secant else 0) + (asks and back)
-        values = total(world, count, rows if count else [], self._told(parts, world))
-        loss = None
-        if self.search.feedback is not None:
-            *values, loss, told = values
-            loss = loss if told > 1 - 1e-9 else None
-        gz = values.pop() if asks and back else math.nan
-        if metric is not None and (self.faithful or loss is None or math.isfinite(loss)):
+        values = total(world, count, rows if count else [], self.device())
+        gz = values.pop() if asks and back else torch.full((), math.nan, dtype=torch.float64, device=self.device())
+        if metric is not None and sound:
             for part, secant in zip(parts, secants):
                 settled = self.faithful or not memory.undone  # after taking back, the last direction is not the secant
-                metric.learn(self._kept(part), part.g, secant if settled else None, values or [math.nan, math.nan])
-        return gz, loss
-
-    def _told(self, parts: Sequence[Part], world: World) -> list[float]:
-        """The rank's loss with its layers' share of the L2 penalty, and whether it was told."""
-        if self.search.feedback is None:
-            return []
-        loss = self.told()
-        penalty = half_squares([segment for part in parts for segment in part.segments])
-        return [(loss or 0.0) + penalty * (world.size if world.owners else 1), float(loss is not None)]
+                metric.learn(self._kept(part), part.g, secant if settled else None, values)
+        return gz
 
     def _secant(self, part: Part, memory: Memory) -> tuple[Tensor, Tensor] | None:
         """(y, s): how the gradient changed along the last step. The release takes today's learning rate for it."""
@@ -179,7 +179,7 @@ class Conjugate:
             for part in parts:
                 part.z = self.metric.inverse(self._kept(part), part.g, int(memory.steps) + 1)
 
-    def _products(self, parts: Sequence[Part], natural: Natural, world: World, memory: Memory) -> list[float]:
+    def _products(self, parts: Sequence[Part], natural: Natural, world: World, memory: Memory) -> list[Tensor]:
         """The second round: g.q(g), D'.g, q(g).g' and y.q(y), the last two where they are asked for."""
         over, curved = bool(self.needs & {"qy", "yqy"}), "yqy" in self.needs
         rows = [[torch.dot(p.z, p.g), torch.dot(p.kept["nlcg_direction"], p.g)] for p in parts]
@@ -189,8 +189,8 @@ class Conjugate:
         if curved:
             for row, (y, qy) in zip(rows, self._changes(parts, natural, memory)):
                 row.append(torch.dot(y, qy))
-        values = total(world, 2 + over + curved, rows)
-        return values + [math.nan] * (4 - len(values))
+        values = total(world, 2 + over + curved, rows, self.device())
+        return values + [torch.full_like(values[0], math.nan)] * (4 - len(values))
 
     def _changes(self, parts: Sequence[Part], natural: Natural, memory: Memory) -> list[tuple[Tensor, Tensor]]:
         """(y, q(y)) of every part."""
@@ -202,11 +202,11 @@ class Conjugate:
         found = iter(natural(segments, [piece for part, y in zip(parts, ys) for piece in part.pieces(y)]))
         return [(y, joined([next(found) for _ in part.segments])) for part, y in zip(parts, ys)]
 
-    def _fill(self, parts: Sequence[Part], beta: float, memory: Memory, heard: Memory) -> None:
+    def _fill(self, parts: Sequence[Part], beta: Tensor | None, memory: Memory, heard: Memory) -> None:
         """Directions for the weights, new vectors for the states; the direction that is kept takes nothing back."""
         for part in parts:
             last = part.kept["nlcg_direction"]
-            direction = part.z.add(last, alpha=beta) if beta else part.z
+            direction = part.z if beta is None else torch.addcmul(part.z, last, beta.to(last))
             used, undo = direction, heard.undone
             if undo and max(segment.lr for segment in part.segments) * heard.multiplier > STANDS:
                 used = (direction * ((1 - undo) * heard.multiplier)).sub_(last, alpha=undo * memory.multiplier)
@@ -223,16 +223,3 @@ def prescaled(gradient: Tensor, weight: Tensor, eta: float) -> Tensor:
     """G eta |w| / (|g| + 1e-8 + 0.1 eta |w|), one variable's gradient (the release's option, 2.6 of specs)."""
     size = eta * torch.linalg.vector_norm(weight)
     return gradient * (size / (torch.linalg.vector_norm(gradient) + 1e-8 + 0.1 * size)).to(gradient)
-
-
-def half_squares(segments: Sequence[Segment]) -> float:
-    """The L2 penalty of these layers: the sum over their parameters of weight_decay |w|^2 / 2."""
-    weighed = [
-        (decay, promote(segment.parameters[k].detach()))
-        for segment in segments
-        for place, ks in segment.outline.by_group.items()
-        if (decay := segment.outline.groups()[place]["weight_decay"])
-        for k in ks
-    ]
-    norms = torch.cat(on_host(torch._foreach_norm([p for _, p in weighed]))).tolist() if weighed else []
-    return sum(decay / 2 * norm**2 for (decay, _), norm in zip(weighed, norms))

@@ -133,7 +133,7 @@ class Gradients:
 
         The first flag becomes whether a gradient is not finite; alone, a rank has no need to send the others.
         """
-        norms = together(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, dtype=torch.float64)
+        norms = together(torch._foreach_norm(list(gradients))) if gradients else torch.zeros(1, dtype=torch.float64)
         finite = torch.isfinite(norms).all()
         own = to_device([float(flag) for flag in (flags if self.world.size > 1 else flags[:1])], norms.device)
         own[0] = ~finite if bad is None else ~finite | (bad.to(norms.device) != 0).any()
@@ -253,7 +253,7 @@ class Gradients:
             readings.ask(own, lambda told: hear(Squares(part, float(told), share)))
 
     def _clip(self, storage: Storage, present: Sequence[bool], vectors: Sequence[Tensor | None]) -> None:
-        self.clipped = torch.ones((), dtype=torch.float64, device=storage.layouts[0].kind[1])
+        self.clipped = torch.ones((), dtype=torch.float64, device=storage.device)
         if self.max_norm is None:
             return
         total = square(storage.present(vectors, present), self.clipped)

@@ -31,7 +31,7 @@ class Metric:
         """What is to be summed over all parameters before `learn` [`sums` scalars]."""
         return []
 
-    def learn(self, kept: Tensor, g: Tensor, secant: tuple[Tensor, Tensor] | None, sums: Sequence[float]) -> None:
+    def learn(self, kept: Tensor, g: Tensor, secant: tuple[Tensor, Tensor] | None, sums: Sequence[Tensor]) -> None:
         """Take in the gradient g and, with `secant`, its change y and the weights' s; in place."""
 
     def inverse(self, kept: Tensor, g: Tensor, steps: int) -> Tensor:
@@ -65,17 +65,20 @@ class DiagonalBFGS(Metric):
     def products(self, kept: Tensor, y: Tensor, s: Tensor) -> list[Tensor]:
         return [torch.dot(y, s), torch.dot(kept * s, s)]
 
-    def learn(self, kept: Tensor, g: Tensor, secant: tuple[Tensor, Tensor] | None, sums: Sequence[float]) -> None:
-        ys, shs = sums
-        if secant is None or not (LEAST <= ys < math.inf and LEAST <= shs < math.inf):
+    def learn(self, kept: Tensor, g: Tensor, secant: tuple[Tensor, Tensor] | None, sums: Sequence[Tensor]) -> None:
+        if secant is None:
             return
-        y, s = secant
+        (y, s), (ys, shs) = secant, sums
         down, up = (kept * s).square_(), y.square()
         if self.eps:
             down, up = down.add_(self.eps), up.add_(self.eps)
-        kept.add_(down, alpha=-1 / (shs + self.eps)).add_(up, alpha=1 / (ys + self.eps)).abs_()
+        fresh = (
+            down.mul_((-1 / (shs + self.eps)).to(kept)).add_(kept).addcmul_(up, (1 / (ys + self.eps)).to(kept)).abs_()
+        )
         if self.floor:
-            kept.clamp_min_(self.floor)
+            fresh.clamp_min_(self.floor)
+        sound = (ys >= LEAST) & (shs >= LEAST) & (ys < math.inf) & (shs < math.inf)
+        kept.copy_(torch.where(sound.to(kept.device), fresh, kept))
 
     def inverse(self, kept: Tensor, g: Tensor, steps: int) -> Tensor:
         if steps <= 1:  # nothing is learned yet: the release's first q is 1, without eps
@@ -98,7 +101,7 @@ class SecondMoment(Metric):
                 f"SecondMoment(decay={self.decay}, eps={self.eps}): give a decay of at least 0 and below 1, eps above 0"
             )
 
-    def learn(self, kept: Tensor, g: Tensor, secant: tuple[Tensor, Tensor] | None, sums: Sequence[float]) -> None:
+    def learn(self, kept: Tensor, g: Tensor, secant: tuple[Tensor, Tensor] | None, sums: Sequence[Tensor]) -> None:
         kept.lerp_(g.square(), 1 - self.decay)
 
     def inverse(self, kept: Tensor, g: Tensor, steps: int) -> Tensor:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from natgrad.cell import Cell
 from natgrad.curvature import Curvature, Identity
 from natgrad.layers import Layer, Loose
+from natgrad.layers.base import promote
 from natgrad.optim import checks
 from natgrad.optim.base import SecondOrder
 from natgrad.optim.betas import Products, fletcher_reeves
@@ -23,6 +25,7 @@ from natgrad.optim.lengths import plain
 from natgrad.optim.metrics import DiagonalBFGS, Metric
 from natgrad.optim.probe import minimum
 from natgrad.optim.search import CurvatureStep, Memory, Scheduled
+from natgrad.readings import to_device, together
 
 
 class NLCG(SecondOrder):
@@ -64,7 +67,7 @@ class NLCG(SecondOrder):
         *,
         weight_decay: float = 0.0,
         preconditioner: Metric | Blocks | None = DiagonalBFGS(),  # noqa: B008  (frozen)
-        beta: Callable[[Products], float] = fletcher_reeves,
+        beta: Callable[[Products], Tensor | float] = fletcher_reeves,
         beta_max: float = 1.0,
         step: Scheduled | CurvatureStep = Scheduled(),  # noqa: B008
         mode: Literal["hardened", "faithful"] = "hardened",
@@ -85,11 +88,15 @@ class NLCG(SecondOrder):
             mode == "faithful",
             prescale,
             self._memory,
-            self._told,
+            lambda: self._heard,
+            self._remember,
+            lambda numbers, hear: self.readings.ask(numbers, hear),
+            lambda: self.storage.device,
         )
         self.probe = self._probe if isinstance(step, CurvatureStep) else None
         self._forward: Callable[[], Tensor] | None = None
         self._loss: Any = None
+        self._heard: float | None = None  # of all ranks, this step's
         self.search, self.conjugate, self.metric = step, rule, rule.metric
         self._model = model
         super().__init__(
@@ -138,7 +145,19 @@ class NLCG(SecondOrder):
     @property
     def multiplier(self) -> float:
         """B in [1e-4, 1], by which the loss holds the learning rate back."""
-        return self._memory().multiplier
+        return self.memory.multiplier
+
+    @property
+    def memory(self) -> Memory:
+        """What is remembered of the steps that were made, beside vectors."""
+        self.readings.read()
+        return self._memory()
+
+    @property
+    def last_beta(self) -> float:
+        """How much of its last direction the last step kept."""
+        self.readings.read()
+        return self.conjugate.used
 
     def report(self, loss: Tensor | float) -> None:
         """Tell this rank's loss before `step()`. Those of micro-batches add up, as their gradients do."""
@@ -187,43 +206,68 @@ class NLCG(SecondOrder):
         try:
             return super().step(None if closure is None else told)
         finally:
-            self._forward = self._loss = self.conjugate.next = None
+            self._forward = self._loss = self._heard = None
 
-    def _update(self, away: bool = False) -> None:
-        super()._update(away)
-        self._remember()
+    def _ask(self) -> None:
+        """Ask for the mean loss over ranks, L2 penalty included."""
+        self._heard = None
+        if self.search.feedback is None:
+            return
+        if self._loss is None:
+            self.say(
+                "NLCG was told no loss, so it follows its schedule alone: call step(loss=loss), or pass "
+                "step=Scheduled(feedback=None)",
+                "no loss",
+            )
+        size, device = self.world.size, self.storage.device
+        told = to_device([0.0, float(self._loss is not None)], device)
+        if self._loss is not None:
+            told[0] = torch.as_tensor(self._loss).sum()
+        told[0] += self._penalty().to(device) * (size if self.world.owners else 1)
+        told /= size
+        self.world.sum([told], "scalars")
 
-    def _told(self) -> float | None:
-        """The loss of this step on this rank, for the rule."""
-        if self._loss is not None or self.search.feedback is None:
-            return None if self._loss is None else float(self._loss)
-        self.say(
-            "NLCG was told no loss, so it follows its schedule alone: call step(loss=loss), or pass "
-            "step=Scheduled(feedback=None)",
-            "no loss",
-        )
-        return None
+        def hear(numbers: Tensor) -> None:
+            loss, everybody = numbers.tolist()
+            self._heard = loss if everybody > 1 - 1e-9 else None
+
+        self.readings.ask(told, hear)
+
+    def _penalty(self) -> Tensor:
+        """The sum of weight_decay |w|^2 / 2 over the parameters that this rank owns."""
+        weighed = [
+            (decay, promote(p.detach()))
+            for k in (k for mine in self.storage.mine for k in mine)
+            for p in self.cells[k].layer.parameters
+            if (decay := self.group_of(p)["weight_decay"])
+        ]
+        if not weighed:
+            return torch.zeros((), dtype=torch.float64, device=self.storage.device)
+        norms = together(torch._foreach_norm([p for _, p in weighed]))
+        return to_device([decay / 2 for decay, _ in weighed], norms.device) @ norms.square()
 
     def _probe(self, parts: dict[nn.Parameter, Tensor]) -> None:
         """With CurvatureStep(), make the directions of all parameters as long as they should be."""
-        memory = self.conjugate.next
-        if memory is None or not isinstance(self.search, CurvatureStep):
+        if not isinstance(self.search, CurvatureStep):
             return
+        before, memory = self._memory(), self.memory  # that of this step now: the length needs its slope
         decays = [self.group_of(p)["weight_decay"] for p in parts]
         how = self.reduction == "sum", self.engine.predictions
-        factor = minimum(self.search, self._model, self._forward, parts, decays, -memory.slope, self.world, *how)
+        try:
+            factor = minimum(self.search, self._model, self._forward, parts, decays, -memory.slope, self.world, *how)
+        except Exception:
+            self._remember(before)
+            raise
         for part in parts.values():
             part.mul_(factor)
-        self.conjugate.next = replace(memory, length=factor)
+        self._remember(replace(memory, length=factor))
 
-    def _remember(self) -> None:
-        """Write down what the step has left, on every rank."""
-        memory, self.conjugate.next = self.conjugate.next, None
-        if memory is not None:
-            numbers = memory.tensor().tolist()
-            for cell in self.cells:
-                cell.numbers["scalars"] = numbers
-            self.storage.write()
+    def _remember(self, memory: Memory) -> None:
+        """Write down what a step has left, on every rank."""
+        numbers = memory.tensor().tolist()
+        for cell in self.cells:
+            cell.numbers["scalars"] = numbers
+        self.storage.write()
 
     def coverage(self) -> CoverageTable:
         """A row for every layer: its preconditioner, why, its size and cost. Printed, it is a table."""

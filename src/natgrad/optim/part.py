@@ -54,18 +54,17 @@ def parts_of(segments: Sequence[Segment], gradients: Sequence[Tensor], keys: Ite
     return [Part(ks, [segments[k] for k in ks], [gradients[k] for k in ks], keys) for ks in kinds.values()]
 
 
-def total(world: World, count: int, rows: Iterable[Sequence[Tensor]], own: Sequence[float] = ()) -> list[float]:
-    """Sums over all layers of all ranks of `count` scalars a part, and means over ranks of the numbers `own`.
+def total(world: World, count: int, rows: Iterable[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+    """Sums over all layers of all ranks of `count` scalars a part, in double precision on a device, where they stay.
 
     One message; all ranks get the same bits.
     """
-    values = torch.zeros(count + len(own), dtype=torch.float64)
-    if not len(values):
+    values = torch.zeros(count, dtype=torch.float64, device=device)
+    if not count:
         return []
     for row in rows:
-        values[:count] += torch.stack([value.double() for value in row]).cpu()
+        values += torch.stack(list(row)).to(values)
     if not world.owners:  # every rank has all layers
-        values[:count] /= world.size
-    values[count:] = torch.tensor(own, dtype=torch.float64) / world.size
+        values /= world.size
     world.sum([values], "scalars")
-    return values.tolist()
+    return list(values.unbind())

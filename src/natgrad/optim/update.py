@@ -120,7 +120,7 @@ def learned(optimizer: SecondOrder, length: Remembers) -> dict[str, Tensor]:
     """What a length remembers, on the device."""
     own = optimizer.param_groups[0]
     values = [own.get(name, value) for name, value in length.numbers.items()]
-    return dict(zip(length.numbers, to_device(values, optimizer.storage.layouts[0].kind[1]).unbind()))
+    return dict(zip(length.numbers, to_device(values, optimizer.storage.device).unbind()))
 
 
 def stretch(optimizer: SecondOrder, segment: Segment, bare: bool) -> None:
