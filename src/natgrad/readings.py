@@ -1,4 +1,4 @@
-"""What the host wants to know of devices, read together.
+"""Numbers between the host and devices: what the host wants to know, read together, and what it tells.
 
 A read makes the host wait until a device has done all that it was given, and the device then waits for the host. So
 whoever wants to know a number asks for it and hears it at the next read; a step without measurements has one read.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Hear = Callable[[Tensor], None]
+Source = Callable[[], "Sequence[float] | Tensor"]
 
 
 class Readings:
@@ -25,13 +26,18 @@ class Readings:
         """At the next read, `hear` is called with these numbers [m] in double precision on the host."""
         self._asked.append((numbers, hear))
 
+    def taken(self) -> list[tuple[Tensor, Hear]]:
+        """What has been asked, and is asked no longer."""
+        asked, self._asked = self._asked, []
+        return asked
+
     def drop(self) -> None:
         """A step has come to nothing: nobody hears what was asked."""
         self._asked.clear()
 
     def read(self) -> None:
         """Wait once; all who have asked hear their numbers in the order in which they asked."""
-        asked, self._asked = self._asked, []
+        asked = self.taken()
         if not asked:
             return
         self.count += 1
@@ -60,7 +66,28 @@ def together(scalars: Sequence[Tensor]) -> Tensor:
 
 def to_device(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
     """Numbers of the host in double precision on a device; the host does not wait."""
+    return on_the_way(values, device).to(device, non_blocking=True)
+
+
+def on_the_way(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host in double precision, where a device can fetch them by itself."""
     tensor = torch.as_tensor(values, dtype=torch.float64)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+class Inputs:
+    """Numbers of the host that a step works with on devices."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Source, torch.device]] = []
+        self.fixed: list[Tensor] | None = None
+        """In a step that is recorded: the tensors of all inputs, in the order in which they are asked for."""
+
+    def begin(self, fixed: list[Tensor] | None = None) -> None:
+        """A step begins. `fixed`: it is to be recorded."""
+        self.seen, self.fixed = [], fixed
+
+    def get(self, source: Source, device: torch.device) -> Tensor:
+        """What the source gives now, in double precision on a device."""
+        self.seen.append((source, device))
+        return to_device(source(), device) if self.fixed is None else self.fixed[len(self.seen) - 1]

@@ -164,6 +164,7 @@ class Storage:
         group: the place of a parameter's param_group.
         rank: this rank; without owners every layer is its own.
         readings: by which numbers of the layers reach the host.
+        fixed: whether vectors of gradients are always the same tensors.
 
     """
 
@@ -174,8 +175,10 @@ class Storage:
         group: Callable[[nn.Parameter], int],
         rank: int,
         readings: Readings,
+        fixed: bool = False,
     ):
         self.cells, self.rank, self.readings = cells, rank, readings
+        self._fixed: dict[int, Tensor] | None = {} if fixed else None
         alike = [likeness(cell, group, k) for k, cell in enumerate(cells)]
         kinds: dict[Kind, list[int]] = {}
         for k, cell in enumerate(cells):
@@ -326,9 +329,14 @@ class Storage:
 
     def empty(self, k: int) -> Tensor:
         """A vector with room for this rank's layers of a layout."""
+        if self._fixed is not None and k in self._fixed:
+            return self._fixed[k]
         mine, layout = self.mine[k], self.layouts[k]
         dtype, device, _ = layout.kind
-        return torch.empty(sum(self.cells[c].layer.shape.numel for c in mine), dtype=dtype, device=device)
+        vector = torch.empty(sum(self.cells[c].layer.shape.numel for c in mine), dtype=dtype, device=device)
+        if self._fixed is not None:
+            self._fixed[k] = vector
+        return vector
 
     def present(self, vectors: Sequence[Tensor | None], present: Sequence[bool]) -> list[Tensor]:
         """Of vectors of this rank's layers, one a layout, the parts of those that are present."""

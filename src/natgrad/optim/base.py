@@ -28,15 +28,16 @@ from natgrad.layers.base import real, real_type
 from natgrad.optim import checks, noise
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import Census
-from natgrad.optim.change import LastStep
+from natgrad.optim.change import LastStep, MeasuredChange, PredictedChange
 from natgrad.optim.coverage import Preconditioned, count_preconditioned
-from natgrad.optim.fallback import Fallback, adam
+from natgrad.optim.fallback import Adam, Fallback, adam
 from natgrad.optim.gradients import Gradients
-from natgrad.optim.lengths import Keeps, Length, Remembers, layerwise
+from natgrad.optim.graphs import CudaRecorder, Graphs
+from natgrad.optim.lengths import Keeps, Length, Remembers, layerwise, plain, trust
 from natgrad.optim.likelihoods import Likelihood, draw_labels
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
-from natgrad.optim.rules import Rule, directions_kept, takes_loose
+from natgrad.optim.rules import Momentum, Rule, directions_kept, takes_loose
 from natgrad.optim.scaling import LossScale, known_scale
 from natgrad.optim.segments import Outlines
 from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
@@ -44,7 +45,7 @@ from natgrad.optim.update import master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World, uneven
 from natgrad.preconditioner import TWICE, Clocks, Preconditioner, Step, shortened
-from natgrad.readings import Readings
+from natgrad.readings import Inputs, Readings
 from natgrad.stacks import Storage
 from natgrad.staleness import Every, Staleness
 
@@ -89,6 +90,7 @@ class SecondOrder(Views, Optimizer):
         strict: bool = False,
         seed: int = 0,
         world: Any = None,
+        graph: bool = False,
     ):
         model = checks.plain_model(model)
         params = None if params is None else list(params)
@@ -124,8 +126,9 @@ class SecondOrder(Views, Optimizer):
         self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
         self.world = world if isinstance(world, World) else World(world)
         self.gradients = Gradients(self.world, max_norm, partial(known_scale, self))
+        self.graphs: Graphs | None = None
         self.said: set[str] = set()  # warnings that were given
-        self.readings = Readings()
+        self.readings, self.inputs = Readings(), Inputs()
         self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
         self._counted: tuple[Clocks, tuple[bool, ...], Preconditioned] | None = None
         self._join_config = uneven.nobody()
@@ -139,6 +142,9 @@ class SecondOrder(Views, Optimizer):
             self.engine = self._engine(cells, predictions)
             self._store()
             self.world.start([real(t.detach()) for t in (*model.parameters(), *model.buffers())])
+        if graph:
+            self.graphs = self._graphs()
+            self._store()  # with vectors that stay where they are
         self.gradients.begin_early(cells)
         self._say_coverage()
         self.engine.arm(self.steps_made + 1)
@@ -155,10 +161,37 @@ class SecondOrder(Views, Optimizer):
         self.settle()
         self._places = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
         place = self._places.__getitem__
-        self.storage = Storage(self.cells, self.state, place, self.world.rank, self.readings)
+        fixed = self.graphs is not None
+        self.storage = Storage(self.cells, self.state, place, self.world.rank, self.readings, fixed)
         self.engine.storage = self.storage
         self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))
         self._groups = [place(cell.layer.parameters[0]) for cell in self.cells]
+
+    def _graphs(self) -> Graphs:
+        """What records this optimizer's steps."""
+        devices = {layout.kind[1].type for layout in self.storage.layouts}
+        if devices != {"cuda"}:
+            raise ValueError(
+                f"graph=True: the parameters are on {', '.join(sorted(devices))}, and CUDA graphs need a GPU; leave it "
+                "out, or move the model first"
+            )
+        self.refuse_graphs()
+        return Graphs(CudaRecorder(), self.readings, self.world)
+
+    def refuse_graphs(self) -> None:
+        """Refuse choices with which a step is not the same launches from step to step."""
+        kinds = (type(self.length), type(self.rule), type(self.fallback))
+        own = self.length in (plain, trust) or kinds[0] in (PredictedChange, MeasuredChange)
+        reasons = {
+            "rescale": self.rescale is not None,
+            'gather="directions"': self.gather == "directions",
+            "parameters in half precision, or World(weights=)": self.storage.masters,
+            "a rule, length or fallback of your own": not own or kinds[1:] != (Momentum, Adam),
+            "curvature in the space of samples": any(cell.by_rows for cell in self.cells),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"graph=True cannot record a step with {reason}; leave one of the two out")
 
     def settle(self) -> None:
         """Bring `state` and `param_groups` up to date with all steps that were made. The host waits."""

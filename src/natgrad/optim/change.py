@@ -147,7 +147,7 @@ class MeasuredChange:
         numbers.update(change=change.abs() * factor.square(), bound=bound, factor=factor, loose=loose)
         factors = [(factor if foretold(segment) else loose).to(segment.gradient.device) for segment in segments]
         for segment, (predictions, slopes, _), own in zip(segments, ahead, factors):
-            steps = torch.full_like(predictions, segment.lr) * own
+            steps = (segment.lr * own).expand_as(predictions)
             went = [steps, predictions * own.square(), steps * slopes / -segment.terms]
             segment.state["went"] = torch.stack(went, 1)
             if "last" in segment.state:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,21 +46,19 @@ class Adam:
     def direction(self, segment: Segment) -> Tensor:
         first, second = segment.state["adam_first"], segment.state["adam_second"]
         momentum = segment.group["momentum"]
-        counts = [cell.numbers["adam_count"] + 1 for cell in segment.cells]
-        for cell, count in zip(segment.cells, counts):
-            cell.numbers["adam_count"] = count
+        counts = segment.state["adam_count"] + 1
+        segment.state["adam_count"] = counts
         first.lerp_(segment.gradient, 1 - momentum)
         second.lerp_(segment.gradient.square(), 1 - self.second)
         left, right = (corrections(segment, decay, counts) for decay in (momentum, self.second))
         return first / left / ((second / right).sqrt() + self.eps)
 
 
-def corrections(segment: Segment, decay: float, counts: Sequence[int]) -> Tensor | float:
-    """1 - decay^count, by which a running mean that began at zero is too small: one number, or a vector [n]."""
-    numbers = [1 - decay**count for count in counts]
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    return segment.spread(torch.tensor(numbers, dtype=segment.gradient.dtype, device=segment.gradient.device))
+def corrections(segment: Segment, decay: float, counts: Tensor) -> Tensor:
+    """1 - decay^count, by which a running mean that began at zero is too small: a scalar, or a vector [n]."""
+    found = 1 - decay**counts
+    alike = len({cell.numbers["adam_count"] for cell in segment.cells}) == 1
+    return found[0] if alike else segment.spread(found.to(segment.gradient))
 
 
 adam = Adam()

@@ -89,10 +89,7 @@ class Momentum:
 
     def __call__(self, segments: Sequence[Segment], natural: Natural, world: World) -> None:
         for segment in segments:
-            group = segment.group
-            lr = group["lr"]
-            last, first = rate_of(group, "lr_last"), group.get("initial_lr", rate_of(group, "lr_first"))
-            segment.keep = self.coefficient(group["momentum"], lr, last, first)
+            segment.keep = self.constant(segment.group)
             segment.state["momentum"].mul_(segment.keep)
             if self.before:
                 segment.state["momentum"].add_(segment.gradient)
@@ -102,6 +99,11 @@ class Momentum:
                 segment.direction = segment.add_weights(direction)
             else:
                 segment.direction = segment.state["momentum"].add_(segment.add_weights(direction))
+
+    def constant(self, group: dict[str, Any]) -> float:
+        """What a group's buffer of directions is multiplied by in the coming step."""
+        last, first = rate_of(group, "lr_last"), group.get("initial_lr", rate_of(group, "lr_first"))
+        return self.coefficient(group["momentum"], group["lr"], last, first)
 
     @property
     def keeps_directions(self) -> str | None:

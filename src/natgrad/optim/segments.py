@@ -15,9 +15,10 @@ from natgrad.cell import Cell
 from natgrad.curvature.by_rows import ByRows
 from natgrad.layers import Loose
 from natgrad.layers.base import promote, real
-from natgrad.readings import to_device
+from natgrad.readings import Inputs
 from natgrad.stacks import Layout, NumberTable, Run, Storage, Vector, adjacent
 
+KNOWN = 4  # sets of layers whose segments are kept
 LEAST_WEIGHT = 0.1  # of a healthy weight: a layer that starts at zero must be able to leave it
 
 
@@ -94,23 +95,33 @@ class Segment:
         curved      False: the fallback's direction, as long as the weight
         keep        by this the rule has multiplied its past directions before it added this step's
         past        the direction of the step before, where somebody keeps it
+        all_rates   the learning rate of each param_group, scalars on the layers' device
         products    what a length that looks back needs of this step and of the one before [m, n]
         terms       the gradient is that of the mean loss times so many: of a sum over a rank's samples
     """
 
-    def __init__(self, outline: Outline, gradient: Tensor, fresh: frozenset[int] = frozenset()):
+    def __init__(
+        self,
+        outline: Outline,
+        gradient: Tensor,
+        inputs: Inputs,
+        rates: Sequence[Tensor],
+        fresh: frozenset[int] = frozenset(),
+    ):
         self.outline, self.gradient, self.fresh = outline, gradient, fresh
+        self.all_rates = rates
         self.direction = gradient
         self.curved = outline.curved
         self.group = outline.groups()[outline.group_places[0]]
-        self.state = SegmentState(outline)
+        self.state = SegmentState(outline, inputs)
         self.keep, self.terms = 0.0, 1.0
         self.past: Tensor | None = None
         self.products: Tensor | None = None
 
     @property
-    def lr(self) -> float:
-        return self.group["lr"]
+    def lr(self) -> Tensor:
+        """The learning rate of the layers' weights, a scalar in double precision on their device."""
+        return self.all_rates[self.outline.group_places[0]]
 
     @property
     def cells(self) -> list[Cell]:
@@ -226,14 +237,14 @@ class SegmentState(MutableMapping[str, Tensor]):
     at the next read (readings.py).
     """
 
-    def __init__(self, outline: Outline):
-        self.outline = outline
+    def __init__(self, outline: Outline, inputs: Inputs):
+        self.outline, self.inputs = outline, inputs
 
     def __getitem__(self, key: str) -> Tensor:
         vector, first = self.outline.vectors.get(key), self.outline.places[0]
         if vector is None:
-            table, row = self._numbers(key)
-            return to_device(table.tensor()[row : row + len(self.outline.cells)], self.outline.layout.kind[1])
+            (table, row), count = self._numbers(key), len(self.outline.cells)
+            return self.inputs.get(lambda: table.tensor()[row : row + count], self.outline.layout.kind[1])
         begin = vector.start[first]
         return vector.flat[begin : begin + self.outline.numel]
 
@@ -268,7 +279,7 @@ class SegmentState(MutableMapping[str, Tensor]):
 
 
 class Outlines:
-    """The segments of a step, from the layers that take part; those of the last step are kept."""
+    """The segments of a step, from the layers that take part; those of the last few sets of layers are kept."""
 
     def __init__(
         self,
@@ -278,24 +289,25 @@ class Outlines:
         takes_loose: bool,
     ):
         self.storage, self.group_of, self.groups, self.takes_loose = storage, group_of, groups, takes_loose
-        self.known: tuple[tuple[int, ...], list[list[Outline]]] = ((), [])
+        self.known: dict[tuple[int, ...], list[list[Outline]]] = {}
 
     def of(self, places: Iterable[int]) -> list[list[Outline]]:
         """For each layout, the segments of the layers at these places, which this rank owns."""
         chosen = tuple(places)
-        if self.known[0] != chosen or not self.known[1]:
-            self.known = (
-                chosen,
+        found = self.known.pop(chosen, None)
+        if found is None:
+            found = [
                 [
-                    [
-                        Outline(self.storage, layout, vectors, run, curved, self.group_of, self.groups)
-                        for row in adjacent(mine, chosen)
-                        for curved, run in self._cut(row)
-                    ]
-                    for layout, mine, vectors in zip(self.storage.layouts, self.storage.mine, self.storage.vectors)
-                ],
-            )
-        return self.known[1]
+                    Outline(self.storage, layout, vectors, run, curved, self.group_of, self.groups)
+                    for row in adjacent(mine, chosen)
+                    for curved, run in self._cut(row)
+                ]
+                for layout, mine, vectors in zip(self.storage.layouts, self.storage.mine, self.storage.vectors)
+            ]
+        self.known[chosen] = found  # the last one last
+        if len(self.known) > KNOWN:
+            del self.known[next(iter(self.known))]
+        return found
 
     def _cut(self, row: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
         """Neighbours in pieces of one group, and with curvature or without."""

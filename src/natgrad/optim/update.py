@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,9 @@ from natgrad.layers import Loose
 from natgrad.layers.base import promote, real
 from natgrad.optim.lengths import Remembers, trust_ratios
 from natgrad.optim.rescale import rescale
-from natgrad.optim.rules import directions_kept
+from natgrad.optim.rules import Momentum, directions_kept
 from natgrad.optim.segments import Segment
 from natgrad.parallel import Parcel
-from natgrad.readings import to_device
 
 if TYPE_CHECKING:
     from natgrad.optim.base import SecondOrder
@@ -30,41 +30,73 @@ def update(
     vectors: this rank's gradients (see Gradients.to_owners). Cells in `bare` have not been measured, and take their
     gradient's direction at the length of their weight.
     """
-    cells, timed = optimizer.cells, optimizer.engine.timed
     for group in optimizer.param_groups:  # a number of the groups, so that a resumed run knows it
         group["batch"] = optimizer.engine.samples or group.get("batch", 0)
     ready = optimizer.engine.clocks.ready
     chosen = [k for k, here in enumerate(present) if here and (ready[k] or k in bare)]
-    with timed("precondition"):
-        segments = segments_of(optimizer, chosen, vectors, bool(bare))
-        factors = aim(optimizer, segments, bool(bare))
-        moves = [moved(optimizer, segment, factor) for segment, factor in zip(segments, factors)]
-    moving = [cells[k] for k in chosen]
-    if simple(optimizer):
-        with timed("update"):
-            for segment, move_by in zip(segments, moves):
-                move_segment(segment, move_by)
+    work = partial(advance, optimizer, chosen, vectors, bool(bare))
+    if optimizer.graphs is None or bare:
+        optimizer.inputs.begin()
+        work()
     else:
-        parts: dict[nn.Parameter, Tensor] = {}
-        for segment, move_by in zip(segments, moves):
-            parts |= zip(segment.parameters, segment.views(move_by))
-        if optimizer.gather == "directions":
-            with timed("messages"):
-                share(optimizer, moving, parts)
-        if optimizer.probe is not None:
-            with timed("probe"):
-                optimizer.probe({p: like(p, part) for p, part in parts.items()})
-        with timed("update"):
-            move_all(optimizer, moving, parts)
-    with timed("update"):
-        for group in optimizer.param_groups:
-            group["lr_last"] = group["lr"]
-            if not optimizer.steps_made:
-                group["lr_first"] = group["lr"]
+        optimizer.graphs.run(constants(optimizer, chosen), work, optimizer.inputs)
+    if not bare:
+        stand_still(optimizer, chosen)
+    for group in optimizer.param_groups:
+        group["lr_last"] = group["lr"]
+        if not optimizer.steps_made:
+            group["lr_first"] = group["lr"]
     if optimizer.gather == "weights" and optimizer.world.size > 1:
-        with timed("messages"):
+        with optimizer.engine.timed("messages"):
+            moving = [optimizer.cells[k] for k in chosen]
             parcels = [Parcel(real(p.detach()), cell.owner) for cell in moving for p in cell.layer.parameters]
             optimizer.world.gather_narrow(parcels, "weights")
+
+
+def advance(optimizer: SecondOrder, chosen: Sequence[int], vectors: Sequence[Tensor | None], bare: bool) -> None:
+    """New directions, lengths and weights of the chosen layers that this rank owns.
+
+    Nothing is read from a device, and numbers of the host that change from step to step are inputs (readings.py).
+    """
+    timed = optimizer.engine.timed
+    with timed("precondition"):
+        segments = segments_of(optimizer, chosen, vectors, bare)
+        factors = aim(optimizer, segments, bare)
+    if simple(optimizer):
+        with timed("update"):
+            for segment, factor in zip(segments, factors):
+                move_segment(segment, factor)
+        return
+    parts: dict[nn.Parameter, Tensor] = {}
+    moving = [optimizer.cells[k] for k in chosen]
+    for segment, factor in zip(segments, factors):
+        parts |= zip(segment.parameters, segment.views(moved(optimizer, segment, factor)))
+    if optimizer.gather == "directions":
+        with timed("messages"):
+            share(optimizer, moving, parts)
+    if optimizer.probe is not None:
+        with timed("probe"):
+            optimizer.probe({p: like(p, part) for p, part in parts.items()})
+    with timed("update"):
+        move_all(optimizer, moving, parts)
+
+
+def constants(optimizer: SecondOrder, chosen: Sequence[int]) -> Hashable:
+    """All by which `advance` decides on the host: a recorded step holds as long as it is the same."""
+    groups = optimizer.param_groups
+    numbers = [tuple(group[name] for name in ("momentum", "weight_decay", "damping", "batch")) for group in groups]
+    kept = [optimizer.rule.constant(group) for group in groups if isinstance(optimizer.rule, Momentum)]
+    counts = {optimizer.cells[k].numbers["adam_count"] for k in chosen if "adam_count" in optimizer.cells[k].numbers}
+    where = [p.data_ptr() for k in chosen for p in optimizer.cells[k].layer.parameters]
+    return (*chosen, *numbers, *kept, len(counts), *where, id(optimizer.storage), optimizer.engine.samples)
+
+
+def stand_still(optimizer: SecondOrder, chosen: Collection[int]) -> None:
+    """Layers that took no part in a step have no last step to look back on."""
+    moved = set(chosen)
+    for k, cell in enumerate(optimizer.cells if len(moved) < len(optimizer.cells) else ()):
+        if k not in moved and "went" in cell.numbers:
+            cell.numbers["went"] = [0.0, 0.0, 0.0]
 
 
 def segments_of(
@@ -73,11 +105,17 @@ def segments_of(
     """The segments of the layers at these places that this rank owns, with their gradients."""
     storage, kept = optimizer.storage, directions_kept(optimizer.rule)
     segments = []
+    rates: dict[torch.device, Sequence[Tensor]] = {}
     for outlines, layout, mine, vector in zip(optimizer.outlines.of(places), storage.layouts, storage.mine, vectors):
+        device = layout.kind[1]
+        if outlines and device not in rates:
+            told = optimizer.inputs.get(lambda: [group["lr"] for group in optimizer.param_groups], device)
+            rates[device] = told.unbind()
         for outline in outlines:
             assert vector is not None
             begin = outline.start - layout.start[mine[0]]
-            segment = Segment(outline, vector[begin : begin + outline.numel], frozenset(optimizer.engine.whole))
+            gradient, fresh = vector[begin : begin + outline.numel], frozenset(optimizer.engine.whole)
+            segment = Segment(outline, gradient, optimizer.inputs, rates[device], fresh)
             if optimizer.reduction == "sum":
                 segment.terms = max(segment.group["batch"] / optimizer.world.size, 1.0)
             segment.curved = outline.curved and not bare
@@ -109,18 +147,16 @@ def aim(optimizer: SecondOrder, segments: Sequence[Segment], bare: bool) -> list
     numbers = learned(optimizer, length)
     found = dict(zip(map(id, judged), length.lengths(judged, optimizer.world, numbers)))
     optimizer.readings.ask(torch.stack([numbers[name] for name in length.numbers]), optimizer.hear_length)
-    moved_cells = {id(cell) for segment in judged for cell in segment.cells}
-    for cell in optimizer.cells if len(moved_cells) < len(optimizer.cells) else ():
-        if id(cell) not in moved_cells and "went" in cell.numbers:  # it stood still: no last step to look back on
-            cell.numbers["went"] = [0.0, 0.0, 0.0]
     return [found.get(id(segment), 1.0) for segment in segments]
 
 
 def learned(optimizer: SecondOrder, length: Remembers) -> dict[str, Tensor]:
     """What a length remembers, on the device."""
-    own = optimizer.param_groups[0]
-    values = [own.get(name, value) for name, value in length.numbers.items()]
-    return dict(zip(length.numbers, to_device(values, optimizer.storage.device).unbind()))
+
+    def now() -> list[float]:
+        return [optimizer.param_groups[0].get(name, value) for name, value in length.numbers.items()]
+
+    return dict(zip(length.numbers, optimizer.inputs.get(now, optimizer.storage.device).unbind()))
 
 
 def stretch(optimizer: SecondOrder, segment: Segment, bare: bool) -> None:
@@ -146,13 +182,23 @@ def simple(optimizer: SecondOrder) -> bool:
     return not optimizer.storage.masters
 
 
-def move_segment(segment: Segment, move_by: Tensor) -> None:
-    """W <- w - lr * part for all parameters of a segment, each with the lr of its own group."""
-    outline, views = segment.outline, segment.views(move_by)
+def move_segment(segment: Segment, factor: Tensor | float) -> None:
+    """W <- w - lr * factor * direction for all parameters of a segment, each with the lr of its own group."""
+    outline = segment.outline
+    rates = {place: segment.all_rates[place] * -1 for place in outline.by_group}
+    if isinstance(factor, Tensor) and factor.dim():
+        direction = segment.direction * segment.spread(factor.to(segment.direction))
+    else:
+        direction, rates = segment.direction, {place: rate * factor for place, rate in rates.items()}
+    only = rates.popitem()[1] if len(rates) == 1 else None
+    views = segment.views(direction if only is None else direction * only)
     for place, ks in outline.by_group.items():
         weights = [outline.parameters[k] for k in ks]
         weights = [real(w.detach()) if w.is_complex() else w for w in weights]
-        torch._foreach_add_(weights, [views[k] for k in ks], alpha=-outline.groups()[place]["lr"])
+        moves = [views[k] for k in ks]
+        if only is None:
+            moves = list(torch._foreach_mul(moves, rates[place]))
+        torch._foreach_add_(weights, moves)
 
 
 def like(parameter: nn.Parameter, part: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,6 +89,8 @@ class World:
         self.transport: Transport = group
         self.rank, self.size = group.rank, group.size
         self.sent: dict[str, int] = defaultdict(int)  # bytes of payload by kind, until somebody clears it
+        self.sends: Callable[[Callable[[], None]], None] | None = None
+        """Who is given a message to all ranks, to send it now and in every repetition of what is being recorded."""
 
     @classmethod
     def alone(cls) -> World:
@@ -260,6 +263,13 @@ class World:
     def _everyone(self, tensors: Sequence[Tensor], op: str, kind: str | None) -> None:
         if self.size == 1 or not tensors:
             return
+        send = partial(self._send_to_everyone, list(tensors), op, kind)
+        if self.sends is None:
+            send()
+        else:
+            self.sends(send)
+
+    def _send_to_everyone(self, tensors: Sequence[Tensor], op: str, kind: str | None) -> None:
         if kind is not None:
             self.count(kind, [Parcel(t, 0) for t in tensors])
         for dtype in dict.fromkeys(t.dtype for t in tensors):
