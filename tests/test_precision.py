@@ -133,7 +133,9 @@ def test_bits_are_scaled_only_in_float16(splits):
 def test_channels_last_is_another_order_in_memory_and_nothing_else(splits, optimizer):
     # widths in eights: oneDNN writes past a 1x1 stride-2 convolution of 4 channels last on processors without AVX-512
     recipe = replace(RECIPE, model=CifarResNet(8, (8, 16, 16)), optimizer=optimizer, steps=4)
-    images = splits.train.images + torch.rand(splits.train.images.shape)  # borders of zeros sit on ReLU's kink
+    # borders of zeros sit on ReLU's kink; of some noise a pixel sits so near to it that rounding takes it across
+    noise = torch.rand(splits.train.images.shape, generator=torch.Generator().manual_seed(4))
+    images = splits.train.images + noise
     noisy = replace(splits, train=replace(splits.train, images=images))
     plain, _ = trained(recipe, World(), noisy)
     job = prepare(replace(recipe, channels_last=True), World(), noisy)
