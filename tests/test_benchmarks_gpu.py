@@ -15,11 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu
 import gpu_contenders
+import gpu_learn
 import gpu_steps
 import gpu_trace
 import tables
 from gpu_contenders import SGD, SMALL_GPT, SMALL_RESNET, Contender
 from gpu_results import Results
+
+from simulated import DEVICE, simulated_gpu
 
 CPU = torch.device("cpu")
 NAMES = ["small", "steps: ResNet-18, narrow, 8", "trace", "tests", "steps: transformer, narrow, 4", "training"]
@@ -231,6 +234,66 @@ def test_a_contender_takes_its_steps_on_one_batch_in_bfloat16():
     assert all(dtype == torch.bfloat16 for _, dtype in seen)
     assert len(taken.losses) == len(taken.each) == 3
     assert taken.inside_ms < taken.ms
+
+
+class Event:
+    """A CUDA event whose time is that of the host."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.clock = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.clock - self.clock)
+
+
+@pytest.fixture
+def gpu_of_numbers(monkeypatch):
+    """A simulated GPU with torch's functions for clocks and memory; gives what was called of these."""
+    called = []
+    known = {"memory_allocated": 1000, "max_memory_allocated": 5000, "get_sync_debug_mode": 0}
+    silent = ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode")
+    for name, value in {**known, **dict.fromkeys(silent)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, value=value: called.append(name) or value)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    with simulated_gpu():
+        yield called
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        ("SPNGD, plain", SMALL_RESNET),
+        ("SENG, all stale", SMALL_GPT),
+        ("NLCG, plain", SMALL_GPT),
+        ("Muon", SMALL_RESNET),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_paths_of_a_gpu_are_taken_on_a_simulated_one(gpu_of_numbers, network, name):
+    contender = next(one for one in gpu_contenders.contenders(DEVICE) if one.name == name)
+    end = time.monotonic() + 600
+    row = gpu_steps.figures(network, contender, 2, DEVICE, gpu_steps.Effort(1, 1, warm=False), 0, end, end)
+    assert row["finite"]
+    assert row["ms"] > row["inside_ms"] > 0
+    assert (row["built_bytes"], row["peak_bytes"], row["grown_bytes"]) == (0, 4000, 0)
+    expected = {"synchronize", "empty_cache", "reset_peak_memory_stats", "max_memory_allocated", "set_sync_debug_mode"}
+    assert expected <= set(gpu_of_numbers)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")
+def test_training_runs_on_a_simulated_gpu(gpu_of_numbers):
+    rows = list(gpu_learn.learn(gpu_learn.Size(8, 32, 16, 64, 1), "", DEVICE, time.monotonic() + 600))
+    assert [row["name"] for row in rows] == ["SPNGD", "SGD, Nesterov"]
+    assert all(row["finite"] and row["whole_schedule"] and row["steps"] == 2 for row in rows)
+
+
+@pytest.mark.parametrize("name", gpu.KINDS)
+def test_the_small_problem_finds_a_simulated_gpu_right(gpu_of_numbers, name):
+    assert gpu.distance(gpu.small_problem(name, DEVICE), gpu.small_problem(name, CPU)) == 0
 
 
 def test_variants_are_taken_up_as_soon_as_they_exist(monkeypatch):
