@@ -252,7 +252,7 @@ def one_trace(run: Run, network: Network, contender: Contender, size: int, path:
 
 
 def tests(run: Run, case: dict[str, Any], deadline: float) -> None:
-    """The tests marked `gpu`, in a process of their own; a dry run takes two of their bodies on the CPU."""
+    """The tests marked `gpu`, in a process of their own; a dry run takes a few of their bodies on the CPU."""
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     if not files or importlib.util.find_spec("pytest") is None:
         run.results.row(case, {"name": "pytest", "absent": "pytest or the folder tests is not there"})
@@ -260,7 +260,7 @@ def tests(run: Run, case: dict[str, Any], deadline: float) -> None:
     free(run.device)
     source = str(Path(natgrad.__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
-    chosen = ["-k", "survives and cpu or counted and cpu"] if run.dry else ["-m", "gpu"]
+    chosen = ["-k", "survives and cpu or sketches and cpu"] if run.dry else ["-m", "gpu"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         words = [

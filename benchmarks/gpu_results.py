@@ -113,7 +113,7 @@ def steps(case: dict[str, Any]) -> str:
         name = row["name"] + ("" if row["batch"] == case["batch"] else f" (at {row['batch']}: memory)")
         low, high = row["ratio_quartiles"]
         numbers = [f"{row['ms']:.2f}", f"**{row['ratio']:.3f}**", f"{low:.3f}-{high:.3f}", f"{row['longest_ms']:.2f}"]
-        numbers += [f"{row['host_ms']:.2f}", f"{row['inside_ms']:.2f}", str(row["waits"])]
+        numbers += [f"{row['host_ms']:.2f}", f"{row['inside_ms']:.2f}", str(row.get("waits", ""))]
         peak = f"{row['peak_bytes'] / MIB:,.0f}" if "peak_bytes" in row else ""
         rows.append([name, *numbers, peak, f"{row['state_bytes'] / MIB:,.0f}"])
     told = [f"\n\nWithout {'; '.join(names)}: {why}." for why, names in missing.items()]

@@ -10,13 +10,13 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from gpu_contenders import SGD, Contender, Network
-from host import waits_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -199,15 +199,30 @@ def figures(
         pairs.append((first, second))
         in_time(end)
     grown = held(device) - settled
-    loss = own.passes()
-    waits = waits_of(lambda: own.update(loss), device)
-    row = summary(pairs, losses)
-    row |= {"waits": waits, "state_bytes": own.state_bytes()}
+    row = summary(pairs, losses) | {"state_bytes": own.state_bytes()}
     if device.type == "cuda":
+        loss = own.passes()
+        row["waits"] = waits_of(lambda: own.update(loss))
         row |= {"built_bytes": own.built, "peak_bytes": peak - resident, "grown_bytes": grown}
     if hasattr(own.optimizer, "coverage"):
         row["curvature_share"] = round(own.optimizer.coverage().share, 4)  # type: ignore[attr-defined]
     return row
+
+
+def waits_of(call: Callable[[], Any]) -> int:
+    """How often the host waits for the GPU within a call, by torch's own count.
+
+    It has every copy that the host waits for, to the device as well as from it.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def in_time(end: float) -> None:

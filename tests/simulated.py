@@ -139,6 +139,8 @@ class Calls(TorchFunctionMode):
             return value.clone() if name == "cpu" else getattr(value, name)()
         if name == "one_hot" and isinstance(args[0], Simulated):  # it makes a tensor where torch takes `x` to be
             return Simulated(function(args[0].inner, *args[1:], **kwargs))
+        if name == "pin_memory":
+            return args[0]
         if name in ("untyped_storage", "data_ptr") and isinstance(args[0], Simulated):
             return getattr(args[0].inner, name)()
         if name in ("to", "type_as") and isinstance(args[0], Tensor):

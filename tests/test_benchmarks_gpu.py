@@ -62,7 +62,6 @@ def test_every_contender_is_measured_or_says_why_not(dry, name):
         assert not contender.absent or row["absent"] == contender.absent
         assert contender.absent or contender.optional or row["loss_last"] < row["loss_first"]
     assert rows["AdamW(fused)"]["state_bytes"] == pytest.approx(2 * rows["SGD(fused)"]["state_bytes"], rel=0.05)
-    assert rows["SPNGD, all stale"]["waits"] >= rows["SPNGD, plain"]["waits"] > rows["SGD(fused)"]["waits"] == 0
 
 
 @pytest.mark.slow
@@ -93,7 +92,7 @@ def test_results_become_tables(dry, tmp_path):
         "checks passed.",
         "| SPNGD, all stale | ",
         "Traces, ResNet-18",
-        "Marked tests: 2 passed",
+        "Marked tests: 5 passed, 0 failed",
         "| patterns |",
     ):
         assert words in page
@@ -284,6 +283,7 @@ def test_the_paths_of_a_gpu_are_taken_on_a_simulated_one(gpu_of_numbers, network
     assert expected <= set(gpu_of_numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")
 def test_training_runs_on_a_simulated_gpu(gpu_of_numbers):
     rows = list(gpu_learn.learn(gpu_learn.Size(8, 32, 16, 64, 1), "", DEVICE, time.monotonic() + 600))
