@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8.0
 LEAST = 8.0  # seconds that are worth beginning a stage with
 GRACE = 90.0  # seconds beyond its time after which a hung run is ended, with a traceback
+REFUSALS = (ValueError, TypeError, NotImplementedError)  # by which an optimizer says that it has no such variant
 AGREE = 1e-8  # relative, in float64
 TRACED = ("SGD(fused)", "SPNGD, plain", "SPNGD, plain, CUDA graph", "SPNGD, all stale", "NLCG, plain")
 
@@ -134,6 +135,16 @@ def distance(own: Tensor, other: Tensor) -> float:
     return float((own - other).norm() / other.norm())
 
 
+def of_graph(run: Run, case: dict[str, Any], name: str, plain: Tensor) -> float | str:
+    """How far the steps of a CUDA graph lead from those without; the reason where an optimizer refuses one."""
+    try:
+        found = distance(small_problem(name, run.device, graph=True), plain)
+    except REFUSALS as error:
+        return f"refused: {failure(error)}"
+    run.results.check(case, f"{name} takes the same steps as a graph", found < AGREE, f"relative distance {found:.1e}")
+    return found
+
+
 def small(run: Run, case: dict[str, Any], deadline: float) -> None:
     """GPU and CPU take the same steps; so do a CUDA graph and its operations one by one."""
     done = {row["name"] for row in case["rows"]}
@@ -145,9 +156,7 @@ def small(run: Run, case: dict[str, Any], deadline: float) -> None:
             told = f"relative distance {row['from_cpu']:.1e}"
             run.results.check(case, f"{name} takes the steps of a CPU", row["from_cpu"] < AGREE, told)
             if takes(getattr(natgrad, name), "graph") and run.device.type == "cuda":
-                row["from_graph"] = distance(small_problem(name, run.device, graph=True), here)
-                told = f"relative distance {row['from_graph']:.1e}"
-                run.results.check(case, f"{name} takes the same steps as a graph", row["from_graph"] < AGREE, told)
+                row["from_graph"] = of_graph(run, case, name, here)
         except Exception as error:
             run.results.row(case, {**row, "failed": failure(error)})
             survive(run, case, name, error)
@@ -198,7 +207,7 @@ def measured(
         run.left.append(f"{case['case']}: {contender.name}")
         return None
     except Exception as error:
-        if contender.optional and isinstance(error, (ValueError, TypeError, NotImplementedError)):
+        if contender.optional and isinstance(error, REFUSALS):
             return {"name": contender.name, "absent": f"refused: {failure(error)}"}
         row = {"name": contender.name, "failed": failure(error)}
         run.results.row(case, row)

@@ -24,6 +24,7 @@ from gpu_results import Results
 
 from simulated import DEVICE, simulated_gpu
 
+pytestmark = pytest.mark.timeout(900)  # a dry run takes half a minute of one quiet core, and minutes of a busy one
 CPU = torch.device("cpu")
 NAMES = ["small", "steps: ResNet-18, narrow, 8", "trace", "tests", "steps: transformer, narrow, 4", "training"]
 
@@ -294,6 +295,21 @@ def test_training_runs_on_a_simulated_gpu(gpu_of_numbers):
 @pytest.mark.parametrize("name", gpu.KINDS)
 def test_the_small_problem_finds_a_simulated_gpu_right(gpu_of_numbers, name):
     assert gpu.distance(gpu.small_problem(name, DEVICE), gpu.small_problem(name, CPU)) == 0
+
+
+def test_a_graph_is_held_against_the_same_steps_without(tmp_path, monkeypatch):
+    run, plain = run_of(tmp_path), torch.ones(3)
+    case = run.results.case("small")
+    answers = {"same": plain, "other": plain + 1e-3}
+    monkeypatch.setattr(
+        gpu, "small_problem", lambda name, device, graph: answers[name] if graph else pytest.fail("graph")
+    )
+    assert gpu.of_graph(run, case, "same", plain) == 0
+    assert gpu.of_graph(run, case, "other", plain) == pytest.approx(1e-3, rel=0.01)
+    assert [one["passed"] for one in case["checks"]] == [True, False]
+    monkeypatch.setattr(gpu, "small_problem", lambda *_, **__: refusing(None))
+    assert gpu.of_graph(run, case, "odd", plain) == "refused: ValueError: not this variant"
+    assert len(case["checks"]) == 2
 
 
 def test_variants_are_taken_up_as_soon_as_they_exist(monkeypatch):
