@@ -21,9 +21,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class Record:
-    """A file of cases, written after each of them: a run that was stopped goes on where it was."""
+    """A file of cases, written after each of them: a run that was stopped goes on where it was.
 
-    def __init__(self, path: Path, device: str):
+    facts: what else must be the same for results to stand in one file.
+    """
+
+    def __init__(self, path: Path, device: str, **facts: Any):
         self.path = path
         self.content: dict[str, Any] = {
             "machine": machine(device),
@@ -31,6 +34,7 @@ class Record:
             "torch": torch.__version__,
             "natgrad": natgrad.__version__,
             "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "src") else ""),
+            **facts,
         }
         old = json.loads(path.read_text()) if path.exists() else {}
         same = all(old.get(key) == value for key, value in self.content.items())
@@ -44,6 +48,10 @@ class Record:
     def add(self, case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Write down a case."""
         self.content["cases"].append({**case, "rows": rows})
+        self.write()
+
+    def write(self) -> None:
+        """Bring the file up to date."""
         self.path.parent.mkdir(exist_ok=True, parents=True)
         self.path.write_text(json.dumps(self.content, indent=1) + "\n")
 
@@ -59,4 +67,13 @@ def machine(device: str) -> str:
 
 
 def git(*command: str) -> str:
-    return subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
+    """What git says; nothing where there is no git, or no repository."""
+    return said("git", *command)
+
+
+def said(*command: str) -> str:
+    """What a command prints; nothing where it is not installed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import defaults
+import gpu_results
 import host
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +103,11 @@ def on_host(results: dict[str, Any], which: str | None) -> str:
     return host.table(results).strip()
 
 
+def on_gpu(results: dict[str, Any], which: str | None) -> str:
+    """Checks, steps, traces and training of one GPU."""
+    return gpu_results.table(results)
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "compare": compared,
     "scaling": scaling,
@@ -109,6 +115,7 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "overhead": overhead,
     "defaults": settings,
     "host": on_host,
+    "gpu": on_gpu,
 }
 
 
@@ -135,6 +142,8 @@ def made(name: str, which: str | None, results: Path = RESULTS) -> str:
     if name == "largest":
         return largest(results)
     path = results / f"{name}.json"
+    if not path.exists() and name.startswith("gpu"):
+        return f"*Not run yet on a GPU: `python benchmarks/gpu.py` writes `benchmarks/results/{name}.json`.*"
     if not path.exists():
         return f"*Not measured yet: `make bench` writes `benchmarks/results/{name}.json`.*"
     told = json.loads(path.read_text())
