@@ -36,7 +36,7 @@ from natgrad.curvature.rows import Rows, Sample, count, longer, places_of, stack
 from natgrad.hooks import Begin, Deposit, End, Judge, LayerHook, deposits
 from natgrad.layers import Layer, Loose
 from natgrad.layers.base import promote
-from natgrad.readings import Readings, together
+from natgrad.readings import Readings, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
@@ -613,7 +613,7 @@ class Capture:
         generator = torch.Generator().manual_seed(self.sampler.mix(TOGETHER, self._episodes.index(episode)))
         most = max(episode.counts.values())
         keys = torch.rand(most, generator=generator)  # alike in all layers
-        fresh["order"] = keys.to(fresh["chosen"].device)[fresh["chosen"]]
+        fresh["order"] = to_device(keys, fresh["chosen"].device, keys.dtype)[fresh["chosen"]]
         if self.judged is not None:
             fresh = self.judged.weigh(fresh, episode.sharpness, episode.counts[index])
         rows = stacked([fresh] if before is None else [before, fresh], layer.shape)

@@ -64,14 +64,14 @@ def together(scalars: Sequence[Tensor]) -> Tensor:
     return torch.stack([own.double().to(scalars[0].device) for own in scalars])
 
 
-def to_device(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
-    """Numbers of the host in double precision on a device; the host does not wait."""
-    return on_the_way(values, device).to(device, non_blocking=True)
+def to_device(values: Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Numbers of the host on a device; the host does not wait."""
+    return on_the_way(values, device, dtype).to(device, non_blocking=True)
 
 
-def on_the_way(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
-    """Numbers of the host in double precision, where a device can fetch them by itself."""
-    tensor = torch.as_tensor(values, dtype=torch.float64)
+def on_the_way(values: Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Numbers of the host where a device can fetch them by itself."""
+    tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
