@@ -36,6 +36,7 @@ OTHER = {
     "norm_damping": 16.0,
     "weights_wire": "bfloat16",
     "overlap": True,
+    "graph": True,
     "rescale": "shrink",
     "max_norm": 2.0,
     "strict": True,

@@ -39,7 +39,8 @@ class SPNGD(SecondOrder):
             batch_dim (where samples are in inputs of several dimensions, for all modules or by name; None: first, or
             as `batch_first` of the modules around says), max_norm, scaler (a GradScaler, if you unscale yourself, call
             reduce() or overlap), fallback (direction of parameters without curvature), max_size (sides above it stay
-            diagonal), strict (refuse such parameters), seed, world.
+            diagonal), strict (refuse such parameters), seed, world, graph (on GPUs, the launches of a step in which
+            nothing is measured are recorded once and made again as CUDA graphs; one gradient more stays in memory).
 
     Raises:
         ValueError: names the value that cannot be and the way out.

@@ -91,6 +91,8 @@ class Curved(Settings):
     """Type in which owners send new weights or directions; None: their own."""
     overlap: bool = False
     """Send gradients while the backward pass runs."""
+    graph: bool = False
+    """Record a step's launches once and make them again as CUDA graphs, on GPUs."""
     sampling_seed: int = 0
     """Decides which rows are measured and which labels are drawn."""
 
@@ -116,6 +118,7 @@ class Curved(Settings):
             "max_norm": self.max_norm,
             "strict": self.strict,
             "seed": self.sampling_seed,
+            "graph": self.graph,
             "world": World(
                 world.transport, wire=WIRES[self.wire], weights=WIRES[self.weights_wire], overlap=self.overlap
             ),
