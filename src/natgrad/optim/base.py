@@ -162,6 +162,8 @@ class SecondOrder(Views, Optimizer):
         self._places = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
         place = self._places.__getitem__
         fixed = self.graphs is not None
+        if self.graphs is not None:
+            self.graphs.forget()
         self.storage = Storage(self.cells, self.state, place, self.world.rank, self.readings, fixed)
         self.engine.storage = self.storage
         self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))

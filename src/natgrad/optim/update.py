@@ -83,12 +83,14 @@ def advance(optimizer: SecondOrder, chosen: Sequence[int], vectors: Sequence[Ten
 
 def constants(optimizer: SecondOrder, chosen: Sequence[int]) -> Hashable:
     """All by which `advance` decides on the host: a recorded step holds as long as it is the same."""
-    groups = optimizer.param_groups
-    numbers = [tuple(group[name] for name in ("momentum", "weight_decay", "damping", "batch")) for group in groups]
+    groups, names = optimizer.param_groups, ["momentum", "weight_decay", "damping"]
+    if optimizer.reduction == "sum":
+        names.append("batch")
+    numbers = [tuple(group[name] for name in names) for group in groups]
     kept = [optimizer.rule.constant(group) for group in groups if isinstance(optimizer.rule, Momentum)]
     counts = {optimizer.cells[k].numbers["adam_count"] for k in chosen if "adam_count" in optimizer.cells[k].numbers}
     where = [p.data_ptr() for k in chosen for p in optimizer.cells[k].layer.parameters]
-    return (*chosen, *numbers, *kept, len(counts), *where, id(optimizer.storage), optimizer.engine.samples)
+    return (*chosen, *numbers, *kept, len(counts), *where)
 
 
 def stand_still(optimizer: SecondOrder, chosen: Collection[int]) -> None:
