@@ -1,4 +1,4 @@
-"""What a user adds to natgrad is one class in a file of their own: a layer, a curvature, a refresh rule, a direction."""
+"""What a user adds is one class in a file of their own: a layer, a curvature, a refresh rule, a rule, a length."""
 
 from dataclasses import dataclass, field
 
