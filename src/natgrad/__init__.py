@@ -55,7 +55,7 @@ from natgrad.optim import (
     trust,
 )
 from natgrad.parallel import World
-from natgrad.staleness import Adaptive, Every, Staleness
+from natgrad.staleness import Adaptive, Budget, Every, Staleness
 
 __version__ = "0.1.0"
 
@@ -67,6 +67,7 @@ __all__ = [
     "Adam",
     "Adaptive",
     "Bernoulli",
+    "Budget",
     "Categorical",
     "CountSketch",
     "CurvatureStep",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from natgrad.cell import Cell, relative
 from natgrad.readings import Readings
+from natgrad.staleness import Told
 
 TOGETHER = 2**20  # numbers that are looked at in one go: their differences need as much memory, best in a cache
 
@@ -29,10 +30,10 @@ class Fresh(NamedTuple):
         return self.cell.state()[self.key]
 
 
-def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[int]]:
-    """Take in measurements. What is returned gives, after a read, for each the steps until the next one.
+def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[Told]]:
+    """Take in measurements. What is returned gives, after a read, for each when the next one is due.
 
-    0 stands for a statistic that has become infinite. The staleness rule is told |X - Y| / |Y| for each past value Y
+    An interval of 0 stands for a statistic that has become infinite. The staleness rule is told |X - Y| / |Y| for each past value Y
     that it asks for (Frobenius norms, SP-NGD section 4.3.1).
     """
     batches = list(_batches(found))
@@ -43,14 +44,14 @@ def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[int]
         readings.ask(numbers, heard.append)
         _write(batch, fresh)
 
-    def intervals() -> list[int]:
-        told = []
+    def intervals() -> list[Told]:
+        told = list[Told]()
         for batch, counts, numbers in zip(batches, pasts, heard):
             values = iter(numbers.tolist())
             sound = [math.isfinite(next(values)) for _ in batch]
             changes = [[relative(next(values), next(values)) for _ in range(count)] for count in counts]
             told += [
-                one.cell.next_interval(one.key, changed, one.samples) if good else 0
+                one.cell.next_interval(one.key, changed, one.samples) if good else Told(0)
                 for one, changed, good in zip(batch, changes, sound)
             ]
         return told

@@ -47,6 +47,17 @@ LOGITS = -1  # the "layer" whose output is the model's
 TOLD = ("predictions", "steepness")  # what devices count of an episode
 
 
+class Form(NamedTuple):
+    """What a measured call looked like: the sizes of its input, samples first, and of its output.
+
+    first: nobody wants the gradient of the input.
+    """
+
+    x: torch.Size
+    y: torch.Size
+    first: bool
+
+
 class Watch(NamedTuple):
     """A layer and the statistics that are to be measured of it."""
 
@@ -70,6 +81,7 @@ class Seen:
     again: bool = False  # it was called more than once outside of the model
     finite: bool = True  # all that was measured of it
     swapped: bool = False  # its module had another weight or another forward method than it had been found with
+    forms: list[Form] = field(default_factory=list)  # of its measured calls
 
 
 class Measured(NamedTuple):
@@ -131,6 +143,7 @@ class Call:
     form: str = ""  # of the model's output: predictions are its "rows", all but the "last" dimension, or "elements"
     task: int = -1
     kept: list[tuple[Statistic, Any, Draw]] = field(default_factory=list)
+    sizes: Form | None = None
     looked: Any = None
     deep: bool = False  # its input has more than one dimension that could be that of samples
     swapped: bool = False  # the module was not as it had been found
@@ -284,6 +297,7 @@ class Capture:
         call = Call(index, episode, own, places, samples, offset, dim=dim, task=task)
         call.deep = layer.free is not None and x.dim() - layer.free > 1
         if watch and own:
+            first = not x.requires_grad
             with calm(x.device):
                 x = x.detach()
                 call.positions = layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
@@ -293,6 +307,7 @@ class Capture:
                         call.looked = self._checksum(index).look(x, output)
                 draws = self._draws(index, episode, call, x.device)
                 moved = x.movedim(dim, 0)
+                call.sizes = Form(moved.shape, output.shape, first)
                 kept = output if dim == 0 else None
                 call.kept = [(m, m.before(layer, moved, draws[m.draws], kept), draws[m.draws]) for m in watch.moments]
         if self.edges is not None:
@@ -366,6 +381,8 @@ class Capture:
             self._counted.add(self._pass())
             if self._told:
                 self._hear(call.episode, call)
+            if call.sizes is not None:
+                seen.forms.append(call.sizes)
             if call.kept:
                 seen.grown |= any(draw.grown for draw in call.episode.aligned.get(call.index, {}).values())
             self._reach(call, dy.detach())

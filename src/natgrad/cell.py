@@ -7,8 +7,13 @@ when they load a checkpoint; clocks and dampings are read and written as `number
     X           the statistic (averaged over time if asked for), at its holder
     X_before    the value before the last, where the staleness rule looks back, at its holder
     X_inverse   its damped inverse, at the layer's owner
-    X_damping   the damping that the inverse was made with, on every rank
-    X_clock     [next step, interval, previous interval, refreshes], on every rank
+    X_damping   the damping that the inverse was made with, on every rank; below 0: the inverse is to be made again
+                with what X has become or another damping; 0: there is no inverse yet
+    X_clock     [next step, interval, previous interval, refreshes], on every rank; a next step of 0 is at once
+    X_budget    under a Budget, on every rank: the relative change of the last measurement, and what measuring takes on
+                every rank, taking in and factoring at the holder (in operations, layers/work.py)
+    passes      under a Budget, on every rank: operations of a sample's forward and backward passes through the layer,
+                and those for the gradient of its inputs
 
 The owner has the layer's gradient and makes its step. It holds the statistics too, save where a layer is so large
 that its statistics are inverted on several ranks at once.
@@ -30,7 +35,7 @@ from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature.rows import Rows, Sample, scaled
 from natgrad.layers.base import Layer, at_least_single
 from natgrad.linalg import mean_eigenvalue
-from natgrad.staleness import Memory, Staleness
+from natgrad.staleness import Memory, Staleness, Told
 
 DORMANT = 2**62  # a clock that waits until its layer is used
 
@@ -51,6 +56,7 @@ class Cell:
     staleness: Callable[[], Staleness]
     decay: float = 0.0
     dim: int = 0  # of the samples in the layer's inputs
+    budgeted: bool = False
     numbers: Any = None
 
     @cached_property
@@ -74,8 +80,12 @@ class Cell:
 
     def allocate(self, state: dict, rank: int | None) -> None:
         """Make every tensor that `rank` will ever hold of this cell; None makes all that any rank holds."""
+        if self.budgeted and self.statistics:
+            state["passes"] = torch.zeros(2, dtype=torch.float64)
         for moment in self.statistics:
             key = moment.key
+            if self.budgeted:
+                state[f"{key}_budget"] = torch.zeros(4, dtype=torch.float64)
             state[f"{key}_clock"] = torch.tensor([0, 1, 1, 0])
             state[f"{key}_damping"] = torch.zeros((), dtype=torch.float64)
             if isinstance(moment, Rows):
@@ -168,11 +178,47 @@ class Cell:
         refreshes = self.clock(key)[3]
         return min(self.decay, refreshes / (refreshes + 1)) if refreshes else 0.0
 
-    def next_interval(self, key: str, changes: Sequence[float | None], samples: int) -> int:
-        """Steps until the next measurement, given by how much this one differs from past values."""
+    def next_interval(self, key: str, changes: Sequence[float | None], samples: int) -> Told:
+        """When to measure next, given by how much this measurement differs from past values."""
         _, interval, previous, _ = self.clock(key)
         told = [*changes, None, None]
-        return self.staleness().next(Memory((told[0], told[1]), interval, previous, samples))
+        steps = self.staleness().next(Memory((told[0], told[1]), interval, previous, samples))
+        return Told(steps, 1.0 if told[0] is None else told[0])
+
+    def waited(self, key: str, step: int) -> int:
+        """For how many steps a statistic has been due and was put off."""
+        due = self.clock(key)[0]
+        return max(0, step - due) if due > 0 else 0
+
+    def arrive(self, key: str, step: int) -> None:
+        """A statistic is measured in this step: where it had to wait, its interval has become as long as it was.
+
+        So staleness rules hear how many steps really lie between two measurements.
+        """
+        if late := self.waited(key, step):
+            _, interval, *rest = self.clock(key)
+            self.set_clock(key, [step, interval + late, *rest])
+
+    def advance(self, key: str, step: int, interval: int) -> None:
+        """A statistic was measured in this step, to be measured again after `interval` steps; 0: it was unusable."""
+        _, current, previous, refreshes = self.clock(key)
+        if interval == 0:  # keep the old one, measure again at once
+            self.set_clock(key, [step + 1, current, previous, refreshes])
+        else:
+            self.set_clock(key, [step + interval, interval, current, refreshes + 1])
+
+    def spoil(self, key: str) -> None:
+        """The inverse of a statistic is to be made again, in a later step."""
+        if (used := self.numbers[f"{key}_damping"]) > 0:
+            self.numbers[f"{key}_damping"] = -used
+
+    def spoilt(self, key: str) -> bool:
+        """Whether there is an inverse of a statistic that is to be made again."""
+        return self.numbers[f"{key}_damping"] < 0
+
+    def inverted(self, key: str) -> bool:
+        """Whether there is an inverse of a statistic, however old."""
+        return self.numbers[f"{key}_damping"] != 0
 
     def outdated(self, damping: float, fresh: set[str]) -> list[str]:
         """The statistics to be inverted again: fresh ones, and those inverted with a damping too far from this one.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.averages import Fresh, absorb
+from natgrad.budget import Purse, Spending
 from natgrad.capture import LOGITS, Capture, Key, Measured, Seen, Watch
 from natgrad.cell import DORMANT, Cell
 from natgrad.curvature.rows import Sample
@@ -30,6 +31,7 @@ from natgrad.parallel import Parcel, World
 from natgrad.readings import Readings, together
 from natgrad.sampling import Sampler
 from natgrad.stacks import Storage
+from natgrad.staleness import Told
 
 SEEN_BY_STEP, SEEN_BY_LAYER = 4, 9  # numbers in the sum by which ranks tell each other what they saw
 ELSEWHERE = (
@@ -91,7 +93,7 @@ class Taken(NamedTuple):
     plan: Sequence[Key]
     keys: Sequence[Key]
     unusable: Mapping[int, str]
-    intervals: Callable[[], list[int]]
+    intervals: Callable[[], list[Told]]
 
 
 class Step(NamedTuple):
@@ -141,7 +143,10 @@ class Preconditioner:
         sampled: bool = False,
         model: nn.Module | None = None,
         predictions: float | None = None,
+        purse: Purse | None = None,
     ):
+        self.purse = purse  # of what a step may spend, where it has a limit
+        self.spending: Spending | None = None
         self.storage: Storage | None = None  # of the cells' tensors
         self._taken: Taken | None = None
         self._work: Inversion | None = None
@@ -172,6 +177,10 @@ class Preconditioner:
         self.whole: set[int] = {places[k] for k in getattr(self, "whole", ()) if k in places}
         self._fresh: dict[int, set[str]] = {places[k]: v for k, v in getattr(self, "_fresh", {}).items() if k in places}
         self.cells = list(cells)
+        if self.spending is not None:
+            self.spending.replace(self.cells)
+        elif self.purse is not None:
+            self.spending = Spending(self.cells, self.world, self.purse)
         dims = [cell.dim for cell in cells]
         self.capture = Capture([cell.layer for cell in cells], self.model, dims, self.seed)
         self.capture.edges = [] if self.sampled else None
@@ -204,16 +213,15 @@ class Preconditioner:
 
     def arm(self, step: int) -> None:
         """Attach hooks for the coming step `step` if anything is due in it, remove them otherwise."""
-        if self.clocks.due > step:
-            self._plan = []
-            return self.capture.disarm()
-        watches = {k: Watch(c.layer, due) for k, c in enumerate(self.cells) if (due := c.due(step))}
+        due = {k: own for k, c in enumerate(self.cells) if (own := c.due(step))} if self.clocks.due <= step else {}
+        if self.spending is not None:
+            due = self.spending.measure(step, due)
+        watches = {k: Watch(self.cells[k].layer, own) for k, own in due.items()}
         self._plan = [(k, moment.key) for k, watch in watches.items() for moment in watch.moments]
         if watches:
             self.capture.arm(watches, Sampler(self.seed, step, self.world.rank, 1 / self.world.size))
         else:
             self.capture.disarm()
-        return None
 
     def settle(self, readings: Readings) -> None:
         """The passes of a step have ended: ask for the numbers that `refresh` decides by."""
@@ -251,6 +259,8 @@ class Preconditioner:
             wider = 1.0 if self.judged is not None else means**0.5  # judged rows have no scale of their own
             rows = bring_rows(self.cells, self.world, stacks, measured, weigh, wider, self.local)
         with self.timed("factor"):
+            for index, key in (*moments, *stacks):
+                self.cells[index].arrive(key, step)
             taken = self._absorb(moments, received, round(samples), round(samples * max(means, 1.0)), readings)
             stacked = self._stack(stacks, rows, found, step, readings)
         self._fresh = {}
@@ -276,11 +286,14 @@ class Preconditioner:
         taken, self._taken = self._taken, None
         if taken is not None:
             with self.timed("messages"):
-                intervals = torch.tensor(taken.intervals(), dtype=torch.int64)
-                self.world.max([intervals], "scalars")
-            found = dict(zip(taken.keys, intervals.tolist()))
-            for (index, key), interval in found.items():
+                numbers = torch.tensor([told.packed() for told in taken.intervals()], dtype=torch.int64)
+                self.world.max([numbers], "scalars")
+            told = dict(zip(taken.keys, map(Told.unpacked, numbers.tolist())))
+            found = {key: one.interval for key, one in told.items()}
+            for (index, key), (interval, change) in told.items():
                 self._advance(index, key, taken.step, interval)
+                if self.spending is not None:
+                    self.spending.changed(index, key, change)
                 if not interval:
                     self._begin_anew(index)
             self._count_drops(taken.plan, taken.unusable, found)
@@ -320,11 +333,16 @@ class Preconditioner:
                 seen.missed,
                 not seen.finite,
             ]
+        if self.spending is not None:
+            own += self.spending.count(plan, measured)
         numbers = torch.tensor(own, dtype=torch.float64)
         self.world.sum([numbers], "scalars")
         samples, predictions, of_output, of_any, *rest = numbers.tolist()  # SEEN_BY_STEP
         weights = dict(zip(plan, rest))
-        rows = torch.tensor(rest[len(plan) :]).view(-1, SEEN_BY_LAYER).tolist()
+        begin, end = len(plan), len(plan) + SEEN_BY_LAYER * len(layers)
+        rows, counted = torch.tensor(rest[begin:end]).view(-1, SEEN_BY_LAYER).tolist(), rest[end:]
+        if self.spending is not None:
+            self.spending.take_in(plan, counted, samples)
         last = None if measured.by in (None, LOGITS) else measured.by
         by = "rows of the model's output with a gradient" if of_output >= of_any / 2 and of_any else ""
         if not by and last is not None:
@@ -410,8 +428,8 @@ class Preconditioner:
         samples: int,
         predictions: int,
         readings: Readings,
-    ) -> Callable[[], list[int]]:
-        """Take in what this rank holds. Returns what gives, after a read, the intervals [keys]: 0 for what others hold
+    ) -> Callable[[], list[Told]]:
+        """Take in what this rank holds. Returns what gives, after a read, when [keys] are due: 0 for what others hold
         or was unusable.
         """
         mine, found = [], []
@@ -423,15 +441,15 @@ class Preconditioner:
                 mine.append(k)
         told = absorb(found, readings)
 
-        def intervals() -> list[int]:
+        def intervals() -> list[Told]:
             own = dict(zip(mine, told()))
-            return [own.get(k, 0) for k in range(len(keys))]
+            return [own.get(k, Told(0)) for k in range(len(keys))]
 
         return intervals
 
     def _stack(
         self, keys: Sequence[Key], rows: Mapping[Key, Sample], found: Found, step: int, readings: Readings
-    ) -> Callable[[], list[int]]:
+    ) -> Callable[[], list[Told]]:
         """`_absorb` for rows."""
         intervals, grams = [0] * len(keys), dict[int, Tensor]()
         for k, key in enumerate(keys):
@@ -448,7 +466,7 @@ class Preconditioner:
 
         if grams:
             readings.ask(together(torch._foreach_norm(list(grams.values()), math.inf)), hear)
-        return lambda: intervals
+        return lambda: [Told(interval) for interval in intervals]
 
     def _means(self, found: Found, reduction: str) -> float:
         """How many predictions a sample's loss is the mean of.
@@ -491,28 +509,26 @@ class Preconditioner:
         ]
 
     def _advance(self, index: int, key: str, step: int, interval: int) -> None:
-        cell = self.cells[index]
-        _, current, previous, refreshes = cell.clock(key)
-        if interval == 0:  # the statistic was not finite: keep the old one, measure again at once
-            self.dropped += 1
-            cell.set_clock(key, [step + 1, current, previous, refreshes])
-        else:
-            cell.set_clock(key, [step + interval, interval, current, refreshes + 1])
+        self.dropped += interval == 0  # the statistic was not finite
+        self.cells[index].advance(key, step, interval)
 
     def factor(self, dampings: Sequence[float], readings: Readings) -> None:
-        """Invert, at their holders, what is fresh or was damped otherwise; `conclude` follows."""
+        """Invert, at their holders, what is fresh or was damped otherwise; `conclude` follows.
+
+        Under a budget some of it waits for later steps.
+        """
         fresh, self._fresh = self._fresh, {}
-        now = self.clocks.stamp, tuple(dampings)
-        if not fresh and self._settled == now:
-            return
-        self._settled = now
-        jobs = [
-            (index, key)
-            for index, (cell, damping) in enumerate(zip(self.cells, dampings))
-            for key in cell.outdated(damping, fresh.get(index, set()))
-        ]
+        now, jobs = (self.clocks.stamp, tuple(dampings)), []
+        if fresh or self._settled != now:
+            jobs = [
+                (index, key)
+                for index, (cell, damping) in enumerate(zip(self.cells, dampings))
+                for key in cell.outdated(damping, fresh.get(index, set()))
+            ]
+            self._settled = None if jobs else now
+        if self.spending is not None:
+            jobs = self.spending.invert(jobs)
         if jobs:
-            self._settled = None
             assert self.storage is not None
             self._work = Inversion(self.cells, self.storage, self.world, jobs, dampings)
             with self.timed("messages"):
@@ -532,8 +548,8 @@ class Preconditioner:
             _, interval, *rest = self.cells[index].clock(moment.key)
             self.cells[index].set_clock(moment.key, [step + interval, interval, *rest])
 
-    def wake(self, index: int, step: int) -> None:
-        """Watch a layer again from `step` on."""
+    def wake(self, index: int) -> None:
+        """Watch a layer again from the next step on, at once and whatever it takes."""
         for moment in self.cells[index].statistics:
             _, *rest = self.cells[index].clock(moment.key)
-            self.cells[index].set_clock(moment.key, [step, *rest])
+            self.cells[index].set_clock(moment.key, [0, *rest])

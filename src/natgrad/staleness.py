@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,31 @@ class Memory(NamedTuple):
     interval: int
     previous: int
     samples: int
+
+
+class Told(NamedTuple):
+    """What a holder tells all ranks of a fresh measurement: when to measure again, and by how much it has changed.
+
+    `interval` is in steps; 0 says that the measurement could not be used. `change` is the relative Frobenius distance
+    to the last value, 1 where it is larger or where nothing is compared.
+    """
+
+    interval: int
+    change: float = 1.0
+
+    def packed(self) -> int:
+        """Both as one whole number above 0, the change to a thousandth; 0 for what could not be used."""
+        change = round(LEVELS * min(self.change, 1.0))
+        return min(self.interval, 2**52) * (LEVELS + 1) + change if self.interval else 0
+
+    @classmethod
+    def unpacked(cls, number: int) -> Told:
+        """The inverse of `packed`."""
+        interval, change = divmod(number, LEVELS + 1)
+        return cls(interval, change / LEVELS)
+
+
+LEVELS = 1000  # that a change is told in
 
 
 class Staleness(ABC):
@@ -77,3 +103,38 @@ class Adaptive(Staleness):
         else:
             steps = memory.interval + memory.previous
         return steps if self.limit is None else min(steps, self.limit)
+
+
+@dataclass(frozen=True)
+class Budget(Staleness):
+    """Another rule, `then`, under a limit: measuring and factoring take at most `share` of a step.
+
+    `then` says when a statistic is due; a whole number of steps is Every(steps). What is due and does not fit in a step
+    waits for the next ones (budget.py has the order). The limit is counted in operations, not in seconds, so all ranks
+    decide alike: a step's forward and backward passes on one rank against what measuring takes on every rank and
+    factoring on the busiest one. What is larger than the limit is done alone, and its steps are paid back before
+    anything else is done. A first measurement has no limit.
+    """
+
+    share: float = 0.05
+    then: int | Staleness = Adaptive()
+
+    def __post_init__(self):
+        number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
+        if not number or not 0 < self.share < math.inf:
+            raise ValueError(f"Budget(share={self.share!r}): give a share of a step above 0, such as 0.05")
+        if isinstance(self.then, Budget):
+            raise ValueError(f"Budget(then={self.then}): one budget is for all; give Adaptive() or a number of steps")
+        _ = self.rule  # refuses what is no number of steps
+
+    @property
+    def rule(self) -> Staleness:
+        """`then` as a rule."""
+        return self.then if isinstance(self.then, Staleness) else Every(self.then)
+
+    @property
+    def looks_back(self) -> int:  # type: ignore[override]
+        return self.rule.looks_back
+
+    def next(self, memory: Memory) -> int:
+        return self.rule.next(memory)

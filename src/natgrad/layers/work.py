@@ -6,6 +6,7 @@ seconds is a machine's to say (plan/machine.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 Kind = Literal[
@@ -13,6 +14,11 @@ Kind = Literal[
 ]
 COMPUTE: tuple[Kind, ...] = ("conv", "conv_backward", "gemm", "gram", "inverse", "cholesky", "eigen")
 """Kinds whose rate is in operations a second; the others' is in bytes a second."""
+PRICES: dict[Kind, float] = {"inverse": 3, "cholesky": 4, "eigen": 20, "norm": 20, "gather": 20, "scatter": 60}
+"""How many operations of a matrix product pass in the time of one operation of another kind, or of one of its bytes:
+rounded from the rates of plan/cpu.json for matrices of some hundred rows. Kinds in COMPUTE that are not here have 1."""
+BYTE = 10.0
+"""The same for one byte of anything else."""
 NUMBER = 4  # bytes: everything here is in single precision
 
 
@@ -43,6 +49,18 @@ class Passes(NamedTuple):
     """The gradient of its inputs, which a first layer does not need."""
     weights: tuple[Work, ...]
     """The gradient of its parameters."""
+
+
+def price(works: Iterable[Work]) -> float:
+    """What work counts where no machine is known, in operations of a matrix product: arithmetic or memory."""
+    return sum(priced(work) for work in works)
+
+
+def priced(work: Work) -> float:
+    """`price` of one kind of work."""
+    if work.kind not in COMPUTE:
+        return PRICES.get(work.kind, BYTE) * work.bytes
+    return max(PRICES.get(work.kind, 1.0) * work.flops, BYTE * work.bytes)
 
 
 def product(m: float, k: float, n: float, count: float = 1.0, calls: float = 1.0) -> Work:

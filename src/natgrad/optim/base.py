@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from natgrad.budget import Purse
 from natgrad.capture import calm
 from natgrad.cell import Cell
 from natgrad.curvature import Curvature, Identity
@@ -47,7 +48,7 @@ from natgrad.parallel import World, uneven
 from natgrad.preconditioner import TWICE, Clocks, Preconditioner, Step, shortened
 from natgrad.readings import Inputs, Readings
 from natgrad.stacks import Storage
-from natgrad.staleness import Every, Staleness
+from natgrad.staleness import Budget, Every, Staleness
 
 PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")  # numbers of a group that schedules change
@@ -108,12 +109,17 @@ class SecondOrder(Views, Optimizer):
             checks.above(name, 1 if value is None else value, 0)
         defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
         defaults |= noise.NUMBERS
+        defaults |= {"debt": 0.0} if isinstance(refresh, Budget) else {}
         defaults |= dict(length.numbers) if isinstance(length, Remembers) else {}
         super().__init__(groups, defaults)
         for group in self.param_groups:
             checks.check_group(group)
             group |= {"lr_last": group["lr"], "lr_first": group["lr"]}  # from the start: checkpoints have the same keys
         self._places: dict[nn.Parameter, int] = {}
+        self.purse: Purse | None = None
+        if isinstance(refresh, Budget):
+            self.purse = Purse(refresh, lambda: self.param_groups, fisher == "sampled")
+            refresh = refresh.rule
         self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
         self.rule, self.fallback, self.natural = rule, fallback, layerwise
         self.length: Length | Remembers = length
@@ -203,7 +209,7 @@ class SecondOrder(Views, Optimizer):
 
     def _engine(self, cells: Sequence[Cell], predictions: float | None) -> Preconditioner:
         """What measures and inverts the curvature of these cells."""
-        return Preconditioner(cells, self.world, self.seed, self.sampled, self._model, predictions)
+        return Preconditioner(cells, self.world, self.seed, self.sampled, self._model, predictions, self.purse)
 
     def _lay_out(self) -> list[Cell]:
         """Cells for the layers of the model as it is now, with their owners."""
@@ -228,6 +234,7 @@ class SecondOrder(Views, Optimizer):
             staleness=lambda: self._staleness(weight),
             decay=self.decay,
             dim=found.dim,
+            budgeted=self.purse is not None,
         )
 
     def _staleness(self, weight: nn.Parameter) -> Staleness:
@@ -524,7 +531,7 @@ class SecondOrder(Views, Optimizer):
                 engine.wait(k, step)
         for k, asleep in enumerate(engine.clocks.asleep):
             if asleep and present[k] and k not in found.unseen:
-                engine.wake(k, step + 1)
+                engine.wake(k)
         whys = {k: HALF_FROZEN for k, half in enumerate(halves) if half} | found.astray
         for k, called in found.unseen.items():
             if present[k] and not called and not self.cells[k].ready and found.astray.get(k) != TWICE:

@@ -19,7 +19,7 @@ from natgrad.optim.network import Network
 from natgrad.optim.rules import Momentum, Rule
 from natgrad.optim.segments import Segment
 from natgrad.parallel import World
-from natgrad.staleness import Every, Staleness
+from natgrad.staleness import Budget, Every, Staleness
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SENG(SecondOrder):
         momentum: share of the last direction that is repeated; it and weight_decay act after preconditioning.
         damping: lambda, absolute. A new value acts at once.
         weight_decay: coefficient of the weights added to the direction.
-        refresh: steps between measurements.
+        refresh: steps between measurements, or Budget(share, then=steps) with block="layer".
         samples: columns of U, drawn over all samples of the step on all ranks; None takes all.
         sketch: a map for products of columns of many weights: CountSketch(), Uniform(), RowNorm(), Gaussian(), or None.
         rank: places to which factors are cut for these products. Off by default: 4 of 16 give errors of .04 to .2 in K.
@@ -88,8 +88,11 @@ class SENG(SecondOrder):
         checks.one_of("block", block, ("layer", "network"))
         checks.whole("rank", rank, 1, none=True)
         checks.whole("budget", budget, 1)
-        if not isinstance(refresh, Every) and isinstance(refresh, Staleness):
+        when = refresh.rule if isinstance(refresh, Budget) else refresh
+        if not isinstance(when, Every) and isinstance(when, Staleness):
             raise ValueError(f"refresh={refresh}: columns of other samples cannot be compared; give a number of steps")
+        if isinstance(refresh, Budget) and block == "network":
+            raise ValueError(f'refresh={refresh}: block="network" needs all layers\' columns of one step; take block="layer"')
         world = world if isinstance(world, World) else World(world)
         if legacy is not None and legacy.local and world.size > 1 and world.owners:
             raise ValueError("Legacy(local=True): every rank takes its own directions; give world=World(owners=False)")

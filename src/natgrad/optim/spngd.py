@@ -24,7 +24,8 @@ class SPNGD(SecondOrder):
         momentum: of `rule`, in [0, 1).
         damping: lambda > 0 of F + lambda I, in units of squared per-sample gradients (paper section 3.3.3).
         weight_decay: coefficient of the weights added to the preconditioned gradient.
-        refresh: a Staleness, or a whole number of steps between measurements.
+        refresh: a Staleness, or a whole number of steps between measurements; Budget(share, then=...) of either spreads
+            the work over steps.
         samples: rows measured per dimension of a factor, drawn over all samples and places; None measures all.
         decay: of a running mean over measurements; 0 replaces, as the paper does.
         fisher: "empirical" takes the data's labels, in the same backward pass; "sampled" draws them from the model's

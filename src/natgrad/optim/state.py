@@ -27,7 +27,7 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
     for parameter, mine, theirs in pairs(saved, groups, state):
         if was_loosened(mine, theirs):
             continue
-        missing = sorted(key for key in mine if key not in theirs and key != "master")  # the weight itself will do
+        missing = sorted(key for key in mine if key not in theirs and not dispensable(key))
         if missing:
             raise ValueError(
                 f"this state_dict lacks {', '.join(missing)} of a parameter of shape {tuple(parameter.shape)}: it is "
@@ -39,6 +39,11 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
                     f"this state_dict is of another model: its {key} has shape {tuple(theirs[key].shape)}, "
                     f"here it is {tuple(value.shape)}"
                 )
+
+
+def dispensable(key: str) -> bool:
+    """Whether a state can be loaded without: a master is its weight, and what statistics take is counted again."""
+    return key in ("master", "passes") or key.endswith("_budget")
 
 
 def pairs(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict]):

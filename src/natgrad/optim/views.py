@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from natgrad.budget import Purse
 from natgrad.cell import Cell
 from natgrad.optim.coverage import CoverageTable, Preconditioned, coverage
 from natgrad.optim.fallback import Fallback
@@ -24,6 +25,7 @@ class Views:
     length: Length | Remembers
     rule: Rule
     whys: list[str]
+    purse: Purse | None  # what a step may spend on measuring and factoring
     probe: Callable[[dict[nn.Parameter, Tensor]], None] | None = None  # makes directions as long as they should be
     skipped: int  # steps given up because a gradient was not finite
 
@@ -59,6 +61,14 @@ class Views:
     def refreshed(self) -> float:
         """The share of all statistics that was measured in the last step."""
         return self.engine.share
+
+    @property
+    def spent(self) -> float | None:
+        """What measuring and factoring took in the last step as a share of its passes, counted in operations.
+
+        First measurements do not count. None without a Budget.
+        """
+        return None if self.purse is None else self.purse.spent
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from natgrad.budget import holder_work
 from natgrad.cell import Cell
 from natgrad.curvature.base import Seen
 from natgrad.layers import Loose
@@ -119,11 +120,4 @@ def owned(built: Built, seen: Mapping[str, Seen]) -> list[Owned]:
 
 def factor_work(cell: Cell, key: str, what: Seen) -> list[Work]:
     """Taking in a statistic (unpacking, comparing, copying) and factoring it."""
-    statistic = next(m for m in cell.curvature.statistics if m.key == key)
-    work = list(cell.curvature.factor_work(cell.layer, key, what)) if not cell.curvature.joint else []
-    if not cell.by_rows:
-        numbers = 1
-        for side in statistic.shape(cell.layer):
-            numbers *= side
-        work.append(moved(numbers, 6 + 2 * cell.staleness().looks_back, calls=20))
-    return work
+    return [work for works in holder_work(cell, key, what) for work in works]
