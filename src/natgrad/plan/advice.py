@@ -76,9 +76,10 @@ def interval(planner: Planner, settings: Settings, ranks: int, batch: int, allow
 
 
 def every(settings: Settings, steps: int) -> Settings:
-    """The settings with a fixed interval, the numbers of the adaptive rule back at their defaults."""
+    """The settings with a fixed interval, the numbers of the adaptive rule and the budget back at their defaults."""
     known = {entry.name: entry.default for entry in fields(settings)}
-    rule = {name: known[name] for name in ("tolerance", "widen_below", "limit") if name in known}
+    names = ("tolerance", "widen_below", "limit", "refresh_share")
+    rule = {name: known[name] for name in names if name in known}
     change: dict[str, Any] = {"refresh": steps, **rule}
     return replace(settings, **change)
 

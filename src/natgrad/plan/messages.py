@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from natgrad.budget import OF_A_LAYER, OF_A_STATISTIC
 from natgrad.cell import Cell
 from natgrad.curvature import SampleSpace
 from natgrad.curvature.base import part_of
@@ -79,7 +80,9 @@ class Step:
         if self.world.gradients != "averaged":
             self._gradients(optimizer, parameters)
         if fresh and keys:
-            self._numbers(SEEN_BY_STEP + len(keys) + SEEN_BY_LAYER * len({c.name for c, _ in keys}))
+            layers = len({c.name for c, _ in keys})
+            counted = 0 if optimizer.purse is None else OF_A_LAYER * layers + OF_A_STATISTIC * len(keys)
+            self._numbers(SEEN_BY_STEP + len(keys) + SEEN_BY_LAYER * layers + counted)
             self._moments(cells)
             self._rows([c for c in cells if c.by_rows])
             self._numbers(len(keys), torch.int64)

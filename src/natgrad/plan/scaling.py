@@ -66,10 +66,20 @@ def share_of(account: Account, adaptive: float) -> float:
     return sum(1 / rule.steps if isinstance(rule, Every) else adaptive for rule in rules) / len(rules)
 
 
+def afforded(account: Account, share: float, fresh: Mapping[str, float]) -> float:
+    """The same under a budget: as much as fits into its share of both passes."""
+    purse = None if account.built.second is None else account.built.second.purse
+    work = fresh["statistics"] + fresh["factorisation"]
+    if purse is None or not work:
+        return share
+    return min(share, purse.share * (fresh["forward"] + fresh["backward"]) / work)
+
+
 def row(account: Account, batch: int, adaptive: float, steps: int | None) -> dict[str, Any]:
     """One optimizer on one number of ranks."""
     share = share_of(account, adaptive)
     (stale, _), (fresh, holds) = account.stages(False), account.stages(share > 0)
+    share = afforded(account, share, fresh)
     (few, counted), (many, counted_fresh) = account.sent(False), account.sent(share > 0)
     average = {stage: stale[stage] + share * (fresh[stage] - stale[stage]) for stage in STAGES}
     wire = {"stale": travelled(few, account.ranks), "fresh": travelled(many, account.ranks)}

@@ -12,7 +12,7 @@ import natgrad
 from natgrad.optim import LayerBlocks, SecondOrder, lengths, rules
 from natgrad.optim.rules import Momentum
 from natgrad.parallel import World
-from natgrad.staleness import Adaptive, Staleness
+from natgrad.staleness import Adaptive, Budget, Staleness
 from natgrad.train.optimizers.base import Settings
 
 COEFFICIENTS = {"corrected": rules.corrected, "tied": rules.tied, "heavy_ball": rules.heavy_ball}
@@ -36,6 +36,11 @@ def how_far(length: str, largest_change: float | None = None) -> lengths.Length 
     return BOUNDS[length](largest_change)
 
 
+def limited(rule: int | Staleness, share: float | None) -> int | Staleness:
+    """The rule, where asked for under a budget."""
+    return rule if share is None else Budget(share, rule)
+
+
 @dataclass(frozen=True)
 class Curved(Settings):
     """What SP-NGD and K-FAC have in common."""
@@ -56,6 +61,9 @@ class Curved(Settings):
     """Samples in a step below which `tolerance` grows as 1/sqrt(samples), for sampling noise; 1: it never does."""
     limit: int | None = None
     """The longest interval in steps where `refresh` is None; None: no limit."""
+    refresh_share: float | None = None
+    """Share of a step that measuring and factoring may take, counted in operations: what is due and does not fit waits;
+    None: no limit."""
     decay: float = 0.0
     """Share of the old average that a refresh keeps; 0: each measurement replaces the last."""
     samples: int | None = 8
@@ -137,7 +145,11 @@ class Curved(Settings):
         return LayerBlocks(INVERSES[self.inverse], partial(NORMS[self.norms], coefficient=self.norm_damping))
 
     def staleness(self) -> int | Staleness:
-        """When statistics are measured again; numbers of the adaptive rule beside a fixed interval are refused."""
+        """When statistics are measured again, and how much of a step that may take."""
+        return limited(self.rule(), self.refresh_share)
+
+    def rule(self) -> int | Staleness:
+        """When statistics are due; numbers of the adaptive rule beside a fixed interval are refused."""
         if self.refresh is None:
             return Adaptive(self.tolerance, self.widen_below, self.limit)
         unset = {entry.name: entry.default for entry in fields(Curved)}

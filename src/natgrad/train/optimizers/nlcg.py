@@ -13,10 +13,21 @@ from natgrad.optim import SecondOrder
 from natgrad.optim.betas import BETAS
 from natgrad.parallel import World
 from natgrad.train.optimizers.base import Settings
-from natgrad.train.optimizers.curved import INVERSES, NORMS, WIRES
+from natgrad.train.optimizers.curved import INVERSES, NORMS, WIRES, limited
 
 METRICS = {"bfgs": natgrad.DiagonalBFGS(), "identity": None, "second_moment": natgrad.SecondMoment()}
-OF_CURVATURE = ("damping", "refresh", "decay", "samples", "fisher", "inverse", "norms", "max_size", "sampling_seed")
+OF_CURVATURE = (
+    "damping",
+    "refresh",
+    "refresh_share",
+    "decay",
+    "samples",
+    "fisher",
+    "inverse",
+    "norms",
+    "max_size",
+    "sampling_seed",
+)
 """Fields that only a curvature hears."""
 
 
@@ -58,6 +69,9 @@ class Nlcg(Settings):
     """With preconditioner kronecker, as the fields below: added to the curvature before it is inverted."""
     refresh: int = 1
     """Measure every so many steps."""
+    refresh_share: float | None = None
+    """Share of a step that measuring and factoring may take, counted in operations: what is due and does not fit waits;
+    None: no limit."""
     decay: float = 0.9
     """Share of the old average that a refresh keeps."""
     samples: int | None = 8
@@ -143,7 +157,7 @@ class Nlcg(Settings):
         return {
             "preconditioner": natgrad.LayerBlocks(INVERSES[self.inverse], norms),
             "damping": self.damping,
-            "refresh": self.refresh,
+            "refresh": limited(self.refresh, self.refresh_share),
             "decay": self.decay,
             "samples": self.samples,
             "fisher": self.fisher,

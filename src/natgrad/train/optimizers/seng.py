@@ -10,7 +10,7 @@ import natgrad
 from natgrad.optim.rules import Momentum
 from natgrad.parallel import World
 from natgrad.train.optimizers.base import Settings
-from natgrad.train.optimizers.curved import COEFFICIENTS, WIRES, LengthName, how_far
+from natgrad.train.optimizers.curved import COEFFICIENTS, WIRES, LengthName, how_far, limited
 
 SKETCHES = {
     "count": natgrad.CountSketch,
@@ -33,6 +33,9 @@ class Seng(Settings):
     """Strength of the L2 penalty, added after preconditioning."""
     refresh: int = 4
     """Measure every so many steps."""
+    refresh_share: float | None = None
+    """Share of a step that measuring and factoring may take, counted in operations: what is due and does not fit waits;
+    None: no limit."""
     samples: int | None = 256
     """Samples whose gradients make up the curvature, drawn from all ranks' batch; None: all."""
     sketch: Literal["count", "uniform", "row_norm", "gaussian"] | None = "count"
@@ -93,7 +96,7 @@ class Seng(Settings):
             momentum=self.momentum,
             damping=self.damping,
             weight_decay=self.weight_decay,
-            refresh=self.refresh,
+            refresh=limited(self.refresh, self.refresh_share),
             samples=self.samples,
             sketch=None if self.sketch is None else SKETCHES[self.sketch](self.sketch_size),
             rank=self.rank,
@@ -131,6 +134,11 @@ class Seng(Settings):
         if self.sketch is None and self.sketch_size is not None:
             raise ValueError(
                 f"sketch_size={self.sketch_size} says nothing to sketch=None; set --optimizer.sketch count"
+            )
+        if self.refresh_share is not None and self.block == "network":
+            raise ValueError(
+                f"refresh_share={self.refresh_share:g} measures layers in different steps, but block=network needs all "
+                "layers' columns of one step; set --optimizer.block layer"
             )
         unset: dict[str, Any] = {entry.name: entry.default for entry in fields(Seng)}
         for name in LEGACY:

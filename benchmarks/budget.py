@@ -1,0 +1,166 @@
+"""What a budget takes and what it costs: the longest and the mean step by rule of refresh, and the loss that is reached.
+
+    python benchmarks/budget.py --data data/cifar100     (40 minutes on a busy core; stopped, it goes on)
+    python benchmarks/budget.py --show                   (the tables of the committed results)
+
+Steps are counted in operations as `Budget` counts them (natgrad/budget.py), in units of a step's two passes: 1.5 is a
+step in which measuring and factoring take half as much as the passes. Nothing is timed. A rule without a budget is
+counted as the same rule under a budget in which everything fits, which trains alike to the last bit. The first step
+measures everything under every rule and is left out. The tasks are the comparison's, on one rank, with SPNGD(lr=0.1) and
+a cosine; losses are means over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from record import Record, read
+
+from natgrad.data import Splits
+from natgrad.parallel import World
+from natgrad.train.compare.protocol import samples_of
+from natgrad.train.compare.tasks import Batch, Task, find_task
+from natgrad.train.compare.trials import learning
+from natgrad.train.loop import prepare, steps
+from natgrad.train.optimizers import SpNgd
+
+RESULTS = Path(__file__).parent / "results" / "budget.json"
+ALL = 1e6
+"""A share of a step into which everything fits."""
+RULES = {
+    "Adaptive()": SpNgd(refresh_share=ALL),
+    "Every(1)": SpNgd(refresh_share=ALL, refresh=1),
+    "Every(10)": SpNgd(refresh_share=ALL, refresh=10),
+    "Budget(0.05)": SpNgd(refresh_share=0.05),
+    "Budget(0.2)": SpNgd(refresh_share=0.2),
+}
+LAST = 4
+"""Steps over which the last training loss is averaged."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task at a size of batch for so many steps. `fixed`: steps of the rules of a fixed interval, if only counted."""
+
+    task: str
+    batch: Batch
+    steps: int
+    seeds: tuple[int, ...] = (100,)
+    fixed: int | None = None
+
+    @property
+    def title(self) -> str:
+        net = {"cifar100-32": "ResNet-20 on CIFAR-100", "charlm": "transformer on characters"}.get(self.task, self.task)
+        return f"{net}, batch {self.batch}, {self.steps} steps"
+
+
+CASES = (
+    Case("digits", 64, 48, (100, 101, 102)),
+    Case("digits", "full", 10, (100, 101, 102)),
+    Case("charlm", 64, 60, (100,)),
+    Case("cifar100-small", "full", 32, (100, 101)),
+    Case("cifar100-32", 128, 60, (100,), fixed=12),
+    Case("charlm", 512, 48, (100,)),
+    Case("cifar100-32", 1024, 24, (100,), fixed=2),
+)
+
+
+@cache
+def data_of(task: Task) -> Splits:
+    """Training samples, and those held out."""
+    return learning(task, task.recipe.data.load(), final=False)
+
+
+def run(task: Task, case: Case, settings: SpNgd, count: int, seed: int) -> dict[str, Any]:
+    """One run, in numbers; the schedule is that of all the case's steps."""
+    splits = data_of(task)
+    batch = samples_of(case.batch, splits)
+    recipe = replace(task.recipe, optimizer=settings, batch=batch, steps=case.steps, seed=seed, channels_last=False)
+    job = prepare(recipe, World(), splits)
+    spent: list[float] = []
+    shares: list[float] = []
+    losses: list[float] = []
+    for step, _ in zip(steps(job), range(count)):
+        spent.append(job.optimizer.spent)
+        shares.append(job.optimizer.refreshed)
+        losses.append(step.loss)
+    whole = count == case.steps
+    score = job.score() if whole else None
+    return {
+        "longest": 1 + max(spent[1:]),
+        "mean": 1 + fmean(spent[1:]),
+        "measuring": fmean(share > 0 for share in shares[1:]),
+        "refreshed": fmean(shares[1:]),
+        "train_loss": fmean(losses[-LAST:]) if whole else None,
+        "loss": None if score is None else score.loss,
+        "accuracy": None if score is None else score.accuracy,
+        "piece": largest(job.optimizer),
+    }
+
+
+def largest(optimizer: Any) -> float:
+    """The largest piece of work that a budget cannot cut, in steps."""
+    pieces = [cell.numbers[f"{key}_budget"][1:] for cell in optimizer.cells for key in cell.keys]
+    return max(max(measuring + taking, factoring) for measuring, taking, factoring in pieces) / optimizer.engine.spending.passes
+
+
+def measure(case: Case, data: str) -> list[dict[str, Any]]:
+    """A row a rule, means over seeds."""
+    task = find_task(case.task)
+    task = task.located(data) if case.task.startswith("cifar") else task
+    rows = []
+    for name, settings in RULES.items():
+        count = case.steps if case.fixed is None or settings.refresh is None else case.fixed
+        if count < 3 and settings.refresh != 1:
+            continue  # an interval's second measurement is not reached: see Every(1)
+        runs = [run(task, case, settings, count, seed) for seed in case.seeds]
+        means = {key: None if runs[0][key] is None else fmean(one[key] for one in runs) for key in runs[0]}
+        rows.append({"rule": name, **means, "longest": max(one["longest"] for one in runs)})
+        print(case.title, rows[-1], flush=True)
+    return rows
+
+
+def told(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)
+
+
+def table(content: dict[str, Any]) -> str:
+    lines = []
+    for case in content["cases"]:
+        piece = max(row["piece"] for row in case["rows"])
+        lines += [
+            f"\n{case['title']} (seeds {' '.join(map(str, case['seeds']))}; the largest piece of work is {piece:.2f} steps):\n",
+            "| rule | longest step | mean step | steps that measure | statistics a step | last train loss | held-out loss | accuracy |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for r in case["rows"]:
+            cells = [f"{r['longest']:.2f}", f"{r['mean']:.3f}", f"{r['measuring']:.0%}", f"{r['refreshed']:.1%}"]
+            ends = [told(r["train_loss"], ".3f"), told(r["loss"], ".3f"), told(r["accuracy"], ".1%")]
+            lines.append(f"| {' | '.join([r['rule'], *cells, *ends])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/cifar100", help="folder of CIFAR-100's parquet files")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--show", action="store_true", help="print the tables of the results")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if not given.show:
+        record = Record(given.out, "cpu")
+        for case in CASES:
+            named = {"title": case.title, **asdict(case), "seeds": list(case.seeds)}
+            if record.find(named) is None:
+                record.add(named, measure(case, given.data))
+    print(table(read(given.out)))
+
+
+if __name__ == "__main__":
+    main()
