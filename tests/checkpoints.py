@@ -30,13 +30,14 @@ SETTINGS = [
     AdamW(),
     SpNgd(lr=0.05, refresh=None, decay=0.5, rescale="always", coefficient="tied", displaced=True),
     SpNgd(lr=0.05, weights_wire="bfloat16", samples=None),
+    SpNgd(lr=0.05, refresh=1, refresh_share=0.1),
     KFac(lr=0.05, refresh=2, inverse="eigen", gather="directions"),
     Seng(lr=0.1, refresh=3, samples=40),
     Seng(lr=0.1, refresh=3, samples=40, replicated=True, legacy=True, legacy_local=True),
     Nlcg(lr=0.1),
     Nlcg(lr=1.0, preconditioner="kronecker", step="curvature", beta="polak_ribiere"),
 ]
-NAMES = ["sgd", "adamw", "spngd", "spngd-bf16", "kfac", "seng", "seng-local", "nlcg", "nlcg-kfac"]
+NAMES = ["sgd", "adamw", "spngd", "spngd-bf16", "spngd-budget", "kfac", "seng", "seng-local", "nlcg", "nlcg-kfac"]
 
 
 def recipe_with(optimizer):
@@ -68,4 +69,4 @@ def weights(job):
     return [p.detach().clone() for p in job.model.parameters()]
 
 
-CURVED = [SETTINGS[k] for k in (2, 4, 5, 7, 8)]
+CURVED = [SETTINGS[k] for k in (2, 4, 5, 6, 8, 9)]

@@ -18,6 +18,7 @@ SETTINGS = {
     "adamw": AdamW(),
     "spngd": SpNgd(refresh=1),
     "spngd adaptive": SpNgd(refresh=None),
+    "spngd under a budget": SpNgd(refresh=1, refresh_share=1e6),
     "spngd narrow": SpNgd(refresh=1, norms="full", wire="bfloat16", weights_wire="bfloat16", inverse="eigen"),
     "spngd float16, clipped": SpNgd(refresh=1, max_norm=1.0, wire="float16", length="plain"),
     "spngd overlapped": SpNgd(refresh=1, overlap=True),

@@ -41,7 +41,7 @@ def test_a_resumed_run_is_the_same_run_to_the_last_bit(tmp_path, splits, optimiz
         assert a[3] == b[3]
 
 
-@pytest.mark.parametrize("optimizer", CURVED, ids=[NAMES[k] for k in (2, 4, 5, 7, 8)])
+@pytest.mark.parametrize("optimizer", CURVED, ids=[NAMES[k] for k in (2, 4, 5, 6, 8, 9)])
 def test_curvature_moves_from_4_ranks_to_2_to_3(tmp_path, splits, optimizer):
     """The state is equal before and after, nothing is measured anew, and the run goes on."""
     recipe = replace(recipe_with(optimizer), steps=40)

@@ -122,6 +122,19 @@ def test_parts_of_a_share_add_up():
     assert flops[0] == pytest.approx(flops[1])
 
 
+def test_a_budget_bounds_what_an_average_step_measures(small):
+    for settings in (SpNgd(refresh=1), SpNgd()):
+        free, tight = (
+            row(small.account(replace(settings, refresh_share=share), 4, 64), 64, 0.5, None) for share in (1e6, 0.05)
+        )
+        unlimited = row(small.account(settings, 4, 64), 64, 0.5, None)
+        assert free["step"]["average"] == pytest.approx(unlimited["step"]["average"], rel=1e-4)  # counts are sent
+        assert tight["share"] < free["share"]
+        stages, stale = tight["stages"]["average"], tight["stages"]["stale"]
+        more = sum(stages[name] - stale[name] for name in ("statistics", "factorisation"))
+        assert more == pytest.approx(0.05 * (stale["forward"] + stale["backward"]))
+
+
 def test_sampled_labels_cost_a_pass(small):
     plain, sampled = (
         small.account(SpNgd(refresh=1, fisher=f), 1, 64).stages(True)[0] for f in ("empirical", "sampled")

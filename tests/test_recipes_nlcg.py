@@ -161,13 +161,15 @@ OTHER = {
     "lr": 0.3, "weight_decay": 0.1, "decay_norms": False, "preconditioner": "identity", "beta": "dai_yuan",
     "beta_max": 0.5, "step": "curvature", "feedback": None, "period": 3, "tau": 2.0, "mu": 0.1, "change": 0.25,
     "mode": "faithful",
-    "prescale": 0.01, "damping": 0.1, "refresh": 4, "decay": 0.5, "samples": None, "fisher": "sampled",
+    "prescale": 0.01, "damping": 0.1, "refresh": 4, "refresh_share": 0.2, "decay": 0.5, "samples": None,
+    "fisher": "sampled",
     "inverse": "eigen", "norms": "plain", "max_size": 4, "sampling_seed": 3, "max_norm": 2.0, "wire": "float16",
     "weights_wire": "bfloat16", "overlap": True,
 }  # fmt: skip
 KRONECKER = (
     "damping",
     "refresh",
+    "refresh_share",
     "decay",
     "samples",
     "fisher",
@@ -215,6 +217,7 @@ def test_every_name_of_a_choice_is_known():
     [
         (Nlcg(damping=0.1), "damping=0.1 .*preconditioner=bfgs"),
         (Nlcg(wire="float16"), "wire=float16"),
+        (Nlcg(refresh_share=0.1), "refresh_share=0.1 .*preconditioner=bfgs"),
         (Nlcg(mu=0.1), "mu=0.1 .*step=scheduled"),
         (Nlcg(change=None), "change=None .*step=scheduled"),
         (Nlcg(step="curvature", period=3, lr=1.0), "period=3 .*step=curvature"),

@@ -9,7 +9,7 @@ from torch import nn
 
 import natgrad
 from natgrad.parallel import World
-from natgrad.staleness import Adaptive
+from natgrad.staleness import Adaptive, Budget
 from natgrad.train.optimizers import KFac, SpNgd
 from natgrad.train.optimizers.curved import COEFFICIENTS, INVERSES, LENGTHS, NORMS, WIRES, how_far
 
@@ -23,6 +23,7 @@ OTHER = {
     "tolerance": 0.5,
     "widen_below": 1,
     "limit": 9,
+    "refresh_share": 0.2,
     "decay": 0.3,
     "samples": None,
     "max_size": 4,
@@ -107,6 +108,8 @@ def test_names_become_what_they_say(monkeypatch):
     assert given["world"] == (torch.bfloat16, None, False)
     assert handed_over(KFac(), monkeypatch)["refresh"] == Adaptive()
     assert handed_over(KFac(refresh=10), monkeypatch)["refresh"] == 10
+    assert handed_over(KFac(refresh=10, refresh_share=0.1), monkeypatch)["refresh"] == Budget(0.1, 10)
+    assert handed_over(SpNgd(limit=5, refresh_share=0.1), monkeypatch)["refresh"] == Budget(0.1, Adaptive(limit=5))
     assert how_far("predicted_change") == natgrad.PredictedChange()
     assert how_far("measured_change") == natgrad.MeasuredChange()
     assert how_far("measured_change", 0.5) == natgrad.MeasuredChange(0.5)
@@ -120,6 +123,8 @@ def test_names_become_what_they_say(monkeypatch):
         (KFac(limit=4, refresh=10), "limit=4 .*refresh=10.*--optimizer.refresh None"),
         (SpNgd(length="plain", largest_change=0.1), "largest_change=0.1 .*length=plain"),
         (SpNgd(limit=0), "limit=0"),
+        (SpNgd(refresh_share=0.0), "share=0"),
+        (SpNgd(refresh_share=0.1, refresh=3, tolerance=0.2), "tolerance=0.2 .*refresh=3"),
         (KFac(max_norm=-1.0), "max_norm=-1"),
         (KFac(decay=1.0), "decay=1"),
         (SpNgd(norm_damping=0.0), "norm_damping=0 .*--optimizer.norm-damping"),

@@ -20,6 +20,7 @@ OTHER = {
     "damping": 0.2,
     "weight_decay": 0.1,
     "refresh": 7,
+    "refresh_share": 0.2,
     "samples": None,
     "sketch": None,
     "sketch_size": 5,
@@ -144,6 +145,7 @@ def test_defaults_are_those_of_the_optimizer(monkeypatch):
         (Seng(budget=0), "budget=0"),
         (Seng(damping=0.0), "damping=0"),
         (Seng(refresh=0), "0"),
+        (Seng(refresh_share=0.1, block="network"), "refresh_share=0.1 .*--optimizer.block layer"),
         (Seng(before=True, displaced=True), "leave one out"),
     ],
 )

@@ -10,15 +10,19 @@ not.
     bill        measuring on every rank + taking in and factoring on the busiest one
     debt        what bills have exceeded allowances by, in steps; a number of the param_groups
 
-The order in a step: first what was measured before and waits to be factored, then measurements, then, with what is
-left, factors of what has just been measured. Measurements are taken by
+A piece of work is measuring what is due of one layer, or factoring what is to be inverted of one layer; the two may be
+in different steps. The factors of a layer divide its damping by pi (SP-NGD eq. 12), so they are inverted in one step:
+an inverse of A by today's pi beside one of G by the pi of some steps ago has another damping than was asked for.
+
+The order in a step: first the layers that were measured before and wait to be factored, then measurements, then, with
+what is left, factors of what has just been measured. Measurements are taken by
 
     priority = change * (1 + steps put off)
 
 with the relative change of the last measurement, held in [LEAST, 1]; the first that does not fit ends the list, so
 none is overtaken for ever. What is larger than the whole allowance is done where there is no debt and nothing else has
-been taken. So a bill is at most the allowance or one piece of work, and their mean at most the allowance and one piece
-of work over all steps.
+been taken. So a bill is at most the allowance or one piece of work, and the sum of bills over any steps at most their
+allowances and one piece of work.
 
 Without limit, and not on the bill: the first measurement of a statistic, one after a layer was not in use, and their
 factors.
@@ -39,7 +43,8 @@ from natgrad.parallel import World
 from natgrad.staleness import Budget
 
 LEAST = 1 / 8
-"""A statistic that stands still is measured by this much less often than one that has become another, where both wait."""
+"""The least priority of a change: where all wait, a statistic that stands still is measured an eighth as often as one
+that has become another."""
 OF_A_LAYER, OF_A_STATISTIC = 2, 3  # numbers that ranks tell each other when they have counted
 KNOWN = 1000  # layers with forms of calls whose work is remembered
 
@@ -47,14 +52,18 @@ Due = dict[int, tuple[Statistic, ...]]
 
 
 class Item(NamedTuple):
-    """One piece of work: on every rank, and on one rank alone."""
+    """One piece of work: on every rank, and beside it at the holders of a layer's statistics."""
 
     cell: Cell
-    key: str
+    keys: tuple[str, ...]
     priority: float
     everyone: float
-    own: float
-    holder: int
+    own: Mapping[int, float]
+    """By rank."""
+
+    @property
+    def jobs(self) -> set[tuple[Cell, str]]:
+        return {(self.cell, key) for key in self.keys}
 
 
 class Bill:
@@ -67,13 +76,14 @@ class Bill:
 
     def add(self, item: Item) -> None:
         self.everyone += item.everyone
-        self.own[item.holder] = self.own.get(item.holder, 0.0) + item.own
+        for rank, work in item.own.items():
+            self.own[rank] = self.own.get(rank, 0.0) + work
 
     def fits(self, item: Item, limit: float, alone: bool) -> bool:
         """Whether the bill stays within the limit with one more item. `alone`: the first item may be any."""
         if alone and not self.everyone and not self.own:
             return True
-        busiest = max(*self.own.values(), self.own.get(item.holder, 0.0) + item.own, 0.0)
+        busiest = max([*self.own.values(), *(self.own.get(rank, 0.0) + work for rank, work in item.own.items())])
         return self.everyone + item.everyone + busiest <= limit
 
     @property
@@ -139,26 +149,20 @@ class Spending:
         """What is measured in the coming step of what is due in it."""
         self._begin(step)
         waiting = [(c, k) for c in self.cells if c.ready for k in c.keys if c.spoilt(k)]
-        self.reserved = self._take(sorted(self._factors(waiting), key=first), Bill())
         plan = Bill()
-        for item in self.reserved:
-            plan.add(item)
-        self.exempt = {(self.cells[i], m.key) for i, own in due.items() for m in own if self._exempt(self.cells[i], m.key)}
-        items = [
-            self._measuring(self.cells[i], m.key)
-            for i, own in due.items()
-            for m in own
-            if (self.cells[i], m.key) not in self.exempt
-        ]
+        self.reserved = self._take(sorted(self._factors(waiting), key=first), plan)
+        asked = [(self.cells[i], m.key) for i, own in due.items() for m in own]
+        self.exempt = {job for job in asked if self._exempt(*job)}
+        unfinished = {cell for cell, _ in waiting}  # measured, to be factored before they are measured again
+        items = self._measuring(job for job in asked if job not in self.exempt and job[0] not in unfinished)
         taken = set(self.exempt)
-        if self.alone or not self.fee:
-            for item in sorted(items, key=first):
-                if not plan.fits(item, self.limit, self.alone):
-                    break
-                plan.add(item)
-                self.bill.add(item)
-                self.bill.fee = self.fee
-                taken.add((item.cell, item.key))
+        for item in sorted(items, key=first) if self.alone or not self.fee else ():
+            if not plan.fits(item, self.limit, self.alone):
+                break
+            plan.add(item)
+            self.bill.add(item)
+            self.bill.fee = self.fee
+            taken |= item.jobs
         chosen = {i: tuple(m for m in own if (self.cells[i], m.key) in taken) for i, own in due.items()}
         return {i: own for i, own in chosen.items() if own}
 
@@ -167,12 +171,20 @@ class Spending:
         next_step, _, _, refreshes = cell.clock(key)
         return next_step <= 0 or refreshes == 0 or not any(cell.numbers[f"{key}_budget"][1:])
 
-    def _measuring(self, cell: Cell, key: str) -> Item:
-        change, everyone, own, factoring = cell.numbers[f"{key}_budget"]
-        if cell.by_rows:  # the factor is of no use with other rows
-            own += factoring
-        priority = min(max(change, LEAST), 1.0) * (1 + cell.waited(key, self.step))
-        return Item(cell, key, priority, everyone, own, cell.holders[key])
+    def _measuring(self, jobs: Iterable[tuple[Cell, str]]) -> list[Item]:
+        """Measurements, by how long they wait and how much has changed."""
+        items = []
+        for cell, keys in by_layer(jobs).items():
+            priority, everyone = 0.0, 0.0
+            own: dict[int, float] = {}
+            for key in keys:
+                change, measuring, taking, factoring = cell.numbers[f"{key}_budget"]
+                everyone += measuring
+                # a factor is of no use with other rows, so these are factored at once
+                own[cell.holders[key]] = own.get(cell.holders[key], 0.0) + taking + (factoring if cell.by_rows else 0.0)
+                priority = max(priority, held(change) * (1 + cell.waited(key, self.step)))
+            items.append(Item(cell, keys, priority, everyone, own))
+        return items
 
     # --- when the statistics are there ---
 
@@ -180,12 +192,10 @@ class Spending:
         """Which of these inverses are made in this step; others wait. The step is paid for."""
         wanted = {(self.cells[i], key): (i, key) for i, key in jobs}
         at_once = {job for job in wanted if job in self.exempt or job[0].by_rows or not job[0].inverted(job[1])}
-        reserved = [item for item in self.reserved if (item.cell, item.key) in wanted.keys() - at_once]
-        for item in reserved:
-            self.bill.add(item)
-        known = at_once | {(item.cell, item.key) for item in reserved}
-        rest = self._factors(job for job in wanted if job not in known)
-        chosen = known | {(i.cell, i.key) for i in self._take(sorted(rest, key=first), self.bill)}
+        before = {item.cell for item in self.reserved}
+        items = self._factors(job for job in wanted if job not in at_once)
+        items.sort(key=lambda item: (item.cell not in before, first(item)))
+        chosen = at_once.union(*(item.jobs for item in self._take(items, self.bill)))
         for cell, key in wanted.keys() - chosen:
             cell.spoil(key)
         if self.passes:
@@ -194,13 +204,16 @@ class Spending:
         return [wanted[job] for job in wanted if job in chosen]
 
     def _factors(self, jobs: Iterable[tuple[Cell, str]]) -> list[Item]:
-        """Inverses to be made, by the age of what they are of."""
+        """Inverses to be made, by the age of what they are of and how much has changed."""
         items = []
-        for cell, key in jobs:
-            change, _, _, own = cell.numbers[f"{key}_budget"]
-            next_step, interval, *_ = cell.clock(key)
-            age = max(0, self.step - (next_step - interval))
-            items.append(Item(cell, key, min(max(change, LEAST), 1.0) * (1 + age), 0.0, own, cell.holders[key]))
+        for cell, keys in by_layer(jobs).items():
+            priority, own = 0.0, dict[int, float]()
+            for key in keys:
+                change, _, _, factoring = cell.numbers[f"{key}_budget"]
+                next_step, interval, *_ = cell.clock(key)
+                own[cell.holders[key]] = own.get(cell.holders[key], 0.0) + factoring
+                priority = max(priority, held(change) * (1 + max(0, self.step - (next_step - interval))))
+            items.append(Item(cell, keys, priority, 0.0, own))
         return items
 
     def _take(self, items: Sequence[Item], bill: Bill) -> list[Item]:
@@ -218,16 +231,16 @@ class Spending:
         """What this rank has counted of what was measured, to be summed over ranks: for each layer its passes, for each
         statistic what it takes.
         """
-        by_layer: list[float] = []
-        by_statistic: list[float] = []
+        passes: list[float] = []
+        works: list[float] = []
         for index in dict.fromkeys(index for index, _ in plan):
             cell, seen = self.cells[index], measured.seen.get(index)
             forms = tuple(() if seen is None else seen.forms)
             numbers = self._counted(cell, forms, measured.samples)
-            by_layer += numbers[:OF_A_LAYER]
+            passes += numbers[:OF_A_LAYER]
             own = {key: numbers[OF_A_LAYER + OF_A_STATISTIC * k :][:OF_A_STATISTIC] for k, key in enumerate(cell.keys)}
-            by_statistic += [number for i, key in plan if i == index for number in own[key]]
-        return by_layer + by_statistic
+            works += [number for i, key in plan if i == index for number in own[key]]
+        return passes + works
 
     def take_in(self, plan: Sequence[tuple[int, str]], total: Sequence[float], samples: float) -> None:
         """Keep the sums over all ranks of what `count` gave, where anything was counted."""
@@ -256,6 +269,19 @@ class Spending:
                 self._known.clear()
             found = self._known[cell, forms, samples] = counted(cell, forms, samples, self.world.size)
         return found
+
+
+def by_layer(jobs: Iterable[tuple[Cell, str]]) -> dict[Cell, tuple[str, ...]]:
+    """The statistics of each layer, in their order."""
+    found: dict[Cell, tuple[str, ...]] = {}
+    for cell, key in jobs:
+        found[cell] = (*found.get(cell, ()), key)
+    return found
+
+
+def held(change: float) -> float:
+    """A change as a weight."""
+    return min(max(change, LEAST), 1.0)
 
 
 def first(item: Item) -> float:

@@ -92,7 +92,9 @@ class SENG(SecondOrder):
         if not isinstance(when, Every) and isinstance(when, Staleness):
             raise ValueError(f"refresh={refresh}: columns of other samples cannot be compared; give a number of steps")
         if isinstance(refresh, Budget) and block == "network":
-            raise ValueError(f'refresh={refresh}: block="network" needs all layers\' columns of one step; take block="layer"')
+            raise ValueError(
+                f'refresh={refresh}: block="network" needs all layers\' columns of one step; take block="layer"'
+            )
         world = world if isinstance(world, World) else World(world)
         if legacy is not None and legacy.local and world.size > 1 and world.owners:
             raise ValueError("Legacy(local=True): every rank takes its own directions; give world=World(owners=False)")
