@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import budget
 import defaults
 import gpu_results
 import host
@@ -108,6 +109,11 @@ def on_gpu(results: dict[str, Any], which: str | None) -> str:
     return gpu_results.table(results)
 
 
+def under_a_budget(results: dict[str, Any], which: str | None) -> str:
+    """The longest and the mean step under every rule of refresh, by task."""
+    return budget.table(results).strip()
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "compare": compared,
     "scaling": scaling,
@@ -116,6 +122,7 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "defaults": settings,
     "host": on_host,
     "gpu": on_gpu,
+    "budget": under_a_budget,
 }
 
 
