@@ -88,17 +88,19 @@ def simulated(pieces, share, ranks, steps):
     spending.world = SimpleNamespace(size=ranks)  # all that is asked of it
     for step in range(1, steps + 1):
         due = {k: own for k, c in enumerate(cells) if (own := c.due(step))}
-        for k, own in spending.measure(step, due).items():
-            for one in own:
-                cell = cells[k]
-                waits.append(cell.waited(one.key, step))
-                cell.arrive(one.key, step)
-                cell.advance(one.key, step, of[cell, one.key].interval)
-                spending.changed(k, one.key, of[cell, one.key].change)
-        jobs = [(k, key) for k, c in enumerate(cells) for key in c.outdated(DAMPING)]
+        fresh = {k: {one.key for one in own} for k, own in spending.measure(step, due).items()}
+        for k, keys in fresh.items():
+            for key in keys:
+                waits.append(cells[k].waited(key, step))
+                cells[k].arrive(key, step)
+        jobs = [(k, key) for k, c in enumerate(cells) for key in c.outdated(DAMPING, fresh.get(k, set()))]
         for k, key in spending.invert(jobs):
             cells[k].numbers[f"{key}_damping"] = DAMPING
             made[k, key] = made.get((k, key), 0) + 1
+        for k, keys in fresh.items():
+            for key in keys:
+                cells[k].advance(key, step, of[cells[k], key].interval)
+                spending.changed(k, key, of[cells[k], key].change)
         spent.append(purse.spent)
         debts.append(group["debt"])
     waits += [c.waited(key, steps) for c in cells for key in c.keys]

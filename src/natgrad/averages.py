@@ -33,8 +33,8 @@ class Fresh(NamedTuple):
 def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[Told]]:
     """Take in measurements. What is returned gives, after a read, for each when the next one is due.
 
-    An interval of 0 stands for a statistic that has become infinite. The staleness rule is told |X - Y| / |Y| for each past value Y
-    that it asks for (Frobenius norms, SP-NGD section 4.3.1).
+    An interval of 0 stands for a statistic that has become infinite. The staleness rule is told |X - Y| / |Y| for each
+    past value Y that it asks for (Frobenius norms, SP-NGD section 4.3.1).
     """
     batches = list(_batches(found))
     heard = list[Tensor]()
