@@ -21,6 +21,7 @@ import budget
 import defaults
 import gpu_results
 import host
+import memory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -114,6 +115,11 @@ def under_a_budget(results: dict[str, Any], which: str | None) -> str:
     return budget.table(results).strip()
 
 
+def held(results: dict[str, Any], which: str | None) -> str:
+    """What optimizers keep, by network and ranks."""
+    return memory.table(results).strip()
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "compare": compared,
     "scaling": scaling,
@@ -123,6 +129,7 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "host": on_host,
     "gpu": on_gpu,
     "budget": under_a_budget,
+    "memory": held,
 }
 
 

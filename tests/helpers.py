@@ -149,7 +149,7 @@ def row(optimizer, name):
 def statistic(optimizer, name, key):
     """A statistic of the layer `name`."""
     cell = next(c for c in optimizer.cells if c.name == name)
-    return cell.state()[key]
+    return cell.square(key)
 
 
 def quiet(build, *args, **options):

@@ -1,5 +1,6 @@
 """How much a step may change the outputs, as the next gradient shows it: against sums made by hand."""
 
+import json
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import golden
 import natgrad
 from helpers import OPTIMIZERS, Mixed, backward, clone, made, mlp, points, train, weights
 from natgrad.optim.base import SAYS_NOTHING
@@ -203,3 +205,31 @@ def test_an_unfortunate_initialisation_is_left_behind(kind, lr):
     lowest = [min(losses[: k + 1]) for k in range(len(losses))]
     assert max(now - low for now, low in zip(losses, lowest)) < 3
     assert losses[-1] < 3.2  # an even guess has 3.0, the rule 0.7
+
+
+@pytest.mark.parametrize("case", ["spngd, measured change", "spngd, predicted change"])
+def test_products_in_pieces_add_up(monkeypatch, case):
+    """Layers are cut where they are larger than a piece; some pieces hold several layers."""
+    monkeypatch.setattr("natgrad.optim.segments.TOGETHER", 20)
+    kept = json.loads(golden.FILE.read_text())[f"{case}, 1"]
+    assert golden.difference(golden.made(case, 1), kept) < 1e-9
+
+
+def test_sums_of_pieces_are_those_of_layers(monkeypatch):
+    monkeypatch.setattr("natgrad.optim.segments.TOGETHER", 9)
+    model = mlp().double()
+    opt, seen = natgrad.SPNGD(model, 0.1), []
+
+    class Looking(natgrad.MeasuredChange):
+        def lengths(self, segments, world, numbers):
+            for segment in segments:
+                a, b = segment.gradient, segment.direction
+                told = segment.sums((a,), (a, b))
+                seen.append(len(segment.outline.chunks))
+                for k, (own, other) in enumerate(zip(segment.pieces(a), segment.pieces(b))):
+                    torch.testing.assert_close(told[:, k], torch.stack([own.sum(), (own * other).sum()]))
+            return super().lengths(segments, world, numbers)
+
+    opt.length = Looking()
+    train(opt, model, [points(8, k, torch.float64) for k in range(2)])
+    assert seen == [5, 5]  # of 25 and 18 numbers

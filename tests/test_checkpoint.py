@@ -10,6 +10,7 @@ import torch
 
 from checkpoints import go_on, recipe_with, saved
 from natgrad.models import CifarResNet
+from natgrad.optim.state import held
 from natgrad.parallel import World, run_threads
 from natgrad.train import checkpoint
 from natgrad.train.loop import prepare
@@ -147,6 +148,31 @@ def test_another_network_is_refused(two, splits):
     job = prepare(replace(recipe_with(Sgd(lr=0.1)), model=CifarResNet(8, (4, 6, 9))), World(), splits)
     with pytest.raises(ValueError, match="of another network: model/"):
         restore(job, two / "step-00000004", changes=True)
+
+
+def test_a_checkpoint_with_squares_is_read(tmp_path, splits, monkeypatch):
+    """Format 1, as earlier versions wrote it."""
+    for name, value in {"LEAST": 3, "BLOCK": 1, "SLABBED": 4, "ROWS": 2}.items():
+        monkeypatch.setattr(f"natgrad.triangles.{name}", value)
+    job = prepare(recipe_with(SpNgd(lr=0.1)), World(), splits)
+    go_on(job, 2)
+
+    def squared(optimizer):
+        cells = {cell.layer.parameters[0]: cell for cell in optimizer.cells}
+        parts = held(optimizer)
+        for parameter, cell in cells.items():
+            parts[parameter] = {key: cell.square(key, value) for key, value in parts[parameter].items()}
+        return parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr("natgrad.train.state.held", squared)
+        patch.setattr(checkpoint, "FORMAT", 1)
+        saved(job, tmp_path)
+    table = checkpoint.contents(tmp_path / "step-00000002")
+    assert any(name.endswith("/A") and len(entry.size) == 3 for name, entry in table.items())
+    other = prepare(recipe_with(SpNgd(lr=0.1)), World(), splits)
+    restore(other, tmp_path / "step-00000002")
+    assert go_on(other, 5) == go_on(job, 5)
 
 
 def test_torch_reads_the_folder_as_one_checkpoint(tmp_path, splits):

@@ -53,7 +53,7 @@ def test_coverage_tells_the_bytes_that_are_held(kind):
     opt = made(kind, model, lr=0.1)
     train(opt, model, [Mixed.batch(8, 0)])
     for row, cell in zip(opt.coverage(), opt.cells):
-        clocks = ("step", "adam_count", "scalars", "went")
+        clocks = ("step", "adam_count", "scalars", "went", "stretch")
         held = [v for k, v in cell.state().items() if k not in clocks and not k.endswith(("_clock", "_damping"))]
         assert row.bytes == sum(v.numel() * v.element_size() for v in held), row.layer
 

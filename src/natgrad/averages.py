@@ -49,7 +49,10 @@ def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[Told
         for batch, counts, numbers in zip(batches, pasts, heard):
             values = iter(numbers.tolist())
             sound = [math.isfinite(next(values)) for _ in batch]
-            changes = [[relative(next(values), next(values)) for _ in range(count)] for count in counts]
+            changes = [
+                [relative(_norm(one, values), _norm(one, values)) for _ in range(count)]
+                for one, count in zip(batch, counts)
+            ]
             told += [
                 one.cell.next_interval(one.key, changed, one.samples) if good else Told(0)
                 for one, changed, good in zip(batch, changes, sound)
@@ -79,9 +82,11 @@ def alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _look(batch: list[Fresh]) -> tuple[list[Tensor], Tensor]:
-    """The new statistics, and numbers for the host: the largest entry of each, then |X - Y| and |Y| of all past Y."""
-    lasts = [one.last for one in batch]
-    values = [one.value.to(last) for one, last in zip(batch, lasts)]
+    """The new statistics as they are kept, and numbers for the host.
+
+    These are the largest entry of each, then |X - Y| and |Y| of all past Y, in parts (see `_norm`).
+    """
+    lasts, values = [one.last for one in batch], _packed(batch)
     fresh = list(values)
     shares = [one.cell.kept_share(one.key) for one in batch]
     for share in set(shares) - {0.0}:
@@ -91,12 +96,63 @@ def _look(batch: list[Fresh]) -> tuple[list[Tensor], Tensor]:
         for k, mean in zip(ks, means):
             fresh[k] = mean
     numbers = list(torch._foreach_norm(values, math.inf))
-    pairs = [(new, old) for new, one in zip(fresh, batch) for old in one.cell.past(one.key)]
+    pairs = [(one, new, old) for new, one in zip(fresh, batch) for old in one.cell.past(one.key)]
     if pairs:
-        olds = [old for _, old in pairs]
-        changes = torch._foreach_norm(torch._foreach_sub([new for new, _ in pairs], olds))
-        numbers += [n for pair in zip(changes, torch._foreach_norm(olds)) for n in pair]
+        olds = _widened([old for *_, old in pairs], lasts[0].dtype)
+        changes = torch._foreach_sub([new for _, new, _ in pairs], olds)
+        ones = [one for one, *_ in pairs]
+        for change, norm in zip(_norms(ones, changes), _norms(ones, olds)):
+            numbers += [*change, *norm]
     return fresh, torch.stack(numbers)
+
+
+def _packed(batch: Sequence[Fresh]) -> list[Tensor]:
+    """The measurements in the form and type in which they are kept."""
+    lasts, forms = [one.last for one in batch], [one.cell.forms.get(one.key) for one in batch]
+    rooms = iter(_rooms([last for last, form in zip(lasts, forms) if form is not None], lasts[0].dtype))
+    values, parts, places = list[Tensor](), list[Tensor](), list[Tensor]()
+    for one, last, form in zip(batch, lasts, forms):
+        values.append(one.value.to(last) if form is None else next(rooms))
+        if form is not None:
+            parts += form.parts(values[-1])
+            places += form.places(one.value)
+    if parts:
+        torch._foreach_copy_(parts, places)
+    return values
+
+
+def _rooms(like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Empty tensors of this type, shaped like the given ones, in one piece of memory."""
+    if not like:
+        return []
+    sizes = [value.numel() for value in like]
+    room = torch.empty(sum(sizes), dtype=dtype, device=like[0].device)
+    return [part.view(value.shape) for part, value in zip(room.split(sizes), like)]
+
+
+def _widened(values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The values in this type; those that are kept in a narrower one are copied."""
+    narrow = [value for value in values if value.dtype != dtype]
+    wide = _rooms(narrow, dtype)
+    if narrow:
+        torch._foreach_copy_(wide, narrow)
+    found = iter(wide)
+    return [value if value.dtype == dtype else next(found) for value in values]
+
+
+def _norms(ones: Sequence[Fresh], values: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The norms of all parts of each value: of all that it holds, or of what stands in its square twice and once."""
+    forms = [one.cell.forms.get(one.key) for one in ones]
+    parts = [[value] if form is None else form.by_weight(value) for form, value in zip(forms, values)]
+    found = iter(torch._foreach_norm([part for own in parts for part in own]))
+    return [[next(found) for _ in own] for own in parts]
+
+
+def _norm(one: Fresh, told: Iterator[float]) -> float:
+    """The Frobenius norm of a statistic with all entries, from the norms of its parts."""
+    if one.cell.forms.get(one.key) is None:
+        return next(told)
+    return math.hypot(math.sqrt(2) * next(told), next(told))
 
 
 def _write(batch: Sequence[Fresh], fresh: Sequence[Tensor]) -> None:

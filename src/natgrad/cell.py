@@ -5,7 +5,8 @@ shapes that are fixed at construction, and is looked up there each time, because
 when they load a checkpoint; clocks and dampings are read and written as `numbers` (stacks.py). For a statistic X:
 
     X           the statistic (averaged over time if asked for), at its holder
-    X_before    the value before the last, where the staleness rule looks back, at its holder
+    X_before    the value before the last, where the staleness rule looks back, at its holder; nothing but that rule
+                reads it, so its numbers are half as wide
     X_inverse   its damped inverse, at the layer's owner
     X_damping   the damping that the inverse was made with, on every rank; below 0: the inverse is to be made again
                 with what X has become or another damping; 0: there is no inverse yet
@@ -15,6 +16,8 @@ when they load a checkpoint; clocks and dampings are read and written as `number
     passes      under a Budget, on every rank: operations of a sample's forward and backward passes through the layer,
                 and those for the gradient of its inputs
 
+Symmetric matrices of some size are packed [b, numel] (`forms`, triangles.py); `square` unpacks them.
+
 The owner has the layer's gradient and makes its step. It holds the statistics too, save where a layer is so large
 that its statistics are inverted on several ranks at once.
 """
@@ -22,10 +25,10 @@ that its statistics are inverted on several ranks at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +39,20 @@ from natgrad.curvature.rows import Rows, Sample, scaled
 from natgrad.layers.base import Layer, at_least_single
 from natgrad.linalg import mean_eigenvalue
 from natgrad.staleness import Memory, Staleness, Told
+from natgrad.triangles import Form, SymmetricSlabs, halves, slabs
 
 DORMANT = 2**62  # a clock that waits until its layer is used
+NARROW = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
+"""The type in which a value is kept that is only compared with: rounding changes a number by 0.2 % at most."""
+
+
+class Held(NamedTuple):
+    """A tensor that a rank holds of a statistic: its name, its shape as it is kept, its type, its rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rank: int
 
 
 @dataclass(eq=False)
@@ -82,21 +97,62 @@ class Cell:
         """Make every tensor that `rank` will ever hold of this cell; None makes all that any rank holds."""
         if self.budgeted and self.statistics:
             state["passes"] = torch.zeros(2, dtype=torch.float64)
-        for moment in self.statistics:
-            key = moment.key
+        for key in self.keys:
             if self.budgeted:
                 state[f"{key}_budget"] = torch.zeros(4, dtype=torch.float64)
             state[f"{key}_clock"] = torch.tensor([0, 1, 1, 0])
             state[f"{key}_damping"] = torch.zeros((), dtype=torch.float64)
+        device = self.layer.parameters[0].device
+        for held in self.held():
+            if rank in (None, held.rank):
+                state[held.name] = torch.zeros(held.shape, dtype=held.dtype, device=device)
+
+    def held(self) -> Iterator[Held]:
+        """The tensors of fixed shapes that all ranks together hold of the statistics."""
+        dtype = at_least_single(self.layer.parameters[0].dtype)
+        for moment in self.statistics:
             if isinstance(moment, Rows):
                 continue  # as large as the samples' places make them
-            shape = moment.shape(self.layer)
-            if rank in (None, self.holders[key]):
-                state[key] = self.zeros(shape)
-                if self.staleness().looks_back > 1:
-                    state[f"{key}_before"] = self.zeros(shape)
-            if rank in (None, self.owner):
-                state[f"{key}_inverse"] = self.zeros(self.curvature.inverse_shape(shape))
+            key, shape = moment.key, moment.shape(self.layer)
+            packed = self._kept_shape(key, shape)
+            yield Held(key, packed, dtype, self.holders[key])
+            if self.staleness().looks_back > 1:
+                yield Held(f"{key}_before", packed, NARROW[dtype], self.holders[key])
+            inverse = f"{key}_inverse"
+            yield Held(inverse, self._kept_shape(inverse, self.curvature.inverse_shape(shape)), dtype, self.owner)
+
+    @cached_property
+    def forms(self) -> dict[str, Form]:
+        """How statistics, their values before and their inverses are packed, where they are."""
+        found: dict[str, Form] = {}
+        for moment in self.statistics:
+            if isinstance(moment, Rows):
+                continue
+            key, shape = moment.key, moment.shape(self.layer)
+            if not moment.symmetric or len(shape) != 3 or shape[1] != shape[2]:
+                continue
+            kept, multiplied = halves(shape[2]), slabs(shape[2])
+            if kept is not None:
+                found |= {key: kept, f"{key}_before": kept}
+            if multiplied is not None and self.curvature.multiplies and self.curvature.inverse_shape(shape) == shape:
+                found[f"{key}_inverse"] = multiplied
+        return found
+
+    def _kept_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        form = self.forms.get(name)
+        return shape if form is None else (shape[0], form.numel)
+
+    def square(self, name: str, value: Tensor | None = None) -> Tensor:
+        """A statistic or an inverse with all entries, [b, n, n] or [b, n]: the state's, or `value` of its form."""
+        kept, form = self.state()[name] if value is None else value, self.forms.get(name)
+        return kept if form is None else form.unpack(kept)
+
+    def packed(self, name: str, value: Any) -> Any:
+        """A saved value as it is kept: squares, as earlier versions saved them, are packed."""
+        form = self.forms.get(name)
+        if form is None or not isinstance(value, Tensor) or value.shape[1:] != (form.n, form.n):
+            return value
+        return form.pack(value)
 
     def zeros(self, shape: Sequence[int], device: str | None = None) -> Tensor:
         """Zeros in the statistics' precision, on the layer's device unless told otherwise."""
@@ -234,12 +290,22 @@ class Cell:
 
     def trace(self, key: str) -> Tensor:
         """The mean eigenvalue of a statistic's blocks [b], at its holder."""
-        return mean_eigenvalue(self.state()[key])
+        return self.mean_eigenvalue(key, self.state()[key])
 
-    def kept(self, fresh: bool = False) -> dict[str, Tensor]:
+    def mean_eigenvalue(self, key: str, value: Tensor) -> Tensor:
+        """The mean eigenvalue [b] of a statistic of this layer's form."""
+        form = self.forms.get(key)
+        return mean_eigenvalue(value) if form is None else form.mean_eigenvalue(value)
+
+    def factor(self, name: str, value: Tensor) -> Any:
+        """An inverse of this layer's form as the curvature multiplies by it: a tensor or slabs."""
+        form = self.forms.get(name)
+        return value if form is None else SymmetricSlabs(form, value)
+
+    def kept(self, fresh: bool = False) -> dict[str, Any]:
         """What the curvature preconditions with. `fresh`: rows that were just measured, of all samples."""
         state = self.state()
-        inverses = {key: state[f"{key}_inverse"] for key in self.keys}
+        inverses = {key: self.factor(name := f"{key}_inverse", state[name]) for key in self.keys}
         if isinstance(self.curvature, ByRows):
             for key in self.keys:
                 inverses |= {n: v for n in self.curvature.stored if (v := state.get(f"{key}_{n}")) is not None}

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from natgrad.cell import Cell
 from natgrad.curvature import Curvature
-from natgrad.linalg import mean_eigenvalue
 from natgrad.parallel import Parcel, World
 from natgrad.readings import Readings, together
 from natgrad.stacks import Storage
@@ -36,13 +35,7 @@ class Slab(NamedTuple):
     damping: Tensor
 
 
-class Attempt(NamedTuple):
-    """Statistics of one size that were inverted in one call, with their dampings [blocks]."""
-
-    curvature: Curvature
-    slabs: Sequence[Slab]
-    statistic: Tensor
-    damping: Tensor
+Attempt = tuple[Curvature, Sequence[Slab]]  # statistics of one size that were inverted in one call
 
 
 class Inversion:
@@ -70,7 +63,7 @@ class Inversion:
         alike: dict[Any, list[int]] = defaultdict(list)
         for index in indices:
             cell = self.cells[index]
-            kinds = tuple((key, cell.state()[key].dim(), self._kind(index, key)) for key in self._held(cell))
+            kinds = tuple((key, self._kind(index, key)) for key in self._held(cell))
             alike[cell.curvature, kinds, self.dampings[index], cell.split].append(index)
         for (curvature, _, damping, split), found in alike.items():
             some = sorted(found, key=self.storage.place_of)
@@ -98,7 +91,7 @@ class Inversion:
 
     def _traces(self, indices: Sequence[int], key: str) -> list[Tensor]:
         """Mean eigenvalues of the blocks of these layers, in their order, one tensor for each run of neighbours."""
-        return [mean_eigenvalue(self._joined(run, key)) for run in self._runs(indices, key)]
+        return [self.cells[run[0]].mean_eigenvalue(key, self._joined(run, key)) for run in self._runs(indices, key)]
 
     def _runs(self, indices: Sequence[int], key: str) -> Iterator[list[int]]:
         """Layers whose blocks of a statistic lie behind one another, in the given order."""
@@ -112,7 +105,7 @@ class Inversion:
             yield run
 
     def _joined(self, run: Sequence[int], key: str) -> Tensor:
-        """The blocks of neighbours as one tensor, without a copy."""
+        """The blocks of neighbours as one tensor, as they are kept, without a copy."""
         if self.cells[run[0]].by_rows:
             return self.cells[run[0]].state()[key]
         return self.storage.blocks_of(run[0], run[-1], key)
@@ -120,14 +113,12 @@ class Inversion:
     def invert(self, readings: Readings) -> None:
         """Make the inverses that fall to this rank, and ask which of them can be used; `mend` follows after a read."""
         self.failed: list[Attempt] = []
-        attempts = []
+        attempts = list[tuple[Tensor, Attempt]]()
         for curvature, slabs in self._batches():
-            joined = torch.cat([s.statistic for s in slabs]) if len(slabs) > 1 else slabs[0].statistic
-            damping = torch.cat([s.damping for s in slabs]) if len(slabs) > 1 else slabs[0].damping
-            inverse, good = curvature.factor(slabs[0].key, joined, damping)
-            self._keep_all(slabs, inverse)
+            inverse, good = curvature.factor(slabs[0].key, *self._together(slabs))
+            self._keep(slabs, inverse)
             if good is not None:
-                attempts.append((good.all(), Attempt(curvature, slabs, joined, damping)))
+                attempts.append((good.all(), (curvature, slabs)))
         for index, key in self.jobs:
             self.cells[index].numbers[f"{key}_damping"] = self.dampings[index]
         if not attempts:
@@ -141,36 +132,40 @@ class Inversion:
     def mend(self) -> int:
         """Make again, with more damping, what could not be inverted. Returns how many retries that took."""
         retries = 0
-        for curvature, slabs, joined, damping in self.failed:
-            inverse, tries = curvature.mend(slabs[0].key, joined, damping)
-            self._keep_all(slabs, inverse)
+        for curvature, slabs in self.failed:
+            inverse, tries = curvature.mend(slabs[0].key, *self._together(slabs))
+            self._keep(slabs, inverse)
             retries += tries
         return retries
 
-    def _keep_all(self, slabs: Sequence[Slab], inverse: Tensor) -> None:
+    def _together(self, slabs: Sequence[Slab]) -> tuple[Tensor, Tensor]:
+        """Statistics with all of their entries, blocks behind blocks, and their damping."""
+        joined = torch.cat([s.statistic for s in slabs]) if len(slabs) > 1 else slabs[0].statistic
+        damping = torch.cat([s.damping for s in slabs]) if len(slabs) > 1 else slabs[0].damping
+        return self.cells[slabs[0].cells[0]].square(slabs[0].key, joined), damping
+
+    def _keep(self, slabs: Sequence[Slab], inverse: Tensor) -> None:
+        """Write inverses into the owners' state, and remember those that travel."""
         if self.cells[slabs[0].cells[0]].by_rows:  # these are kept as they are; LAPACK's lie column by column
             inverse = inverse.contiguous()
         for slab, part in zip(slabs, inverse.split([len(s.statistic) for s in slabs])):
-            self._keep(slab, part)
+            first, name = self.cells[slab.cells[0]], f"{slab.key}_inverse"
+            if first.owner != self.world.rank:
+                self.made[slab.cells[0], slab.key] = part
+            elif first.by_rows:
+                first.state()[name] = part  # those made together lie behind one another
+            else:
+                self.storage.write_squares(slab.cells[0], slab.cells[-1], name, part)
 
-    def _keep(self, slab: Slab, inverse: Tensor) -> None:
-        """Write inverses into the owner's state, and remember those that travel."""
-        first = self.cells[slab.cells[0]]
-        if first.by_rows and first.owner == self.world.rank:
-            first.state()[f"{slab.key}_inverse"] = inverse  # those made together lie behind one another
-        elif first.owner == self.world.rank:
-            self.storage.blocks_of(slab.cells[0], slab.cells[-1], f"{slab.key}_inverse").copy_(inverse)
-        else:
-            self.made[slab.cells[0], slab.key] = inverse
-
-    def _batches(self) -> Iterator[tuple[Curvature, list[Slab]]]:
+    def _batches(self) -> Iterator[Attempt]:
         """Statistics of one size and one formula, as runs of neighbours."""
         alike: dict[Any, list[int]] = defaultdict(list)
         for index, key in self.jobs:
             cell = self.cells[index]
             if cell.holders[key] == self.world.rank:
-                statistic = cell.state()[key]
-                alike[cell.curvature, key, statistic.shape[1:], statistic.dtype, statistic.device].append(index)
+                statistic, form = cell.state()[key], cell.forms.get(key)
+                shape = statistic.shape[1:] if form is None else torch.Size((form.n, form.n))
+                alike[cell.curvature, key, shape, statistic.dtype, statistic.device].append(index)
         for (curvature, key, shape, *_), indices in alike.items():
             most = max(1, TOGETHER // max(shape.numel(), 1))  # blocks
             slabs, count = list[Slab](), 0
@@ -202,15 +197,21 @@ class Inversion:
 
     def deliver(self) -> None:
         """Send inverses of layers that are split over ranks to their owners."""
-        parcels, sources = [], []
+        parcels, sources, received = [], [], list[tuple[int, str, Tensor]]()
         for index, key in self.jobs:
             cell = self.cells[index]
             if cell.holders[key] == cell.owner:
                 continue
             moment = next(m for m in cell.statistics if m.key == key)
-            inverse = self.made.get((index, key), cell.state().get(f"{key}_inverse"))
-            if inverse is None:  # neither from here nor to here
-                inverse = cell.zeros(cell.curvature.inverse_shape(moment.shape(cell.layer)), device="meta")
+            mine = cell.owner == self.world.rank
+            inverse = self.made.get((index, key))
+            if inverse is None:  # to here, or neither from here nor to here
+                shape = cell.curvature.inverse_shape(moment.shape(cell.layer))
+                inverse = cell.zeros(shape, device=None if mine else "meta")
+            if mine:
+                received.append((index, f"{key}_inverse", inverse))
             parcels.append(Parcel(inverse, cell.owner, moment.symmetric))
             sources.append(cell.holders[key])
         self.world.send(parcels, sources, "inverses")
+        for index, name, inverse in received:
+            self.storage.write_squares(index, index, name, inverse)

@@ -4,7 +4,8 @@ Layers of one owner are put behind one another, those that are alike next to eac
 W[b, o, i], same param_group. So a step costs a few operations for each kind of layer and not a few for each layer:
 
     vectors      one flat tensor for everything of a layer's form (momentum, sums of gradients, ...)
-    statistics   for layers that are alike one tensor [blocks of all, ...] of each statistic and of its inverse
+    statistics   for layers that are alike one tensor [blocks of all, ...] of each statistic and of its inverse, in the
+                 form in which the cells keep them (Cell.forms)
     numbers      clocks, dampings, step counts: one small tensor on the host, and the same numbers as python lists
 
 `optimizer.state` has the fixed keys and shapes that trainers and checkpoints know. Trainers replace its dictionaries
@@ -193,6 +194,7 @@ class Storage:
         self.tables: dict[str, NumberTable] = {}
         self.places: dict[nn.Parameter, dict[str, tuple[NumberTable, int]]] = {}
         self.bound: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._cell_of = {p: cell for cell in cells for p in cell.layer.parameters}
         self.masters = any("master" in state[p] for cell in cells for p in cell.layer.parameters)
         """Whether weights are kept in more precision than the model's."""
         self._bind_numbers(state)
@@ -287,6 +289,18 @@ class Storage:
         """The blocks of neighbouring layers as one tensor, which shares their memory."""
         return self.statistics[self.stack_of[first], key][self.blocks[first, key][0] : self.blocks[last, key][1]]
 
+    def squares_of(self, first: int, last: int, key: str) -> Tensor:
+        """`blocks_of`, with all entries: a copy where they are packed."""
+        return self.cells[first].square(key, self.blocks_of(first, last, key))
+
+    def write_squares(self, first: int, last: int, key: str, values: Tensor) -> None:
+        """Set the blocks of neighbouring layers, given with all of their entries."""
+        kept, form = self.blocks_of(first, last, key), self.cells[first].forms.get(key)
+        if form is None:
+            kept.copy_(values)
+        else:
+            torch._foreach_copy_(form.parts(kept), form.places(values))
+
     def table(self, key: str) -> NumberTable:
         """The numbers of a name that only one table has."""
         (found,) = (table for name, table in self.tables.items() if name.split()[0] == key)
@@ -305,7 +319,7 @@ class Storage:
                         f"optimizer.state has lost {key} of a parameter of shape {tuple(parameter.shape)}: load a "
                         "whole state with load_state_dict(), or build the optimizer again to begin anew"
                     )
-                view.copy_(value)
+                view.copy_(self._cell_of[parameter].packed(key, value))
                 own[key] = view
         for table in self.tables.values():
             if table.base._version != table.version:

@@ -135,6 +135,7 @@ class Curvature(ABC):
     redamps = False
     telling = 0.1  # a relative change of damping above this makes the inverses due
     joint = False  # layers are inverted together, elsewhere
+    multiplies = False  # `precondition` does nothing with inverses but `@`, so it may be given SymmetricSlabs
 
     @abstractmethod
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
@@ -158,7 +159,7 @@ class Curvature(ABC):
     @abstractmethod
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
         """The damped natural gradient [b, o, i] of a gradient [b, o, i]. Unless the curvature `redamps`, the damping
-        is in the inverses already.
+        is in the inverses already. Where the curvature `multiplies`, large symmetric inverses come as SymmetricSlabs.
         """
 
     @abstractmethod

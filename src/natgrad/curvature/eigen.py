@@ -31,6 +31,7 @@ class EigenKronecker(Kronecker):
 
     name: str = field(default="kronecker by eigenvectors", init=False)
     redamps = True
+    multiplies = False
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape if len(shape) == 2 else (*shape[:2], shape[2] + 1)

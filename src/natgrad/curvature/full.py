@@ -41,6 +41,7 @@ class Full(Curvature):
     samples: int | None = None
     coefficient: float = 1.0
     name: str = field(default="full", init=False)
+    multiplies = True
 
     @property
     def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]

@@ -132,6 +132,7 @@ class Kronecker(Curvature):
     diagonal_a: bool = False
     diagonal_g: bool = False
     name: str = field(default="kronecker", init=False)
+    multiplies = True
 
     @property
     def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]

@@ -31,7 +31,7 @@ from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import Census
 from natgrad.optim.change import LastStep, MeasuredChange, PredictedChange
 from natgrad.optim.coverage import Preconditioned, count_preconditioned
-from natgrad.optim.fallback import Adam, Fallback, adam
+from natgrad.optim.fallback import Adam, Fallback, Recalls, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.graphs import CudaRecorder, Graphs
 from natgrad.optim.lengths import Keeps, Length, Remembers, layerwise, plain, trust
@@ -42,7 +42,7 @@ from natgrad.optim.rules import Momentum, Rule, directions_kept, takes_loose
 from natgrad.optim.scaling import LossScale, known_scale
 from natgrad.optim.segments import Outlines
 from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
-from natgrad.optim.update import master, update
+from natgrad.optim.update import begin, master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World, uneven
 from natgrad.preconditioner import TWICE, Clocks, Preconditioner, Step, shortened
@@ -114,7 +114,7 @@ class SecondOrder(Views, Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             checks.check_group(group)
-            group |= {"lr_last": group["lr"], "lr_first": group["lr"]}  # from the start: checkpoints have the same keys
+            begin(group)
         self._places: dict[nn.Parameter, int] = {}
         self.purse: Purse | None = None
         if isinstance(refresh, Budget):
@@ -268,7 +268,9 @@ class SecondOrder(Views, Optimizer):
         looks_back = isinstance(self.length, Remembers) and self.length.looks_back
         if mine and isinstance(self.length, Keeps) and (looks_back or not loose):
             self.length.allocate(cell.layer, own)
-        if mine and looks_back and (loose or directions_kept(self.rule) is None):
+        if mine and looks_back and loose and isinstance(self.fallback, Recalls):
+            own["stretch"] = torch.zeros((), dtype=torch.float64)  # by this the last direction was multiplied
+        elif mine and looks_back and (loose or directions_kept(self.rule) is None):
             weight = cell.layer.parameters[0]
             own["last"] = torch.zeros(cell.layer.shape, dtype=real_type(weight), device=weight.device)
         return states
@@ -315,7 +317,7 @@ class SecondOrder(Views, Optimizer):
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if p not in own]
         super().add_param_group(checked[0])
-        self.param_groups[-1] |= dict.fromkeys(("lr_last", "lr_first"), self.param_groups[-1]["lr"])
+        begin(self.param_groups[-1])
         if self._scope is not None:
             self._scope |= dict.fromkeys(own, len(self.param_groups) - 1)
         return self._rebuild(before)

@@ -62,7 +62,7 @@ class PredictedChange:
         """The same factor for every layer; `numbers` are told what was done."""
         change = torch.zeros_like(numbers["change"])
         for segment in segments:
-            change += predicted(segment).sum(dtype=torch.float64).to(change.device)
+            change += segment.sums((segment.direction, summed(segment), segment.lr**2)).sum().to(change.device)
         world.over_owners([change], "scalars")
         factor = shortened(change, self.limit)
         bound = torch.full_like(change, self.limit)
@@ -124,9 +124,8 @@ class MeasuredChange:
     def look_back(self, segments: Sequence[Segment]) -> None:
         """How every layer's last direction meets its new gradient, before a rule changes the direction."""
         for segment in segments:
-            segment.products = segment.gradient.new_zeros(3, len(segment.gradient))
-            if segment.past is not None:
-                torch.mul(segment.past, segment.gradient, out=segment.products[2])
+            past, segment.past = segment.past, None
+            segment.products = torch.zeros_like(segment.gradient) if past is None else past * segment.gradient
 
     def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, Tensor]) -> list[Tensor]:
         """One factor for layers with curvature and one for parameters without, from what `numbers` remember."""
@@ -157,13 +156,12 @@ class MeasuredChange:
     def _look_ahead(self, segment: Segment) -> Tensor:
         """Each layer's predicted change (of loose ones lr^2), d . g and last d . g [3, layers]."""
         assert segment.products is not None
+        along, met = (segment.direction, segment.gradient), segment.products
+        segment.products = None
         if foretold(segment):
-            predicted(segment, out=segment.products[0])
-        torch.mul(segment.direction, segment.gradient, out=segment.products[1])
-        sums, segment.products = segment.sums(segment.products), None
-        if not foretold(segment):
-            sums[0] = segment.lr**2
-        return sums
+            return segment.sums((segment.direction, summed(segment), segment.lr**2), along, (met,))
+        sums = segment.sums(along, (met,))
+        return torch.cat([(segment.lr**2).expand_as(sums[:1]), sums])
 
     def _learn(self, numbers: dict[str, Tensor], told: Tensor) -> None:
         """Running sums of what was shown and foreseen [curved or loose, 2], and their ratio, at first `first`."""
@@ -189,10 +187,9 @@ def foretold(segment: Segment) -> bool:
     return "gradients" in segment.state
 
 
-def predicted(segment: Segment, out: Tensor | None = None) -> Tensor:
-    """lr^2 d h, entry by entry [n], with h taken one step further."""
-    gradients = segment.state["gradients"].mul_(segment.keep).add_(segment.gradient)
-    return torch.mul(segment.direction, gradients, out=out).mul_(segment.lr**2)
+def summed(segment: Segment) -> Tensor:
+    """The sum of gradients h [n], taken one step further: lr^2 d . h is what the curvature predicts of a step."""
+    return segment.state["gradients"].mul_(segment.keep).add_(segment.gradient)
 
 
 def shortened(change: Tensor, bound: Tensor | float) -> Tensor:

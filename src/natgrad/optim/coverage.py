@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,11 +103,12 @@ def coverage(
     for cell, why in zip(cells, whys):
         loose = isinstance(cell.layer, Loose)
         weight = cell.layer.parameters[0]
+        width = max(weight.element_size(), 4)
         if loose:
-            numbers, flops = loose_vectors * weight.numel(), 0.0
+            held, flops = loose_vectors * weight.numel() * width, 0.0
         else:
             cost = cell.curvature.cost(cell.layer, REFERENCE_ROWS)
-            numbers = held(cell, cost) + vectors * cell.layer.shape.numel
+            held = bytes_held(cell, cost) + vectors * cell.layer.shape.numel * width
             flops = 2 * (cost.measure + cost.work)
         rows.append(
             Coverage(
@@ -116,7 +118,7 @@ def coverage(
                 why=why or "known layer",
                 shape="x".join(map(str, cell.layer.shape)),
                 parameters=sum(p.numel() for p in cell.layer.parameters),
-                bytes=numbers * max(weight.element_size(), 4),
+                bytes=held,
                 flops=flops,
                 owner=cell.owner,
                 covered=bool(cell.statistics),
@@ -125,12 +127,12 @@ def coverage(
     return rows
 
 
-def held(cell: Cell, cost: Cost) -> int:
-    """How many numbers the statistics are: of rows as many as were measured, before that what columns would be."""
+def bytes_held(cell: Cell, cost: Cost) -> int:
+    """Bytes of a layer's statistics and inverses: of rows those that were measured, before that what columns take."""
     if not cell.by_rows:
-        return (3 if cell.staleness().looks_back > 1 else 2) * cost.numbers
+        return sum(math.prod(one.shape) * one.dtype.itemsize for one in cell.held())
     rows = [value for name, value in cell.state().items() if name in cell.row_names]
-    return sum(v.numel() * v.element_size() for v in rows) // 4 or cost.numbers
+    return sum(v.numel() * v.element_size() for v in rows) or 4 * cost.numbers
 
 
 def describe(cell: Cell) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ class Fallback(Protocol):
 
     def direction(self, segment: Segment) -> Tensor:
         """The direction [n] of a segment's parameters."""
+        ...
+
+
+@runtime_checkable
+class Recalls(Fallback, Protocol):
+    """A fallback that can make its last direction again from what it keeps, so that nobody has to keep that too."""
+
+    def again(self, segment: Segment) -> Tensor:
+        """The direction [n] that `direction` gave in these parameters' last step."""
         ...
 
 
@@ -50,6 +59,15 @@ class Adam:
         segment.state["adam_count"] = counts
         first.lerp_(segment.gradient, 1 - momentum)
         second.lerp_(segment.gradient.square(), 1 - self.second)
+        return self._formed(segment, momentum, counts)
+
+    def again(self, segment: Segment) -> Tensor:
+        momentum = segment.group.get("momentum_last", segment.group["momentum"])
+        return self._formed(segment, momentum, segment.state["adam_count"].clamp_min(1))
+
+    def _formed(self, segment: Segment, momentum: float, counts: Tensor) -> Tensor:
+        """The direction by the moments as they are, after so many steps of each layer."""
+        first, second = segment.state["adam_first"], segment.state["adam_second"]
         left, right = (corrections(segment, decay, counts) for decay in (momentum, self.second))
         return first / left / ((second / right).sqrt() + self.eps)
 

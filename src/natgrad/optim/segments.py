@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from natgrad.readings import Inputs
 from natgrad.stacks import Layout, NumberTable, Run, Storage, Vector, adjacent
 
 KNOWN = 4  # sets of layers whose segments are kept
+TOGETHER = 2**22  # numbers of each vector whose products are taken in one go: they take as much memory
 LEAST_WEIGHT = 0.1  # of a healthy weight: a layer that starts at zero must be able to leave it
 
 
@@ -29,6 +30,14 @@ class Alike(NamedTuple):
     start: int
     stop: int
     form: tuple[int, int, int]
+
+
+class Chunk(NamedTuple):
+    """Numbers [start, stop) of a segment's vectors: those of (layers, numbers of each), one size behind the other."""
+
+    start: int
+    stop: int
+    equal: list[tuple[int, int]]
 
 
 @dataclass(eq=False)
@@ -61,11 +70,48 @@ class Outline:
             blocks = sum(shape.blocks for shape in shapes)
             end = begin + sum(shape.numel for shape in shapes)
             self.parts.append(Alike(run, begin, end, (blocks, *shapes[0][1:])))
-        self.equal: list[tuple[int, int]] = []  # (layers, numbers of each), for sums
-        for size, group in groupby(self.sizes):
-            self.equal.append((len(list(group)), size))
         self.alone = len(self.parameters) == len(self.cells)
         self.owner_of = [k for k, cell in enumerate(self.cells) for _ in cell.layer.parameters]
+
+    @cached_property
+    def factors(self) -> dict[int, dict[str, Any]]:
+        """What the layers of each run are preconditioned with, by the run's first layer: views of the storage."""
+        found = {}
+        for run, *_ in self.parts:
+            cell = self.storage.cells[run.places[0]]
+            found[run.places[0]] = {
+                key: cell.factor(name, self.storage.statistics[run.stack, name][run.begin[name] : run.end[name]])
+                for key, name in zip(cell.keys, run.begin)
+            }
+        return found
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The vectors in pieces of at most TOGETHER numbers; a larger layer is cut."""
+        found, start, sizes = list[Chunk](), 0, list[int]()
+
+        def close() -> int:
+            equal = [(len(list(group)), size) for size, group in groupby(sizes)]
+            found.append(Chunk(start, start + sum(sizes), equal))
+            sizes.clear()
+            return found[-1].stop
+
+        for layer in self.sizes:
+            if sizes and sum(sizes) + layer > TOGETHER:
+                start = close()
+            while layer > TOGETHER:
+                sizes.append(TOGETHER)
+                layer -= TOGETHER
+                start = close()
+            sizes.append(layer)
+        close()
+        return found
+
+    @cached_property
+    def layer_of_part(self) -> Tensor | None:
+        """The layer of each part of a layer in `chunks`; None where no layer is cut."""
+        parts = [k for k, size in enumerate(self.sizes) for _ in range(max(1, -(-size // TOGETHER)))]
+        return None if len(parts) == len(self.sizes) else torch.tensor(parts, device=self.layout.kind[1])
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -96,7 +142,7 @@ class Segment:
         keep        by this the rule has multiplied its past directions before it added this step's
         past        the direction of the step before, where somebody keeps it
         all_rates   the learning rate of each param_group, scalars on the layers' device
-        products    what a length that looks back needs of this step and of the one before [m, n]
+        products    what a length that looks back needs of the step before, entry by entry [n]
         terms       the gradient is that of the mean loss times so many: of a sum over a rank's samples
     """
 
@@ -173,16 +219,13 @@ class Segment:
         if isinstance(cell.layer, Loose):
             return vector[start:stop].clone()
         piece = vector[start:stop].view(form)
-        kept = {
-            key: self.outline.storage.statistics[run.stack, name][run.begin[name] : run.end[name]]
-            for key, name in zip(cell.keys, run.begin)
-        }
-        return cell.curvature.precondition(kept, piece, self.group["damping"])
+        return cell.curvature.precondition(self.outline.factors[run.places[0]], piece, self.group["damping"])
 
-    def add_weights(self, vector: Tensor, numbers: str = "weight_decay") -> Tensor:
-        """The vector plus each parameter times a number of its group."""
+    def add_weights(self, vector: Tensor, decay: float | None = None) -> Tensor:
+        """The vector plus each parameter times the weight decay of its group, or times `decay`."""
         groups = self.outline.groups()
-        chosen = [(groups[place][numbers], ks) for place, ks in self.outline.by_group.items() if groups[place][numbers]]
+        decays = [groups[place]["weight_decay"] if decay is None else decay for place in self.outline.by_group]
+        chosen = [(own, ks) for own, ks in zip(decays, self.outline.by_group.values()) if own]
         if not chosen:
             return vector
         vector = vector.clone()
@@ -203,14 +246,22 @@ class Segment:
             view.fill_(numbers[place])
         return vector
 
-    def sums(self, products: Tensor) -> Tensor:
-        """The sums over each layer's numbers of vectors [m, n], in double precision [m, layers]."""
-        found, start = [], 0
-        for count, size in self.outline.equal:
-            part = products[:, start : start + count * size].unflatten(1, (count, size))
-            found.append(part.sum(2, dtype=torch.float64))
-            start += count * size
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
+    def sums(self, *rows: tuple[Tensor, ...]) -> Tensor:
+        """The sums over each layer's numbers of products, in double precision [rows, layers].
+
+        A row has the factors of one product: a vector [n], others, and scalars.
+        """
+        found = []
+        for start, stop, equal in self.outline.chunks:
+            values = [[factor[start:stop] if factor.dim() else factor for factor in row] for row in rows]
+            products, begin = torch.stack([reduce(torch.mul, row) for row in values]), 0
+            for count, size in equal:
+                part = products[:, begin : begin + count * size].unflatten(1, (count, size))
+                found.append(part.sum(2, dtype=torch.float64))
+                begin += count * size
+        sums = found[0] if len(found) == 1 else torch.cat(found, 1)
+        cut = self.outline.layer_of_part
+        return sums if cut is None else sums.new_zeros(len(rows), len(self.cells)).index_add_(1, cut, sums)
 
     def norms(self, vector: Tensor) -> Tensor:
         """The norm of each layer's part of a vector [layers]."""

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.cell import Cell
 from natgrad.parallel import Parcel
 
 if TYPE_CHECKING:
     from natgrad.optim.base import SecondOrder
 
 
-def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict[str, Any]]) -> None:
-    """Refuse a state of another model, or a part of one, before anything is changed."""
+def check_state(
+    saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict[str, Any]], cells: Mapping[Any, Cell]
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """The saved state by parameter, in the form in which the parameters' cells keep it (`Cell.packed`).
+
+    Refuses a state of another model, or a part of one, before anything is changed.
+    """
     if not {"state", "param_groups"} <= saved.keys():
         raise ValueError(f"not an optimizer's state_dict: it has {sorted(map(str, saved))}, not state and param_groups")
     sizes = [len(g["params"]) for g in saved["param_groups"]], [len(g["params"]) for g in groups]
@@ -24,9 +30,12 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
             f"this state_dict is of another model or other groups: it has groups of {sizes[0]} parameters, "
             f"this optimizer of {sizes[1]}"
         )
+    found: dict[nn.Parameter, dict[str, Any]] = {}
     for parameter, mine, theirs in pairs(saved, groups, state):
         if was_loosened(mine, theirs):
+            found[parameter] = theirs
             continue
+        theirs = found[parameter] = converted(theirs, mine, cells.get(parameter))
         missing = sorted(key for key in mine if key not in theirs and not dispensable(key))
         if missing:
             raise ValueError(
@@ -39,6 +48,19 @@ def check_state(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping
                     f"this state_dict is of another model: its {key} has shape {tuple(theirs[key].shape)}, "
                     f"here it is {tuple(value.shape)}"
                 )
+    return found
+
+
+def converted(theirs: Mapping[str, Any], mine: Mapping[str, Any], cell: Cell | None) -> dict[str, Any]:
+    """A parameter's saved state in the form of this version.
+
+    Earlier ones saved squares of symmetric matrices, and the last direction of parameters without curvature where
+    `stretch` is enough now: these look back again from their next step on.
+    """
+    found = {key: value if cell is None else cell.packed(key, value) for key, value in theirs.items()}
+    if "stretch" in mine and "last" in found and "stretch" not in found:
+        found |= {key: torch.zeros_like(mine[key]) for key in ("stretch", "went")}
+    return found
 
 
 def dispensable(key: str) -> bool:
@@ -71,8 +93,8 @@ def exact_copies(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[Any, 
     """
     groups = optimizer.param_groups
     fixed = without_rows(optimizer)
-    check_state(saved, groups, fixed)
-    theirs = {p: saved_state for p, _, saved_state in pairs(saved, groups, optimizer.state)}
+    cells = {parameter: cell for cell in optimizer.cells for parameter in cell.layer.parameters}
+    theirs = check_state(saved, groups, fixed, cells)
     weights = [cell.layer.parameters[0] for cell in optimizer.cells]
     never = [k for k, w in enumerate(weights) if w in theirs and was_loosened(optimizer.state[w], theirs[w])]
     if never:
@@ -135,6 +157,18 @@ def whole_by_parameter(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, A
     parcels += rows_of(optimizer, whole)
     optimizer.world.gather(parcels)
     return whole
+
+
+def squares(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict of this optimizer with symmetric matrices as squares [b, n, n]; `load_state_dict` takes it too."""
+    cells = {cell.layer.parameters[0]: cell for cell in optimizer.cells}
+    ids = [k for group in saved["param_groups"] for k in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = dict(saved["state"])
+    for parameter, k in zip(parameters, ids):
+        if parameter in cells and k in state:
+            state[k] = {key: cells[parameter].square(key, value) for key, value in state[k].items()}
+    return {**saved, "state": state}
 
 
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)

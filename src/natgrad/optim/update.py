@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natgrad.cell import Cell
 from natgrad.layers import Loose
 from natgrad.layers.base import promote, real
+from natgrad.optim.fallback import Fallback, Recalls
 from natgrad.optim.lengths import Remembers, trust_ratios
 from natgrad.optim.rescale import rescale
 from natgrad.optim.rules import Momentum, directions_kept
@@ -20,6 +21,14 @@ from natgrad.parallel import Parcel
 
 if TYPE_CHECKING:
     from natgrad.optim.base import SecondOrder
+
+LASTING = ("lr", "momentum", "weight_decay")
+"""The numbers of a group of which the last step's are kept, under `NAME_last`."""
+
+
+def begin(group: dict[str, Any]) -> None:
+    """Make room in a group for the numbers of its last and its first step: all checkpoints have the same keys."""
+    group |= {f"{name}_last": group[name] for name in LASTING} | {"lr_first": group["lr"]}
 
 
 def update(
@@ -43,7 +52,7 @@ def update(
     if not bare:
         stand_still(optimizer, chosen)
     for group in optimizer.param_groups:
-        group["lr_last"] = group["lr"]
+        group.update({f"{name}_last": group[name] for name in LASTING})
         if not optimizer.steps_made:
             group["lr_first"] = group["lr"]
     if optimizer.gather == "weights" and optimizer.world.size > 1:
@@ -83,10 +92,11 @@ def advance(optimizer: SecondOrder, chosen: Sequence[int], vectors: Sequence[Ten
 
 def constants(optimizer: SecondOrder, chosen: Sequence[int]) -> Hashable:
     """All by which `advance` decides on the host: a recorded step holds as long as it is the same."""
-    groups, names = optimizer.param_groups, ["momentum", "weight_decay", "damping"]
+    groups = optimizer.param_groups
+    names = ["momentum", "momentum_last", "weight_decay", "weight_decay_last", "damping"]
     if optimizer.reduction == "sum":
         names.append("batch")
-    numbers = [tuple(group[name] for name in names) for group in groups]
+    numbers = [tuple(group.get(name) for name in names) for group in groups]
     kept = [optimizer.rule.constant(group) for group in groups if isinstance(optimizer.rule, Momentum)]
     counts = {optimizer.cells[k].numbers["adam_count"] for k in chosen if "adam_count" in optimizer.cells[k].numbers}
     where = [p.data_ptr() for k in chosen for p in optimizer.cells[k].layer.parameters]
@@ -135,6 +145,9 @@ def aim(optimizer: SecondOrder, segments: Sequence[Segment], bare: bool) -> list
     learns = isinstance(length, Remembers)
     judged = list(segments) if learns and length.looks_back else curved
     if learns and not bare:
+        for segment in judged if length.looks_back else ():
+            if segment.past is None and not segment.curved:
+                segment.past = recalled(optimizer.fallback, segment)
         length.look_back(judged)
     if not bare:
         optimizer.rule(curved, optimizer.natural, optimizer.world)
@@ -165,7 +178,27 @@ def stretch(optimizer: SecondOrder, segment: Segment, bare: bool) -> None:
     """The fallback's direction, or the gradient's, as long as the weight."""
     direction = segment.gradient if bare else optimizer.fallback.direction(segment)
     segment.direction = segment.add_weights(direction)
-    segment.direction = segment.direction * segment.spread(trust_ratios(segment))
+    ratios = trust_ratios(segment)
+    segment.direction = segment.direction * segment.spread(ratios)
+    if "stretch" in segment.state and not bare:
+        segment.state["stretch"] = ratios
+
+
+def recalled(fallback: Fallback, segment: Segment) -> Tensor | None:
+    """The last direction of parameters without curvature [n], made again from what the fallback keeps.
+
+    It was d = r (a + c w): r the trust ratio of `stretch`, a the fallback's direction, c the weight decay. The step has
+    made w - s d of the weights w, so d = r (a + c (w - s d)) / (1 - r c s). Where somebody else has changed the weights
+    since, the decay is that of what they have become.
+    """
+    if not isinstance(fallback, Recalls):
+        return None
+    ratios, direction = segment.state["stretch"], fallback.again(segment)
+    decay = segment.group.get("weight_decay_last", segment.group["weight_decay"])
+    if decay:
+        direction = segment.add_weights(direction, decay)
+        ratios = ratios / (1 - decay * ratios * segment.state["went"][:, 0])
+    return direction * segment.spread(ratios.to(direction))
 
 
 def moved(optimizer: SecondOrder, segment: Segment, factor: Tensor | float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from natgrad.budget import Purse
 from natgrad.cell import Cell
 from natgrad.optim.coverage import CoverageTable, Preconditioned, coverage
-from natgrad.optim.fallback import Fallback
+from natgrad.optim.fallback import Fallback, Recalls
 from natgrad.optim.lengths import Keeps, Length, Remembers
 from natgrad.optim.rules import Rule, directions_kept
 from natgrad.parallel import World
@@ -46,7 +46,8 @@ class Views:
         """A row for every layer: its curvature, why, its size and cost. Printed, it is a table."""
         vectors, loose = 1 + isinstance(self.length, Keeps), 2  # the rule's, the length's; of the fallback
         if isinstance(self.length, Remembers) and self.length.looks_back:  # the last direction, if it is nowhere else
-            vectors, loose = vectors + (directions_kept(self.rule) is None), loose + 1
+            vectors += directions_kept(self.rule) is None
+            loose += not isinstance(self.fallback, Recalls)
         return coverage(self.cells, self.whys, self.fallback.name, vectors, loose)
 
     def intervals(self) -> dict[str, int]:

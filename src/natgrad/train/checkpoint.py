@@ -32,7 +32,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, 2)
+"""Format 1 has squares of symmetric matrices, where 2 has them packed (triangles.py); they are packed when loaded."""
 ALONE: dict[str, Any] = {"no_dist": True}  # every rank for itself
 
 KNOWN = {
@@ -138,9 +140,9 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
         raise DamagedError(f"{str(checkpoint)!r} is no checkpoint of natgrad: its state.json cannot be read") from None
     if digest_of(content) != known:
         raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: state.json is not as it was written")
-    if content.get("format") != FORMAT:
+    if content.get("format") not in READS:
         raise DamagedError(
-            f"checkpoint {str(checkpoint)!r} has format {content.get('format')!r}, this natgrad reads {FORMAT}"
+            f"checkpoint {str(checkpoint)!r} has format {content.get('format')!r}, this natgrad reads {READS}"
         )
     return content
 
