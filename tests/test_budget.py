@@ -393,9 +393,9 @@ def test_what_a_budgeted_step_takes_is_what_an_unlimited_one_has():
         there = {c.name: c for c in every.cells}
         for cell in own.cells:
             for key in cell.keys:
-                value, inverse = cell.state()[key], cell.state()[f"{key}_inverse"]
+                value, inverse = cell.square(key), cell.state()[f"{key}_inverse"]
                 if (cell.name, key) in planned:
-                    assert torch.equal(value, there[cell.name].state()[key])
+                    assert torch.equal(value, there[cell.name].square(key))
                     compared += 1
                 if not torch.equal(before[cell.name, key], inverse):
                     parts = cell.curvature.split({k: cell.trace(k) for k in cell.keys}, 0.03)[key]
