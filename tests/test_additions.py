@@ -187,8 +187,10 @@ def forwards(model, batch):
 
 
 def test_one_of_each_on_ranks(known, double):
+    start = network()
+
     def work(world):
-        model = network()
+        model = clone(start)
         opt = with_all(model, world)
         for step in range(6):
             batch = points(16, step, torch.float64)
