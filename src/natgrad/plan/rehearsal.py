@@ -89,6 +89,8 @@ class Rehearsal:
         for cell in self.cells:
             for key in cell.keys:
                 cell.set_clock(key, [FAR, 1, 1, 2])
+                if self.second is not None:
+                    cell.numbers[f"{key}_damping"] = self.second.group_of(cell.layer.parameters[0])["damping"]
         self._taken(fresh=False)
 
     def _taken(self, fresh: bool) -> Rehearsed:
@@ -103,9 +105,9 @@ class Rehearsal:
         self.world.sent.clear()
         if optimizer is not None:
             step = optimizer.steps_made + 1
-            for place, cell in enumerate(optimizer.cells):
-                if cell.statistics:
-                    optimizer.engine.wake(place, step if fresh else step + FAR)
+            for cell in optimizer.cells:
+                for key in cell.keys:
+                    cell.set_clock(key, [step if fresh else step + FAR, *cell.clock(key)[1:]])
             optimizer.engine.arm(step)
         before = dict(self._seconds())
         with warnings.catch_warnings(), self.device:

@@ -12,7 +12,7 @@ from typing import Any
 
 from natgrad.plan.advice import every, line, worse
 from natgrad.plan.links import seconds
-from natgrad.plan.scaling import Planner, share_of
+from natgrad.plan.scaling import Planner, afforded, share_of
 from natgrad.plan.stages import STAGES, Account, Ways
 from natgrad.train.optimizers import Settings, Sgd
 
@@ -94,7 +94,8 @@ class Remedies:
     def planned(self, settings: Settings, ways: Ways) -> Candidate:
         """What these settings come to."""
         account = self.planner.account(settings, self.ranks, self.batch, ways)
-        return Candidate(settings, account, share_of(account, self.adaptive))
+        share = afforded(account, share_of(account, self.adaptive), account.stages(True)[0])
+        return Candidate(settings, account, share)
 
     def with_change(self, before: Candidate, change: Change) -> Candidate | None:
         """A candidate with one more change; None where it says nothing to the optimizer."""

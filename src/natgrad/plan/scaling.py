@@ -18,6 +18,8 @@ from natgrad.plan.work import Parts
 from natgrad.staleness import Every
 from natgrad.train.optimizers import Settings
 
+UNLIMITED = 1e6
+"""Steps whose work a rehearsed step may spend on measuring."""
 PIECE = 64
 """Samples of a pass that is rehearsed. Hooks take larger ones in more pieces, which the work of these hides."""
 
@@ -62,6 +64,10 @@ class Planner:
         if graph:  # there is no GPU to record it on
             plain: dict[str, Any] = {"graph": False}
             settings, ways = replace(settings, **plain), replace(ways, graph=True)
+        budget = getattr(settings, "refresh_share", None)
+        if budget is not None:  # a step that measures everything is rehearsed, whatever a step may spend
+            unlimited: dict[str, Any] = {"refresh_share": UNLIMITED}
+            settings = replace(settings, **unlimited)
         share = batch // ranks
         parts = self.parts(share, ranks)
         kind = torch.long if self.network.tokens else torch.get_default_dtype()
@@ -71,7 +77,7 @@ class Planner:
         rehearsal = rehearsal_of(settings, model, inputs, ranks, parts.form, once)
         if graph and rehearsal.second is not None:
             rehearsal.second.refuse_graphs()
-        return Account(rehearsal, parts, self.machine, ways)
+        return Account(rehearsal, parts, self.machine, ways, budget)
 
 
 def share_of(account: Account, adaptive: float) -> float:
@@ -85,11 +91,10 @@ def share_of(account: Account, adaptive: float) -> float:
 
 def afforded(account: Account, share: float, fresh: Mapping[str, float]) -> float:
     """The same under a budget: as much as fits into its share of both passes."""
-    purse = None if account.built.second is None else account.built.second.purse
     work = fresh["statistics"] + fresh["factorisation"]
-    if purse is None or not work:
+    if account.budget is None or not work:
         return share
-    return min(share, purse.share * (fresh["forward"] + fresh["backward"]) / work)
+    return min(share, account.budget * (fresh["forward"] + fresh["backward"]) / work)
 
 
 def row(account: Account, batch: int, adaptive: float, steps: int | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from natgrad.parallel.transport import Pending, Transport
+from natgrad.staleness import Told
 
 READ = 0.75
 """What the host reads of a number of a device: finite, above zero, and no whole number."""
@@ -26,6 +27,8 @@ READS = ("_local_scalar_dense", "equal")
 NOTHING = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "promote_types")
 """Operations for which nothing is launched."""
 META = torch.device("meta")
+MEASURED = Told(1).packed()
+"""What a rank tells of a measurement: to be measured again in the next step, as it has changed."""
 FEW = 2**14
 """Numbers of a tensor that may be known."""
 
@@ -127,7 +130,7 @@ def is_view(function: Any) -> bool:
 
 
 def is_finiteness(name: str, args: Any) -> bool:
-    """Whether an operation is one of the two of which torch.isfinite consists: x == x and |x| != infinity."""
+    """Whether an operation is one of the two of torch.isfinite: x == x and |x| != infinity."""
     return (name == "eq" and args[0] is args[1]) or (
         name == "ne" and isinstance(args[1], float) and args[1] == math.inf
     )
@@ -155,8 +158,8 @@ def answer(dtype: torch.dtype) -> Any:
 class SimulatedTransport:
     """One rank of `size`. The others did what this one did, with numbers of their own.
 
-    Sums are `size` times this rank's. Of maxima, integers (intervals, forms of rows) that are 0 here are 1, as the
-    others have measured what this rank has not; whole numbers in floating point (flags, counts) are this rank's; other
+    Sums are `size` times this rank's. Of maxima, integers (what holders tell of measurements) that are 0 here are those
+    of a measurement, as the others have measured what this rank has not; whole numbers in floating point (flags, counts) are this rank's; other
     numbers are larger elsewhere, so that gradients differ from rank to rank, as those of unlike samples do.
     """
 
@@ -167,7 +170,7 @@ class SimulatedTransport:
 
     def all_reduce(self, buffer: Tensor, op: str = "sum") -> Tensor:
         if op == "max" and not buffer.is_floating_point():
-            return torch.where(buffer == 0, 1, buffer)
+            return torch.where(buffer == 0, MEASURED, buffer)
         if op == "max":
             return torch.where(buffer == buffer.round(), buffer, buffer + 1 / 8)
         if self.rows is not None and not buffer.is_floating_point():

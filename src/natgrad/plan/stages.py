@@ -48,12 +48,16 @@ NONE = Ways()
 
 @dataclass(frozen=True)
 class Account:
-    """An optimizer on the ranks of a machine, ready to be asked."""
+    """An optimizer on the ranks of a machine, ready to be asked.
+
+    budget: the share of a step's passes that measuring and factoring may take, None without a limit.
+    """
 
     rehearsal: Rehearsal
     parts: Parts
     machine: Machine
     ways: Ways = NONE
+    budget: float | None = None
 
     @property
     def ranks(self) -> int:
