@@ -120,7 +120,7 @@ def planned(ranks: int) -> list[dict[str, Any]]:
     """ResNet-50 on so many ranks, counted by the planner without running it: all stale, and the least of a budget."""
     network = Network("ResNet-50", lambda: ImageResNet(50).build((3, 224, 224), 1000), (3, 224, 224))
     account = Planner(network, named("cpu")).account(SpNgd(refresh=1), ranks, IMAGES * ranks)
-    cells = {cell.name: cell for cell in account.built.cells}
+    cells = {cell.name: cell for cell in account.cells}
     passes, whole, largest = 0.0, Bill(), 0.0
     for call in account.parts.passes[0][0].calls:
         cell, seen = cells[call.name], account.parts.seen[call.name]

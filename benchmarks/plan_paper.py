@@ -16,13 +16,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
 
 from natgrad.cell import Cell
 from natgrad.layers.work import Work, moment_of, moved
+from natgrad.optim import SPNGD
+from natgrad.parallel import World
 from natgrad.plan.links import seconds
 from natgrad.plan.machine import Machine
 from natgrad.plan.machines import SIZES, named
-from natgrad.plan.messages import Step
 from natgrad.plan.scaling import Planner
 from natgrad.plan.stages import Account
 from natgrad.plan.work import owned
@@ -90,37 +96,58 @@ def link_name(cell: Cell) -> tuple:
     return (1, int(block), not norm, rest.startswith("shortcut"), rest)
 
 
+def shared_out(names: Sequence[str], gpus: int) -> dict[str, int]:
+    """The rank of every layer, equal numbers of layers to each (numpy's array_split)."""
+    share, more = divmod(len(names), gpus)
+    ends = [rank for rank in range(gpus) for _ in range(share + (rank < more))]
+    return dict(zip(names, ends))
+
+
+@dataclass(frozen=True)
+class Released(SpNgd):
+    """SP-NGD with its layers on the ranks on which the release has them."""
+
+    order: tuple[str, ...] = ()
+
+    def build(self, model: nn.Module, world: World) -> Optimizer:
+        owners = shared_out(self.order, world.size)
+
+        class Placed(SPNGD):
+            def make_cell(self, found, curvature, owner, holders):
+                rank = owners.get(found.name, owner)
+                return super().make_cell(found, curvature, rank, dict.fromkeys(holders, rank))
+
+        return Placed(model, self.lr, **self.arguments(world))
+
+
+@cache
+def planned(planner: Planner, full: bool, gpus: int) -> Account:
+    """The program on so many GPUs; who owns what and what is sent depends on neither the constants nor the rows."""
+    plain: dict[str, Any] = {"samples": 8, "refresh": 1, "norms": "full" if full else "unitwise"}
+    cells = planner.account(SpNgd(**plain), 1, 32).cells
+    order = tuple(cell.name for cell in sorted(cells, key=link_name))
+    return planner.account(Released(order=order, weights_wire="float16", **plain), gpus, 32 * gpus)
+
+
 class Published:
     """The paper's program on a machine."""
 
     def __init__(self, planner: Planner, constants: Constants, assumed: Assumed, sampled: bool, full: bool):
-        self.planner, self.constants, self.assumed, self.sampled = planner, constants, assumed, sampled
-        self.settings = SpNgd(samples=None, refresh=1, norms="full" if full else "unitwise", weights_wire="float16")
+        self.planner, self.constants, self.assumed = planner, constants, assumed
+        self.sampled, self.full = sampled, full
 
     def account(self, gpus: int) -> Account:
-        account = self.planner.account(self.settings, gpus, 32 * gpus)
-        optimizer = account.built.second
-        assert optimizer is not None
-        order = {cell.name: place for place, cell in enumerate(sorted(optimizer.cells, key=link_name))}
-        share, more = divmod(len(order), gpus)
-        ends = [rank for rank in range(gpus) for _ in range(share + (rank < more))]  # numpy's array_split
-        optimizer.engine.replace(
-            [
-                replace(cell, owner=(rank := ends[order[cell.name]]), holders=dict.fromkeys(cell.keys, rank))
-                for cell in optimizer.cells
-            ]
-        )
-        return replace(account, machine=machine(self.constants, self.assumed))
+        return replace(planned(self.planner, self.full, gpus), machine=machine(self.constants, self.assumed))
 
     def seconds(self, gpus: int, share: float = 1.0) -> dict[str, float]:
         """Seconds by stage. share: of the statistics in a step."""
         account = self.account(gpus)
-        messages, _ = Step(account.built, account.form).send(account.model, True)
-        found = {"forward": account._seconds(account.parts.forward())}
-        found["backward"] = account._seconds(account.parts.backward())
-        again = account._seconds(account.parts.backward(self.assumed.weights_too))
+        messages, _ = account.sent(True)
+        work, parts = account.machine.seconds, account.parts
+        found = {"forward": work(parts.forward(), gpus), "backward": work(parts.backward(), gpus)}
+        again = work(parts.backward(self.assumed.weights_too), gpus)
         found["sampled labels"] = again if self.sampled else 0.0
-        found["statistics"] = share * account._seconds(rows_of(account))
+        found["statistics"] = share * work(rows_of(account), gpus)
         wide = [m for m in messages if m.kind == "statistics"]
         gradients, weights = ([m for m in messages if m.kind == kind] for kind in ("gradients", "weights"))
         travel = share * seconds(wide, account.machine, gpus)
@@ -134,11 +161,11 @@ class Published:
         """The busiest owner: a layer's time falls to its inverse as much as to its step, so half of it is stale too."""
         per_layer = self.constants.layer
         ranks = []
-        for one in owned(account.built, account.parts.seen):
-            found = account._owner(one, True)
-            found["factorisation"] = share * (found["factorisation"] + per_layer / 2 * one.layers)
-            found["preconditioning"] += per_layer / 2 * one.layers
-            ranks.append(found)
+        for one in owned(account.rehearsal, account.parts.seen):
+            factor = account.machine.seconds(one.factor, account.ranks)
+            direction = account.machine.seconds([*one.precondition, *one.update], account.ranks)
+            half = per_layer / 2 * one.layers
+            ranks.append({"factorisation": share * (factor + half), "preconditioning": direction + half})
         return max(ranks, key=lambda found: sum(found.values()))
 
 

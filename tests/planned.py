@@ -26,6 +26,7 @@ SETTINGS = {
     "kfac directions": KFac(refresh=1, gather="directions"),
     "seng": Seng(refresh=1),
     "seng network": Seng(refresh=1, block="network", samples=32, sketch="uniform", sketch_size=50),
+    "seng of few samples": Seng(refresh=1, samples=2),
     "seng replicated": Seng(refresh=1, replicated=True, sketch=None),
     "seng narrow": Seng(refresh=1, wire="bfloat16", sketch="row_norm", samples=48),
     "nlcg": Nlcg(),
@@ -40,7 +41,7 @@ def state_bytes(optimizer):
 
 
 def real(settings, ranks, steps=2):
-    """(bytes by kind in the last step, bytes of state, owners) of every rank that is there."""
+    """(bytes by kind and all messages of the last step, bytes of state, owners) of every rank that is there."""
     torch.manual_seed(0)
     start = NET.build(SHAPE, CLASSES)
     images, labels = torch.randn(BATCH, *SHAPE), torch.randint(0, CLASSES, (BATCH,))
@@ -49,14 +50,17 @@ def real(settings, ranks, steps=2):
         model = clone(start)
         optimizer = quiet(settings.build, model, world)
         mine = images.chunk(ranks)[world.rank], labels.chunk(ranks)[world.rank]
-        sent = getattr(optimizer, "world", world).sent
+        ranks_of = getattr(optimizer, "world", world)
+        sent, messages = ranks_of.sent, []
+        ranks_of.listener = messages.append
         for _ in range(steps):
             sent.clear()
+            messages.clear()
             output = model(mine[0])
             loss = cross_entropy(output, mine[1])
             loss.backward()
             settings.take(optimizer, loss.detach(), lambda: model(mine[0]))
-            told = {kind: count for kind, count in sent.items() if count}
+            told = {kind: count for kind, count in sent.items() if count}, list(messages)
             optimizer.zero_grad()
         cells = getattr(optimizer, "cells", [])
         return told, state_bytes(optimizer), [(c.name, c.owner, dict(c.holders)) for c in cells]

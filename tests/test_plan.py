@@ -8,12 +8,11 @@ import torch
 
 from natgrad.layers.work import COMPUTE, Work, moved, product
 from natgrad.models.imagenet import ImageResNet
-from natgrad.parallel import run_threads
+from natgrad.parallel import Message, run_threads
 from natgrad.plan import bench, calibrate_links
 from natgrad.plan.advice import advise, parsed
 from natgrad.plan.calibrate import measured
 from natgrad.plan.calibrate_links import links_of, with_links
-from natgrad.plan.ghost import Message
 from natgrad.plan.links import one, ring
 from natgrad.plan.machine import KINDS, Link, interpolated, machine_of
 from natgrad.plan.machines import SHEETS, named
@@ -104,7 +103,7 @@ def test_stages_are_there_and_measuring_costs(name, small):
     stale, fresh = (account.stages(kind)[0] for kind in (False, True))
     assert set(stale) == set(fresh) == set(STAGES)
     assert all(seconds >= 0 for seconds in (*stale.values(), *fresh.values()))
-    curved = any(cell.curvature.statistics for cell in account.built.cells)
+    curved = any(cell.curvature.statistics for cell in account.cells)
     assert (sum(fresh.values()) > sum(stale.values())) == curved
     assert fresh["forward"] == stale["forward"] > 0
 
@@ -148,9 +147,10 @@ def test_an_optimizer_that_was_planned_before_does_not_meddle(small):
     assert kept.ranks == 2
 
 
-def test_overlap_hides_gradients(small):
-    late, early = (small.account(SpNgd(refresh=1, overlap=o), 8, 64).stages(False)[0] for o in (False, True))
-    assert early["messages"] < late["messages"]
+def test_overlap_hides_gradients():
+    big = planner(ImageResNet(50), (3, 224, 224), 1000, "v100-ib")
+    late, early = (big.account(SpNgd(refresh=1, overlap=o), 8, 64).stages(False)[0] for o in (False, True))
+    assert early["messages"] < 0.5 * late["messages"]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,7 @@ def test_calibration_measures_every_kind(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_published_seconds_are_predicted_from_one_gpu():
     """Median error over 2 to 64 GPUs at most 20 %, on every variant of figure 5; 4 % when it was written."""
     import statistics

@@ -5,7 +5,8 @@ import torch
 
 from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel.transport import Alone
-from natgrad.plan.messages import quota
+from natgrad.plan.rehearsal import quota
+from natgrad.plan.simulated import SimulatedTransport
 from natgrad.sampling import Sampler
 from natgrad.train.optimizers import Seng, SpNgd
 from planned import BATCH, SETTINGS, planner, real
@@ -21,21 +22,24 @@ def small():
 def test_a_plan_sends_and_holds_what_ranks_do(name, ranks, small):
     results = real(SETTINGS[name], ranks)
     account = small.account(SETTINGS[name], ranks, BATCH)
-    assert account.sent(fresh=True)[1] == results[-1][0]  # the ghost is the last rank
+    messages, sent = account.sent(fresh=True)
+    (told, heard), *_ = results[0]  # the rehearsal is of the first rank
+    assert sent == told
+    assert messages == heard
     assert account.memory()["state"] == [held for _, held, _ in results]
-    assert (ranks == 1) == (results[-1][0] == {})
+    assert (ranks == 1) == (told == {}) == (messages == [])
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_owners_are_those_of_training(ranks, small):
     *_, placed = real(SETTINGS["spngd"], ranks)[0]
-    cells = small.account(SETTINGS["spngd"], ranks, 6 * ranks).built.cells
+    cells = small.account(SETTINGS["spngd"], ranks, 6 * ranks).cells
     assert [(c.name, c.owner, dict(c.holders)) for c in cells] == placed
 
 
 def test_a_step_in_which_nothing_is_measured_sends_gradients_and_weights_alone(small):
     sent = small.account(SpNgd(refresh=2), 2, BATCH).sent(fresh=False)[1]
-    assert sent == real(SpNgd(refresh=2), 2)[-1][0]  # of two steps the second measures nothing
+    assert sent == real(SpNgd(refresh=2), 2)[0][0][0]  # of two steps the second measures nothing
     assert set(sent) == {"gradients", "weights", "scalars"}
 
 
@@ -79,9 +83,7 @@ def test_rows_that_exceed_the_budget_are_fewer(small):
     assert max(poor.memory()["state"]) == max(held for _, held, _ in real(Seng(refresh=1, budget=2**18), 2))
 
 
-def test_a_ghost_is_a_transport():
+def test_simulated_ranks_are_a_transport():
     """The world that an optimizer is built on asks no more of the others than this."""
     calls = {name for name in vars(Alone) if not name.startswith("_")} - {"rank", "size"}
-    from natgrad.plan.ghost import Ghost
-
-    assert calls <= set(vars(Ghost))
+    assert calls <= set(vars(SimulatedTransport))

@@ -164,7 +164,7 @@ OTHER = {
     "prescale": 0.01, "damping": 0.1, "refresh": 4, "refresh_share": 0.2, "decay": 0.5, "samples": None,
     "fisher": "sampled",
     "inverse": "eigen", "norms": "plain", "max_size": 4, "sampling_seed": 3, "max_norm": 2.0, "wire": "float16",
-    "weights_wire": "bfloat16", "overlap": True,
+    "weights_wire": "bfloat16", "overlap": True, "per_host": 2,
 }  # fmt: skip
 KRONECKER = (
     "damping",
@@ -193,7 +193,7 @@ def handed_over(settings, monkeypatch):
     found = calls[0]
     world = found["world"]
     decays = [(len(g["params"]), g.get("weight_decay")) for g in found["params"]]
-    return {**found, "world": (world.wire, world.weights, world.overlap), "params": decays}
+    return {**found, "world": (world.wire, world.weights, world.overlap, world.per_host), "params": decays}
 
 
 def test_every_field_is_passed_on(monkeypatch):

@@ -38,6 +38,7 @@ OTHER = {
     "weights_wire": "bfloat16",
     "overlap": True,
     "graph": True,
+    "per_host": 2,
     "rescale": "shrink",
     "max_norm": 2.0,
     "strict": True,
@@ -59,7 +60,7 @@ def handed_over(settings, monkeypatch):
     world, chosen = calls[0]["world"], calls[0]["curvature"]
     return {
         **calls[0],
-        "world": (world.wire, world.weights, world.overlap),
+        "world": (world.wire, world.weights, world.overlap, world.per_host),
         "curvature": (chosen.matrix, chosen.norm(None)),
     }
 
@@ -105,7 +106,7 @@ def test_names_become_what_they_say(monkeypatch):
     assert given["refresh"] == Adaptive(0.2, 7, 5)
     assert given["curvature"] == (natgrad.Kronecker, natgrad.Identity())
     assert given["length"] == natgrad.PredictedChange(0.5)
-    assert given["world"] == (torch.bfloat16, None, False)
+    assert given["world"] == (torch.bfloat16, None, False, None)
     assert handed_over(KFac(), monkeypatch)["refresh"] == Adaptive()
     assert handed_over(KFac(refresh=10), monkeypatch)["refresh"] == 10
     assert handed_over(KFac(refresh=10, refresh_share=0.1), monkeypatch)["refresh"] == Budget(0.1, 10)

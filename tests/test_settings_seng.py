@@ -45,6 +45,7 @@ OTHER = {
     "wire": "float16",
     "weights_wire": "bfloat16",
     "overlap": True,
+    "per_host": 2,
     "sampling_seed": 3,
 }
 NEEDS = {
@@ -59,7 +60,7 @@ def handed_over(settings, monkeypatch):
     monkeypatch.setattr(natgrad, "SENG", lambda model, lr, **given: calls.append({"lr": lr, **given}))
     settings.build(nn.Linear(2, 2), World())
     world = calls[0]["world"]
-    return {**calls[0], "world": (world.wire, world.weights, world.overlap, world.owners)}
+    return {**calls[0], "world": (world.wire, world.weights, world.overlap, world.owners, world.per_host)}
 
 
 def test_every_field_is_passed_on(monkeypatch):
@@ -117,7 +118,7 @@ def test_names_become_what_they_say(monkeypatch):
     assert given["legacy"] == natgrad.Legacy(128, 10)
     assert given["length"] == natgrad.PredictedChange(0.5)
     assert given["rule"] == Momentum(False, tied, False)
-    assert given["world"] == (torch.bfloat16, None, False, False)
+    assert given["world"] == (torch.bfloat16, None, False, False, None)
     assert handed_over(Seng(), monkeypatch)["legacy"] is None
 
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from natgrad.curvature.base import Curvature, Statistic
 from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature.rows import Rows, Sample, scaled
+from natgrad.generators import generator_on
 from natgrad.layers.base import Layer, at_least_single
 from natgrad.linalg import mean_eigenvalue
 from natgrad.staleness import Memory, Staleness, Told
@@ -210,7 +211,7 @@ class Cell:
         if share != 1:
             rows = {**scaled(rows, share**0.5), "mean": rows["mean"] * share**0.5}
         assert isinstance(curvature, ByRows)
-        generator = torch.Generator(rows["mean"].device).manual_seed(seed)
+        generator = generator_on(rows["mean"].device, seed)
         gram, kept = curvature.digest(rows, self.layer.shape, generator)
         for name in self.row_names & state.keys():
             del state[name]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.generators import generator_on
 from natgrad.layers import Layer
 from natgrad.layers.base import at_least_single
 
@@ -34,7 +35,7 @@ class Checksum:
         weight = layer.parameters[0]
         b, o, i = layer.shape
         options: dict[str, Any] = {
-            "generator": torch.Generator(weight.device).manual_seed(seed),
+            "generator": generator_on(weight.device, seed),
             "device": weight.device,
             "dtype": at_least_single(weight.dtype),
         }

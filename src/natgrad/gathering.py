@@ -81,10 +81,10 @@ def widened(rows: Sample) -> Sample:
 
 
 def form_of(rows: Sample | None) -> list[int]:
-    """(whether rows are columns, their places, whether they have tokens); the largest on any rank holds for all."""
+    """(1: factors, 2: columns; their places; 1: without, 2: with tokens); the largest on any rank holds for all."""
     if rows is None:
         return [0, 0, 0]
-    return [int("columns" in rows), places_of(rows), int("tokens" in rows)]
+    return [1 + ("columns" in rows), places_of(rows), 1 + ("tokens" in rows)]
 
 
 def usual_rows(measured: Measured) -> Sample:
@@ -98,7 +98,7 @@ def _alike(cell: Cell, rows: Sample | None, form: list[int], weigh: float, wider
 
     The samples of a rank that did not call the layer have gradients of zero, and count as such.
     """
-    columns, places, tokens = form
+    columns, places, tokens = form[0] > 1, form[1], form[2] > 1
     shape = cell.layer.shape
     if rows is None:
         n = count(usual) if usual else 0
@@ -108,7 +108,7 @@ def _alike(cell: Cell, rows: Sample | None, form: list[int], weigh: float, wider
         if tokens and not columns:
             rows["tokens"] = torch.full((n, places), -1, device=rows["left"].device)
         rows |= {"mean": usual["mean"]} if "mean" in usual else {}
-    rows = conform(rows, shape, bool(columns), places)
+    rows = conform(rows, shape, columns, places)
     if "mean" in rows:  # rows without a scale of their own
         return {**rows, "mean": rows["mean"].to(cell.zeros(()).dtype) * weigh}
     return {**scaled(rows, weigh * wider), "mean": cell.zeros((count(rows),)) + 1 / wider}

@@ -5,7 +5,6 @@ Every hook keeps the capture weakly, and does nothing in a copy of the model (de
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -55,9 +54,9 @@ class LayerHook(Hook):
         x = next((v for v in (*args, *named) if isinstance(v, Tensor)), None)
         if x is None:
             return
-        start = time.perf_counter()
+        start = capture.clock()
         call = capture.called(self.index, x, output)
-        capture.seconds += time.perf_counter() - start
+        capture.seconds += capture.clock() - start
         output.register_hook(Arrival(capture, call))
 
 
@@ -72,9 +71,9 @@ class Arrival(Hook):
         capture = self.capture()
         if capture is None or transformed():
             return
-        start = time.perf_counter()
+        start = capture.clock()
         capture.arrived(self.call, dy)
-        capture.seconds += time.perf_counter() - start
+        capture.seconds += capture.clock() - start
 
 
 class Deposit(Hook):
@@ -88,9 +87,9 @@ class Deposit(Hook):
         capture = self.capture()
         if capture is None or transformed():
             return
-        start = time.perf_counter()
+        start = capture.clock()
         capture.deposited(self.index, self.place, gradient)
-        capture.seconds += time.perf_counter() - start
+        capture.seconds += capture.clock() - start
 
 
 class Begin(Hook):

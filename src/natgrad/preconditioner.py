@@ -158,6 +158,7 @@ class Preconditioner:
         self.half: tuple[float, int] | None = None  # of the last step: the square of its first passes, their samples
         self.model, self.predictions = model, predictions
         self.seed, self.world = seed, world
+        self.clock: Callable[[], float] = perf_counter
         self.replace(cells)
         self.seconds: dict[str, float] = {}
         self.retries = 0  # factorisations that needed more damping
@@ -183,17 +184,22 @@ class Preconditioner:
             self.spending = Spending(self.cells, self.world, self.purse)
         dims = [cell.dim for cell in cells]
         self.capture = Capture([cell.layer for cell in cells], self.model, dims, self.seed)
+        self.capture.clock = self.clock
         self.capture.edges = [] if self.sampled else None
         self.capture.judged = self.judged
         self.capture.halves = self.world.size == 1  # several ranks have shares of their own to compare
         self._plan: list[Key] = []
 
+    def count_with(self, clock: Callable[[], float]) -> None:
+        """Count stages and hooks with this clock from now on: operations, for one, instead of seconds."""
+        self.clock = self.capture.clock = clock
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the seconds spent inside to `stage`."""
-        start = perf_counter()
+        start = self.clock()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self.clock() - start
 
     @property
     def clocks(self) -> Clocks:
@@ -239,8 +245,8 @@ class Preconditioner:
         self.share = len(plan) / max(total, 1)
         if not plan:
             return Step({}, {})
-        self.seconds |= {"measure": self.capture.seconds, "checksum": self.capture.checking}
         measured = self.capture.collect()
+        self.seconds |= {"measure": self.capture.seconds, "checksum": self.capture.checking}
         self.half = measured.half
         with self.timed("messages"):
             found = self._exchange(plan, measured)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Draw
+from natgrad.generators import generator_on
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Picked(Draw):
         if wanted >= total:
             return None
         seed = self.sampler.mix(self.layer, self.call, wanted)
-        return stratified(total, wanted, torch.Generator(self.device).manual_seed(seed))
+        return stratified(total, wanted, generator_on(self.device, seed))
 
     def every(self, total: int, wanted: int) -> slice | None:
         stride = total // self._mine(wanted)

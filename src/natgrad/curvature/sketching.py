@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from natgrad.generators import generator_on
+
 CHUNK = 2**22  # entries of a Gaussian map that exist at a time
 CACHED = 2**18  # numbers that stay in a processor's cache
 
@@ -123,7 +125,7 @@ class Gaussian(Sketch):
         return torch.randint(2**62, (1,), generator=generator, device=generator.device)
 
     def apply(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed(int(drawn))
+        generator = generator_on(x.device, int(drawn))
         result = x.new_zeros(*x.shape[:-1], size)
         for part in x.split(max(1, CHUNK // size), -1):
             shape = (part.shape[-1], size)

@@ -163,7 +163,7 @@ def moment(rows: Tensor, mean: bool) -> Tensor:
 def gram(rows: Tensor) -> Tensor:
     """The sum over rows [m, d] of r r^T, in bands on and right of the diagonal where that pays."""
     size = rows.shape[1]
-    if size < BANDED or rows.is_cuda:
+    if size < BANDED or rows.device.type != "cpu":
         return rows.T @ rows
     total, width = rows.new_empty(size, size), math.ceil(size / BANDS)
     for start in range(0, size, width):
@@ -208,9 +208,11 @@ def take(x: Tensor, index: Tensor | None) -> Tensor:
 def portions(x: Tensor) -> tuple[Tensor, ...]:
     """Views of x along the first dimension, each so large that it stays in cache.
 
-    A GPU gets all at once: there it is launches that cost, not passes over memory.
+    Another device than the processor gets all at once: there it is launches that cost, not passes over memory.
     """
-    step = len(x) if x.is_cuda else CACHED * len(x) // max(1, x.numel())
+    if x.device.type != "cpu":
+        return (x,)
+    step = CACHED * len(x) // max(1, x.numel())
     return x.split(max(1, step))
 
 

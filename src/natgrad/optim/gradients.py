@@ -271,12 +271,10 @@ def unscale(gradients: Sequence[Tensor], scale: float) -> None:
 
 
 def _marks(gradients: Sequence[Tensor]) -> Tensor:
-    """Some entries of each gradient and its norm: equal to the last bit only if the gradients are."""
-    found = []
-    for gradient in gradients:
-        flat = real(gradient).flatten()
-        found += [flat[:: max(1, flat.numel() // 16)], flat.double().norm()]
-    return torch.cat(on_host(found)) if found else torch.zeros(0, dtype=torch.float64)
+    """Some entries of each gradient and their norms: equal to the last bit only if the gradients are."""
+    flat = [real(gradient).flatten() for gradient in gradients]
+    entries = [own[:: max(1, own.numel() // 16)] for own in flat]
+    return torch.cat(on_host([*entries, *torch._foreach_norm(flat)])) if flat else torch.zeros(0, dtype=torch.float64)
 
 
 def _ends(world: World, marks: Tensor) -> Tensor | None:

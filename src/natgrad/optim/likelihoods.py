@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture import Capture
+from natgrad.generators import generator_on
 from natgrad.layers.base import promote
 
 
@@ -112,7 +113,7 @@ def draw_labels(
         return
     with torch.enable_grad():
         if isinstance(likelihood, (Categorical, Bernoulli, Normal)):
-            generator = torch.Generator(output.device).manual_seed(capture.seed_of_labels())
+            generator = generator_on(output.device, capture.seed_of_labels())
             losses = likelihood(output, generator)
         else:
             losses = likelihood(output)  # type: ignore[call-arg]

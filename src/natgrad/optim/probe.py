@@ -75,7 +75,7 @@ def outputs(forward: Forward, parts: Mapping[nn.Parameter, Tensor], shift: float
     """What the model gives with its parameters moved by `shift` parts, in double precision."""
     for parameter, part in parts.items():
         parameter.add_(part.to(parameter.dtype), alpha=shift)
-    kinds = {parameter.device.type for parameter in parts}
+    kinds = {parameter.device.type for parameter in parts} - {"meta"}
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
     for kind in kinds:
         torch.set_autocast_enabled(kind, False)

@@ -9,9 +9,12 @@ Wasniewski, Dongarra and Langou 2010).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+TOGETHER = 1024  # sides up to which matrices are copied behind one another, so that fewer operations pack them
 
 
 def packed_numel(shape: Sequence[int], symmetric: bool) -> int:
@@ -53,10 +56,25 @@ def unpack_triangle(packed: Tensor, n: int) -> Tensor:
     return matrix
 
 
+def flattened(tensors: Sequence[Tensor], symmetric: Sequence[bool]) -> list[Tensor]:
+    """Each tensor as flat numbers, a symmetric one as its triangle. Small ones of one size are packed in one go."""
+    found: list[Tensor] = list(tensors)
+    alike: dict[Any, list[int]] = {}
+    for k, (tensor, triangle) in enumerate(zip(tensors, symmetric)):
+        if packed_numel(tensor.shape, triangle) != tensor.numel():
+            n = tensor.shape[-1]
+            alike.setdefault((n, tensor.dtype, tensor.device, k if n > TOGETHER else None), []).append(k)
+    for ks in alike.values():
+        some = [tensors[k].reshape(-1, *tensors[k].shape[-2:]) for k in ks]
+        packed = pack_triangle(torch.cat(some) if len(some) > 1 else some[0])
+        for k, part in zip(ks, packed.split([len(one) for one in some])):
+            found[k] = part
+    return [part.reshape(-1) for part in found]
+
+
 def pack(tensors: Sequence[Tensor], symmetric: Sequence[bool]) -> Tensor:
     """Tensors of one dtype one behind the other."""
-    parts = [pack_triangle(t) if packed_numel(t.shape, s) != t.numel() else t for t, s in zip(tensors, symmetric)]
-    return torch.cat([p.reshape(-1) for p in parts])
+    return torch.cat(flattened(tensors, symmetric))
 
 
 def unpack(buffer: Tensor, shapes: Sequence[Sequence[int]], symmetric: Sequence[bool]) -> list[Tensor]:

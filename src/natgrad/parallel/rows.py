@@ -21,15 +21,25 @@ def bring(world: World, parcels: Sequence[Parcel], counts: Tensor, kind: str = "
     numbers = [[int(n) for n in row] for row in counts.tolist()]
     if not world.owners:
         world.count(kind, parcels)
-        return [_everywhere(world, parcel, row) for parcel, row in zip(parcels, numbers)]
+        return [_everywhere(world, parcel, row, kind) for parcel, row in zip(parcels, numbers)]
     world.count(kind, [p for p in parcels if p.owner != world.rank])
     results: list[Tensor | None] = [None] * len(parcels)
     for dtype in dict.fromkeys(p.tensor.dtype for p in parcels):
         same = [k for k, p in enumerate(parcels) if p.tensor.dtype == dtype]
         mine = [k for k in same if parcels[k].owner == world.rank]
+        world.report("exchange", kind, _received(world, parcels, same, numbers))
         for k, value in zip(mine, _exchange(world, parcels, same, mine, numbers)):
             results[k] = value
     return results
+
+
+def _received(world: World, parcels: Sequence[Parcel], same: list[int], numbers: list[list[int]]) -> list[int]:
+    """The bytes that every rank receives from the others, of the parcels `same`."""
+    received = [0] * world.size
+    for parcel, row in ((parcels[k], numbers[k]) for k in same):
+        one = packed_numel(parcel.tensor.shape[1:], False) * parcel.tensor.element_size()
+        received[parcel.owner] += one * (sum(row) - row[parcel.owner])
+    return received
 
 
 def _exchange(
@@ -48,9 +58,10 @@ def _exchange(
     return [torch.cat([parts[r][place] for r in range(world.size)]) for place in range(len(mine))]
 
 
-def _everywhere(world: World, parcel: Parcel, numbers: list[int]) -> Tensor:
+def _everywhere(world: World, parcel: Parcel, numbers: list[int], kind: str) -> Tensor:
     """The stack of one parcel's rows on every rank."""
     shape = parcel.tensor.shape[1:]
     lengths = [n * packed_numel(shape, False) for n in numbers]
+    world.report("all_gather", kind, [n * parcel.tensor.element_size() for n in lengths])
     chunks = world.transport.all_gather(parcel.tensor.reshape(-1), lengths)
     return torch.cat([c.view(n, *shape) for c, n in zip(chunks, numbers)])

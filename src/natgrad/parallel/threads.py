@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.parallel.transport import Pending
+from natgrad.parallel.transport import Pending, Transport
 from natgrad.parallel.world import World
 
 
@@ -40,6 +40,18 @@ class Threads:
         chunks = self._meet(chunk.detach().clone())
         assert [len(c) for c in chunks] == list(lengths)
         return chunks
+
+    def split(self, per_host: int) -> tuple[Transport, Transport]:
+        host, place = divmod(self.rank, per_host)
+        inside = self._among([host * per_host + k for k in range(per_host)])
+        return inside, self._among(list(range(place, self.size, per_host)))
+
+    def _among(self, members: list[int]) -> Threads:
+        """The threads of these ranks, which meet at a board and a barrier of their own."""
+        first = self.rank == members[0]
+        made = ([None] * len(members), threading.Barrier(len(members), timeout=120)) if first else None
+        board, barrier = self._meet(made)[members[0]]
+        return Threads(members.index(self.rank), len(members), board, barrier)
 
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
         letters = self._meet({r: t.detach().clone() for r, t in out.items()})

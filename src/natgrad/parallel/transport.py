@@ -4,6 +4,7 @@ all_reduce(buffer [n], op)     everyone ends with the sum (or maximum) of all bu
 reduce_scatter(chunks)         begun at once; rank r ends with the sum of everyone's chunk r
 all_gather(chunk, lengths)     everyone ends with all chunks
 exchange(out, into)            each rank sends `out[r]` to rank r and fills `into[r]` from it
+split(per_host)                the ranks of this rank's host, and those at its place in every host, as transports
 
 Chunks may have any lengths, the same on every rank. Owners rarely own equally much: of ResNet-50 on 107 ranks the
 longest chunk is ten times the mean, so a message of equal, padded chunks would carry ten times the payload.
@@ -41,6 +42,8 @@ class Transport(Protocol):
 
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None: ...
 
+    def split(self, per_host: int) -> tuple[Transport, Transport]: ...
+
 
 class Alone:
     """One rank is a world too."""
@@ -59,6 +62,9 @@ class Alone:
 
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
         return None
+
+    def split(self, per_host: int) -> tuple[Transport, Transport]:
+        return self, self
 
 
 class Processes:
@@ -136,6 +142,18 @@ class Processes:
         for r, tensor in into.items():
             if incoming[r] is not tensor:
                 tensor.copy_(incoming[r])
+
+    def split(self, per_host: int) -> tuple[Transport, Transport]:
+        """Process groups of every host and of every place in a host; every rank makes all of them."""
+        ranks = list(range(self.size))
+        inside = [ranks[start : start + per_host] for start in range(0, self.size, per_host)]
+        between = [ranks[place::per_host] for place in range(per_host)]
+        mine = []
+        for members in (*inside, *between):
+            group: Any = dist.new_group([self._globally[rank] for rank in members])
+            if self.rank in members:
+                mine.append(Processes(group))
+        return mine[0], mine[1]
 
     def _on_wire(self, tensor: Tensor) -> Tensor:
         """A tensor where the backend can send it from."""

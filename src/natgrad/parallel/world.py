@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from natgrad.parallel import uneven
-from natgrad.parallel.packing import pack, packed_numel, unpack
+from natgrad.parallel.levels import TwoLevels
+from natgrad.parallel.message import Message
+from natgrad.parallel.packing import flattened, pack, packed_numel, unpack
 from natgrad.parallel.transport import Alone, Processes, Transport
 
 NO_GROUP = (
@@ -49,6 +51,8 @@ class World:
     wire: torch.bfloat16 or torch.float16 halves the bytes of statistics; None sends them as they are.
     weights: the same for the new weights that owners send; owners keep them in float32 beside (on several ranks).
     overlap: gradients of a plain model travel in buckets during the backward pass (see SecondOrder.no_sync).
+    per_host: ranks of a host, which have consecutive numbers: reductions to owners and gatherings go inside of hosts
+        first, then between them, so that a thousand ranks wait for hundreds of latencies less. None: all in one ring.
     owners: False makes every rank the owner of everything: sums go to all, and nothing needs to be sent back. Memory
         and work are then those of one rank, and equal weights rest on equal machines.
     """
@@ -61,6 +65,7 @@ class World:
         weights: torch.dtype | None = None,
         overlap: bool = False,
         owners: bool = True,
+        per_host: int | None = None,
     ):
         if gradients not in ("auto", "local", "averaged"):
             raise ValueError(f'World(gradients={gradients!r}): give "auto", "local" or "averaged"')
@@ -86,16 +91,26 @@ class World:
             group = Processes() if opened else Alone()
         elif isinstance(group, dist.ProcessGroup):
             group = Processes(group)
+        self.rank, self.size, self.per_host = group.rank, group.size, per_host
+        if per_host is not None and (per_host < 1 or (self.size > per_host and self.size % per_host)):
+            raise ValueError(f"World(per_host={per_host}): {self.size} ranks are no hosts of so many; give 1 or more")
         self.transport: Transport = group
-        self.rank, self.size = group.rank, group.size
+        if self.two_levels:
+            self.transport = TwoLevels(group, *group.split(per_host or 1))
         self.sent: dict[str, int] = defaultdict(int)  # bytes of payload by kind, until somebody clears it
         self.sends: Callable[[Callable[[], None]], None] | None = None
         """Who is given a message to all ranks, to send it now and in every repetition of what is being recorded."""
+        self.listener: Callable[[Message], None] | None = None  # is told of every message before it is sent
 
     @classmethod
     def alone(cls) -> World:
         """A world of this process, whatever the launcher says of others."""
         return cls(Alone())
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether messages go inside of hosts and between them."""
+        return self.per_host is not None and 1 < self.per_host < self.size
 
     def check(self) -> None:
         """Refuse to go on alone where a process group has been opened since."""
@@ -118,6 +133,11 @@ class World:
         if self.size > 1:
             self.sent[kind] += sum(self._numel(p) * p.tensor.element_size() for p in parcels)
 
+    def report(self, how: str, kind: str, chunks: Sequence[int]) -> None:
+        """Say to the listener, if there is one, what is about to be sent. An empty message is none."""
+        if self.listener is not None and sum(chunks):
+            self.listener(Message(how, kind, tuple(chunks)))
+
     def reduce(self, parcels: Sequence[Parcel], kind: str = "other") -> list[Tensor | None]:
         """The sum over ranks of every parcel at its owner, None elsewhere."""
         return self.begin(parcels, kind)()
@@ -126,14 +146,17 @@ class World:
         """`reduce`, under way while the caller goes on; what is returned waits for the sums."""
         if self.size == 1:
             return lambda: [p.tensor for p in parcels]
-        self.count(kind, parcels)
         if not self.owners:
             copies = [p.tensor.clone() for p in parcels]
-            self._everyone(copies, "sum", None)
+            self._everyone(copies, "sum", kind)
             return lambda: list(copies)
+        self.count(kind, parcels)
         under_way = []
+        flat = flattened([p.tensor for p in parcels], [p.symmetric for p in parcels])
         for chunks in self._by_owner(parcels):
-            buffers = [self._pack(parcels, chunk, chunks) for chunk in chunks]
+            nothing = self._pack(parcels, [], chunks)
+            buffers = [torch.cat([flat[k] for k in chunk]) if chunk else nothing for chunk in chunks]
+            self.report("reduce_scatter", kind, [b.numel() * b.element_size() for b in buffers])
             under_way.append((chunks[self.rank], self.transport.reduce_scatter(buffers)))
 
         def wait() -> list[Tensor | None]:
@@ -153,16 +176,15 @@ class World:
         """
         if self.size == 1 or self.wire is None or not parcels:
             return self.reduce(parcels, kind)
+        tensors, each = [p.tensor for p in parcels], list[Any]([1.0] * len(parcels))
         if self.wire == torch.float16:
-            device = parcels[0].tensor.device
-            largest = torch._foreach_norm([p.tensor for p in parcels], torch.inf)
-            largest = torch.stack([n.double().to(device) for n in largest])
-            self.sum([largest], "scalars")
-            scales = torch.where(largest > 0, 65_000 / largest.clamp_min(1e-30), 1.0)
-            each = [s.to(p.tensor.device) for s, p in zip(scales.unbind(), parcels)]
-        else:
-            each = [1.0] * len(parcels)
-        narrow = [p._replace(tensor=(p.tensor * s).to(self.wire)) for p, s in zip(parcels, each)]
+            largest = [n.double().to(tensors[0].device) for n in torch._foreach_norm(tensors, torch.inf)]
+            sums = torch.stack(largest)
+            self.sum([sums], "scalars")
+            scales = torch.where(sums > 0, 65_000 / sums.clamp_min(1e-30), 1.0)
+            each = [s.to(t.device) for s, t in zip(scales.unbind(), tensors)]
+            tensors = list(torch._foreach_mul(tensors, each))
+        narrow = [p._replace(tensor=t) for p, t in zip(parcels, rounded(tensors, self.wire))]
         received = self.reduce(narrow, kind)
         return [
             None if value is None else value.to(parcel.tensor.dtype) / scale
@@ -183,22 +205,27 @@ class World:
         self.count(kind, parcels)
         for chunks in self._by_owner(parcels):
             lengths = [sum(self._numel(parcels[k]) for k in chunk) for chunk in chunks]
-            received = self.transport.all_gather(self._pack(parcels, chunks[self.rank], chunks), lengths)
+            mine = self._pack(parcels, chunks[self.rank], chunks)
+            self.report("all_gather", kind, [n * mine.element_size() for n in lengths])
+            received = self.transport.all_gather(mine, lengths)
+            targets, values = list[Tensor](), list[Tensor]()
             for owner, chunk in enumerate(chunks):
-                if owner != self.rank:
-                    for k, value in zip(chunk, self._unpack(parcels, chunk, received[owner])):
-                        parcels[k].tensor.copy_(value)
+                if owner != self.rank and chunk:
+                    targets += [parcels[k].tensor for k in chunk]
+                    values += self._unpack(parcels, chunk, received[owner])
+            if targets:
+                torch._foreach_copy_(targets, values)
 
     def gather_narrow(self, parcels: Sequence[Parcel], kind: str = "other") -> None:
         """`gather` in the `weights` type, if there is one. Owners' tensors are rounded too, so all ranks stay equal."""
-        narrow = list(parcels)
-        if self.size > 1 and self.weights is not None:
+        narrow = parcels = list(parcels)
+        if self.size > 1 and self.weights is not None and parcels:
             limit = torch.finfo(self.weights).max
-            narrow = [p._replace(tensor=p.tensor.clamp(-limit, limit).to(self.weights)) for p in parcels]
+            bounded = torch._foreach_clamp_max(torch._foreach_clamp_min([p.tensor for p in parcels], -limit), limit)
+            narrow = [p._replace(tensor=t) for p, t in zip(parcels, rounded(bounded, self.weights))]
         self.gather(narrow, kind)
-        for parcel, sent in zip(parcels, narrow):
-            if sent is not parcel:
-                parcel.tensor.copy_(sent.tensor)
+        if narrow and narrow[0] is not parcels[0]:
+            torch._foreach_copy_([p.tensor for p in parcels], [p.tensor for p in narrow])
 
     def send(self, parcels: Sequence[Parcel], sources: Sequence[int], kind: str = "other") -> None:
         """Every parcel's tensor at its owner takes the value that it has on its source, in place."""
@@ -213,6 +240,10 @@ class World:
             out = {to: self._pack(parcels, chunk, [chunk]) for (by, to), chunk in routes.items() if by == self.rank}
             lists = {by: chunk for (by, to), chunk in routes.items() if to == self.rank}
             into = {by: self._pack(parcels, chunk, [chunk]) for by, chunk in lists.items()}
+            received = [0] * self.size
+            for (_, to), chunk in routes.items():
+                received[to] += sum(self._numel(parcels[k]) * parcels[k].tensor.element_size() for k in chunk)
+            self.report("exchange", kind, received)
             self.transport.exchange(out, into)
             for by, chunk in lists.items():
                 for k, value in zip(chunk, self._unpack(parcels, chunk, into[by])):
@@ -222,8 +253,9 @@ class World:
         """For each dtype: the parcels of each owner."""
         kinds: dict[torch.dtype, list[list[int]]] = {}
         for k, parcel in enumerate(parcels):
-            chunks = kinds.setdefault(parcel.tensor.dtype, [[] for _ in range(self.size)])
-            chunks[parcel.owner].append(k)
+            if parcel.tensor.dtype not in kinds:  # once a type: there may be thousands of ranks
+                kinds[parcel.tensor.dtype] = [[] for _ in range(self.size)]
+            kinds[parcel.tensor.dtype][parcel.owner].append(k)
         return list(kinds.values())
 
     @staticmethod
@@ -244,8 +276,7 @@ class World:
         """Every tensor becomes its mean over ranks, in place on all ranks."""
         self.sum(tensors, kind)
         if self.size > 1:
-            for tensor in tensors:
-                tensor.div_(self.size)
+            torch._foreach_div_(list(tensors), self.size)
 
     def sum(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
         """Every tensor becomes its sum over ranks, in place on all ranks."""
@@ -260,7 +291,7 @@ class World:
         """Every tensor becomes its maximum over ranks, in place on all ranks."""
         self._everyone(tensors, "max", kind)
 
-    def _everyone(self, tensors: Sequence[Tensor], op: str, kind: str | None) -> None:
+    def _everyone(self, tensors: Sequence[Tensor], op: str, kind: str) -> None:
         if self.size == 1 or not tensors:
             return
         send = partial(self._send_to_everyone, list(tensors), op, kind)
@@ -269,11 +300,19 @@ class World:
         else:
             self.sends(send)
 
-    def _send_to_everyone(self, tensors: Sequence[Tensor], op: str, kind: str | None) -> None:
-        if kind is not None:
-            self.count(kind, [Parcel(t, 0) for t in tensors])
+    def _send_to_everyone(self, tensors: Sequence[Tensor], op: str, kind: str) -> None:
+        self.count(kind, [Parcel(t, 0) for t in tensors])
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             same = [t for t in tensors if t.dtype == dtype]
-            buffer = self.transport.all_reduce(pack(same, [False] * len(same)), op)
-            for tensor, value in zip(same, unpack(buffer, [t.shape for t in same], [False] * len(same))):
-                tensor.copy_(value)
+            packed = pack(same, [False] * len(same))
+            self.report("all_reduce", kind, [packed.numel() * packed.element_size()])
+            buffer = self.transport.all_reduce(packed, op)
+            torch._foreach_copy_(same, unpack(buffer, [t.shape for t in same], [False] * len(same)))
+
+
+def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of these tensors in another type."""
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies

@@ -7,7 +7,7 @@ travel in half precision, then fewer rows are measured, and in all cases the sho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -118,12 +118,12 @@ def advise(planner: Planner, settings: Settings, ranks: int, batch: int, overhea
     }
 
 
-def line(before: Settings, after: Settings) -> str:
-    """The fields that differ, as the command line takes them; the interval and the rows in any case."""
+def line(before: Settings, after: Settings, always: Sequence[str] = ("refresh", "samples")) -> str:
+    """The fields that differ, as the command line takes them; those named `always` in any case."""
     words = []
     for entry in fields(after):
         value = getattr(after, entry.name)
-        if value != getattr(before, entry.name) or entry.name in ("refresh", "samples"):
+        if value != getattr(before, entry.name) or entry.name in always:
             flag = "--optimizer." + entry.name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(flag if value else flag.replace("optimizer.", "optimizer.no-"))

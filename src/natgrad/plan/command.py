@@ -15,6 +15,7 @@ from natgrad.parallel import World
 from natgrad.plan.advice import advise, parsed
 from natgrad.plan.given import asked, numbers, taken
 from natgrad.plan.machines import named
+from natgrad.plan.remedies import in_words, remedies
 from natgrad.plan.scaling import Network, Planner, scaled
 from natgrad.train.arguments import parse
 from natgrad.train.optimizers import KFac, Nlcg, Seng, Settings, Sgd, SpNgd
@@ -51,6 +52,8 @@ class Options:
     """Classes of the network, where the recipe's data are not here to be asked; None: ImageNet's 1,000 then."""
     overhead: str | None = None
     """Share of SGD's step that second-order work may take, such as 5%: settings for it are printed."""
+    remedies: bool = True
+    """Whether to plan what would bring the step on the most ranks nearer to SGD's."""
     json: str | None = None
     """File for the plan as JSON."""
     out: str | None = None
@@ -90,8 +93,11 @@ def plan(name: str, recipe: Recipe, options: Options, tokens: int = 0) -> dict[s
     shape, classes = recipe.data.shape(), options.classes or classes_of(recipe)
     network = Network(name, lambda: recipe.model.build(shape, classes), tuple(shape), tokens)
     planner = Planner(network, machine, recipe.micro_batch)
-    found = scaled(planner, beside(recipe, options.optimizers), worlds, options.share, steps_of(recipe, options))
+    optimizers = beside(recipe, options.optimizers)
+    found = scaled(planner, optimizers, worlds, options.share, steps_of(recipe, options))
     advice = None if overhead is None else advise(planner, recipe.optimizer, *worlds[-1], overhead)
+    most = max(worlds)
+    remedy = remedies(planner, recipe.optimizer, *most, options.share) if options.remedies and most[0] > 1 else None
     return {
         "name": name,
         "about": f"{type(recipe.model).__name__}, inputs {'x'.join(map(str, shape))}",
@@ -103,6 +109,7 @@ def plan(name: str, recipe: Recipe, options: Options, tokens: int = 0) -> dict[s
         "torch": torch.__version__,
         **found,
         "advice": advice,
+        "remedies": None if remedy is None else {**remedy, "words": in_words(remedy, next(iter(optimizers)))},
     }
 
 

@@ -12,14 +12,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from natgrad.parallel import Message
 from natgrad.parallel.transport import PADDING, padding
-from natgrad.plan.ghost import Message
 from natgrad.plan.machine import Machine
 
 
-def seconds(messages: Iterable[Message], machine: Machine, ranks: int) -> float:
-    """The time of these messages one after the other."""
-    return sum(one(message, machine, ranks) for message in messages)
+def seconds(messages: Iterable[Message], machine: Machine, ranks: int, per_host: int | None = None) -> float:
+    """The time of these messages one after the other.
+
+    per_host: ranks of a host where reductions to owners and gatherings go in two levels (parallel/levels.py).
+    """
+    if per_host is None:
+        return sum(one(message, machine, ranks) for message in messages)
+    return sum(levels(message, machine, ranks, per_host) for message in messages)
+
+
+def levels(message: Message, machine: Machine, ranks: int, per_host: int) -> float:
+    """The time of one message inside of hosts of so many ranks, and then between them; other messages are as before."""
+    if message.how not in ("reduce_scatter", "all_gather") or not 1 < per_host < ranks:
+        return one(message, machine, ranks)
+    columns = [sum(message.chunks[place::per_host]) for place in range(per_host)]
+    inside = one(message._replace(chunks=tuple(columns)), machine, per_host)
+    # all places of a host send at once, and share its link
+    between = machine.inside if hosts(machine, ranks) == 1 else machine.between
+    travel = (ranks // per_host - 1) * between.latency + message.payload / between.bandwidth
+    return inside + machine.call * machine.share(ranks) + travel
 
 
 def one(message: Message, machine: Machine, ranks: int) -> float:

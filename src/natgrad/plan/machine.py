@@ -28,6 +28,39 @@ class Link(NamedTuple):
     bandwidth: float
 
 
+class Spent(NamedTuple):
+    """Seconds of one stage: of the device, of the host that launches for it, of messages."""
+
+    device: float = 0.0
+    host: float = 0.0
+    links: float = 0.0
+    beside: bool = False
+    """Whether the device works while the host launches what comes next."""
+
+    @property
+    def seconds(self) -> float:
+        """The time that the stage takes."""
+        return self.links + (max(self.device, self.host) if self.beside else self.device + self.host)
+
+    def times(self, count: float) -> Spent:
+        """The same, so many times."""
+        return self._replace(device=count * self.device, host=count * self.host, links=count * self.links)
+
+    def __add__(self, other: Spent) -> Spent:  # type: ignore[override]
+        """One stage after the other."""
+        return Spent(
+            self.device + other.device, self.host + other.host, self.links + other.links, self.beside or other.beside
+        )
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The time by what it is waited for: where device and host work beside each other, the slower one."""
+        device, host = self.device, self.host
+        if self.beside:
+            device, host = (device, 0.0) if device >= host else (0.0, host)
+        return {"device": device, "host": host, "links": self.links}
+
+
 @dataclass(frozen=True)
 class Machine:
     """Hosts of several devices each, alike.
@@ -52,7 +85,8 @@ class Machine:
     together: float = 1.0
     """How much longer operations take one after the other in a network than each alone, again and again."""
     layer: float = 0.0
-    """Seconds of the host for a layer's part in one step, beside its operations."""
+    """Seconds of the host for a layer's part in one step, beside its operations: half of it on every rank, half at its
+    owner."""
     refresh: float = 0.0
     """The same for a layer's part in measuring and factoring, where it is measured."""
     call: float = 0.0
@@ -72,12 +106,21 @@ class Machine:
         memory = interpolated(self.rates["elementwise"], max(1.0, work.bytes / max(work.calls, 1.0)))
         return max(work.flops / self.rate(work), work.bytes / memory)
 
-    def seconds(self, works: Iterable[Work], ranks: int, host: float = 0.0) -> float:
-        """One rank's time for these operations while `ranks` ranks work. host: seconds of Python beside them."""
-        works = list(works)
+    def seconds(self, works: Iterable[Work], ranks: int, host: float = 0.0, launches: float | None = None) -> float:
+        """One rank's time for these operations while `ranks` ranks work.
+
+        host: seconds of Python beside them. launches: operations that the host issues; None: as the works say.
+        """
+        return self.spent(works, ranks, host, launches).seconds
+
+    def spent(
+        self, works: Iterable[Work], ranks: int, host: float = 0.0, launches: float | None = None, links: float = 0.0
+    ) -> Spent:
+        """What `seconds` is made of. links: seconds of messages."""
+        works, share = list(works), self.share(ranks)
         busy = self.together * sum(self.device_seconds(work) for work in works)
-        host += self.launch * sum(work.calls for work in works)
-        return self.share(ranks) * (max(busy, host) if self.device == "gpu" else busy + host)
+        host += self.launch * (sum(work.calls for work in works) if launches is None else launches)
+        return Spent(share * busy, share * host, links, self.device == "gpu")
 
     def share(self, ranks: int) -> float:
         """How much longer work takes beside other ranks of the host."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from natgrad.plan.ghost import Message, build
+from natgrad.parallel import Message
 from natgrad.plan.machine import Machine
-from natgrad.plan.stages import STAGES, Account
+from natgrad.plan.rehearsal import rehearsal_of
+from natgrad.plan.stages import NONE, STAGES, Account, Ways
 from natgrad.plan.trace import Trace, on_meta, trace
 from natgrad.plan.work import Parts
 from natgrad.staleness import Every
 from natgrad.train.optimizers import Settings
+
+UNLIMITED = 1e6
+"""Steps whose work a rehearsed step may spend on measuring."""
+PIECE = 64
+"""Samples of a pass that is rehearsed. Hooks take larger ones in more pieces, which the work of these hides."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,7 @@ class Planner:
     def __init__(self, network: Network, machine: Machine, micro_batch: int | None = None):
         self.network, self.machine, self.micro_batch = network, machine, micro_batch
         self._traces: dict[int, Trace] = {}
-        self.model = on_meta(network.make, network.name)
-        self._bare = on_meta(network.make, network.name)  # no optimizer's hooks are on it
+        self.model = on_meta(network.make, network.name)  # no optimizer's hooks are on it
 
     def parts(self, share: int, ranks: int) -> Parts:
         """A rank's share of samples, at most `micro_batch` at a time."""
@@ -46,20 +52,37 @@ class Planner:
     def _trace(self, samples: int) -> Trace:
         if samples not in self._traces:
             one = self.network
-            self._traces[samples] = trace(self._bare, one.shape, samples, one.name, one.tokens)
+            self._traces[samples] = trace(self.model, one.shape, samples, one.name, one.tokens)
         return self._traces[samples]
 
-    def account(self, settings: Settings, ranks: int, batch: int) -> Account:
+    def account(self, settings: Settings, ranks: int, batch: int, ways: Ways = NONE) -> Account:
         """One optimizer on so many ranks, `batch` samples a step over all of them."""
         if batch % ranks:
             near = max(ranks, batch // ranks * ranks)
             raise ValueError(f"batch={batch} is not divisible by {ranks} ranks; take --batch {near} or other --ranks")
-        return Account(build(settings, self.model, ranks), self.model, self.parts(batch // ranks, ranks), self.machine)
+        graph = getattr(settings, "graph", False)
+        if graph:  # there is no GPU to record it on
+            plain: dict[str, Any] = {"graph": False}
+            settings, ways = replace(settings, **plain), replace(ways, graph=True)
+        budget = getattr(settings, "refresh_share", None)
+        if budget is not None:  # a step that measures everything is rehearsed, whatever a step may spend
+            unlimited: dict[str, Any] = {"refresh_share": UNLIMITED}
+            settings = replace(settings, **unlimited)
+        share = batch // ranks
+        parts = self.parts(share, ranks)
+        kind = torch.long if self.network.tokens else torch.get_default_dtype()
+        inputs = torch.empty(share, *self.network.shape, dtype=kind, device="meta")
+        model = on_meta(self.network.make, self.network.name)  # of its own: no other optimizer's hooks are on it
+        once = min(share, self.micro_batch or PIECE)
+        rehearsal = rehearsal_of(settings, model, inputs, ranks, parts.form, once)
+        if graph and rehearsal.second is not None:
+            rehearsal.second.refuse_graphs()
+        return Account(rehearsal, parts, self.machine, ways, budget)
 
 
 def share_of(account: Account, adaptive: float) -> float:
     """The share of all statistics that an average step measures; `adaptive`: where they say so themselves."""
-    cells = [cell for cell in account.built.cells if cell.curvature.statistics]
+    cells = [cell for cell in account.cells if cell.curvature.statistics]
     if not cells:
         return 0.0
     rules = [cell.staleness() for cell in cells]
@@ -68,11 +91,10 @@ def share_of(account: Account, adaptive: float) -> float:
 
 def afforded(account: Account, share: float, fresh: Mapping[str, float]) -> float:
     """The same under a budget: as much as fits into its share of both passes."""
-    purse = None if account.built.second is None else account.built.second.purse
     work = fresh["statistics"] + fresh["factorisation"]
-    if purse is None or not work:
+    if account.budget is None or not work:
         return share
-    return min(share, purse.share * (fresh["forward"] + fresh["backward"]) / work)
+    return min(share, account.budget * (fresh["forward"] + fresh["backward"]) / work)
 
 
 def row(account: Account, batch: int, adaptive: float, steps: int | None) -> dict[str, Any]:

@@ -28,6 +28,11 @@ def show(plan: dict[str, Any]) -> None:
     console.print(carried(plan))
     for ranks, layers in plan["layers"].items():
         console.print(dearest(first["name"], int(ranks), layers))
+    if plan["remedies"] is not None:
+        console.print(holding(plan["remedies"]))
+        console.print(helping(plan["remedies"]))
+        for sentence in plan["remedies"]["words"]:
+            console.print(sentence, highlight=False, soft_wrap=True)
     if plan["advice"] is not None:
         advise(console, plan["name"], plan["advice"])
 
@@ -111,6 +116,26 @@ def dearest(name: str, ranks: int, layers: list[dict[str, Any]]) -> Table:
     for row in layers:
         parts = [row[key] for key in ("passes", "statistics", "factorisation", "preconditioning", "seconds")]
         made.add_row(row["layer"], row["shape"], row["curvature"], *map(ms, parts), str(row["owner"]))
+    return made
+
+
+def holding(remedies: dict[str, Any]) -> Table:
+    """What an average step waits for longer than SGD's."""
+    title = f"On {remedies['ranks']:,} ranks: what an average step waits for, and SGD's does not or not as long"
+    made = table(title, ("stage", "waits for"), ("ms", "more than SGD, ms"))
+    for row in remedies["holds"]:
+        made.add_row(row["stage"], row["waits for"], ms(row["seconds"]), ms(row["more"]))
+    return made
+
+
+def helping(remedies: dict[str, Any]) -> Table:
+    """What each change alone would make of it."""
+    title = f"On {remedies['ranks']:,} ranks: an average step with one change"
+    made = table(title, ("change",), ("ms", "over SGD's"), ("setting",))
+    for row in remedies["alone"]:
+        made.add_row(
+            row["words"], ms(row["seconds"]), f"{row['seconds'] / remedies['sgd']:.2f}", row["line"] or "not built"
+        )
     return made
 
 

@@ -1,7 +1,8 @@
-"""What one step asks of every rank, stage by stage: lists of work, and who has to do it.
+"""What one step asks of every rank's device, stage by stage: lists of work, and who has to do it.
 
 Passes and measurements are every rank's; factors, directions and updates are their owners'. Passes over weights that
-rules make are counted here, since a rule is a few elementwise lines.
+rules make are counted here, since a rule is a few elementwise lines. What the host launches for all of it is counted
+where the optimizer really steps (rehearsal.py).
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from functools import cached_property
 from natgrad.budget import holder_work
 from natgrad.cell import Cell
 from natgrad.curvature.base import Seen
+from natgrad.curvature.rowwork import Form
 from natgrad.layers import Loose
 from natgrad.layers.work import Work, moved
 from natgrad.optim.conjugate import Conjugate
-from natgrad.plan.ghost import Built
+from natgrad.plan.rehearsal import Rehearsal
 from natgrad.plan.trace import Trace
 
 MOMENTUM, CONJUGATE, ADAM, PLAIN = 6.0, 26.0, 14.0, 5.0
 """Passes over the weights: momentum with its length and packing, a conjugate direction, Adam's, SGD's with momentum."""
-HOUSEKEEPING = 25.0
-"""Operations for each layer beside its formula: packing, unpacking, momentum, length, update."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ class Parts:
                 before = found.get(name, Seen(0, 0))
                 found[name] = Seen(before.samples + n, max(before.places, places[name]))
         return found
+
+    def form(self, cell: Cell) -> Form:
+        """The rows of a layer whose statistic is rows."""
+        form = getattr(cell.curvature, "form", None)
+        if form is None:
+            name = type(cell.curvature).__name__
+            raise ValueError(f"{name} does not say how large its rows are: give it a method form, as SampleSpace has")
+        return form(cell.layer, self.seen[cell.name])
 
     def forward(self) -> list[Work]:
         return [
@@ -91,10 +99,10 @@ class Owned:
     measured: int = 0
 
 
-def owned(built: Built, seen: Mapping[str, Seen]) -> list[Owned]:
+def owned(rehearsal: Rehearsal, seen: Mapping[str, Seen]) -> list[Owned]:
     """The owners' work of a step in which everything was measured, rank by rank."""
-    found = [Owned() for _ in range(built.world.size)]
-    optimizer = built.second
+    found = [Owned() for _ in range(rehearsal.world.size)]
+    optimizer = rehearsal.second
     if optimizer is None:
         return found
     conjugate = isinstance(optimizer.rule, Conjugate)
@@ -110,12 +118,12 @@ def owned(built: Built, seen: Mapping[str, Seen]) -> list[Owned]:
         if not isinstance(cell.layer, Loose):
             mine.precondition += cell.curvature.precondition_work(cell.layer, what)
         passes = CONJUGATE if conjugate else ADAM if isinstance(cell.layer, Loose) else MOMENTUM
-        # conjugate directions work on one vector for all layers, so few operations fall to each
-        mine.precondition.append(moved(numel, passes, calls=6 if conjugate else HOUSEKEEPING))
+        mine.precondition.append(moved(numel, passes))
         everyone = optimizer.gather == "directions"
         for rank in found if everyone else [mine]:
-            rank.update.append(moved(numel, 3, calls=3))
-    return found if built.world.owners else [found[built.world.rank]] * built.world.size
+            rank.update.append(moved(numel, 3))
+    world = rehearsal.world
+    return found if world.owners else [found[world.rank]] * world.size
 
 
 def factor_work(cell: Cell, key: str, what: Seen) -> list[Work]:

@@ -39,7 +39,7 @@ def page(plan: dict[str, Any]) -> str:
         ]
     css = files("natgrad.report").joinpath("page.css").read_text(encoding="utf-8")
     title = escape(f"{plan['name']} on {plan['machine']['name']}")
-    body = "\n".join([head(plan, title), numbers(plan), *figures, layers(plan), sources(plan)])
+    body = "\n".join([head(plan, title), numbers(plan), remedies(plan), *figures, layers(plan), sources(plan)])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -57,6 +57,30 @@ def head(plan: dict[str, Any], title: str) -> str:
         line = f"<pre>natgrad train {escape(plan['name'])} {escape(advice['line'])}</pre>" if advice["line"] else ""
         said = f"<p>Second-order work within {advice['overhead']:.1%} of SGD's step: {escape(advice['why'])}.</p>{line}"
     return f"<header><h1>{title}</h1><p>{about}</p></header>{said}"
+
+
+def remedies(plan: dict[str, Any]) -> str:
+    """What holds the step on the most ranks, and what each change would make of it."""
+    found = plan["remedies"]
+    if found is None:
+        return ""
+    words = "".join(f"<p>{escape(sentence)}</p>" for sentence in found["words"])
+    holds = [
+        [row["stage"], row["waits for"], f"{1e3 * row['seconds']:,.1f}", f"{1e3 * row['more']:,.1f}"]
+        for row in found["holds"]
+    ]
+    alone = [
+        [
+            row["words"],
+            f"{1e3 * row['seconds']:,.1f}",
+            f"{row['seconds'] / found['sgd']:.2f}",
+            row["line"] or "not built",
+        ]
+        for row in found["alone"]
+    ]
+    first = table(["stage", "waits for", "ms of an average step", "more than SGD, ms"], holds)
+    second = table(["one change", "average step, ms", "over SGD's", "setting"], alone)
+    return f"<h2>What holds the step on {counted(found['ranks'])}</h2>{words}{first}{second}"
 
 
 def figure(drawn: Figure, alternative: str) -> str:

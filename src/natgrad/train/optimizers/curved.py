@@ -101,6 +101,8 @@ class Curved(Settings):
     """Send gradients while the backward pass runs."""
     graph: bool = False
     """Record a step's launches once and make them again as CUDA graphs, on GPUs."""
+    per_host: int | None = None
+    """Ranks of a host, where messages go inside of hosts first and then between them; None: in one ring."""
     sampling_seed: int = 0
     """Decides which rows are measured and which labels are drawn."""
 
@@ -128,7 +130,11 @@ class Curved(Settings):
             "seed": self.sampling_seed,
             "graph": self.graph,
             "world": World(
-                world.transport, wire=WIRES[self.wire], weights=WIRES[self.weights_wire], overlap=self.overlap
+                world.transport,
+                wire=WIRES[self.wire],
+                weights=WIRES[self.weights_wire],
+                overlap=self.overlap,
+                per_host=self.per_host,
             ),
         }
 

@@ -94,6 +94,8 @@ class Nlcg(Settings):
     """Type in which owners send new weights or directions; None: their own."""
     overlap: bool = False
     """Send gradients while the backward pass runs."""
+    per_host: int | None = None
+    """Ranks of a host, where messages go inside of hosts first and then between them; None: in one ring."""
 
     @property
     def looks_again(self) -> bool:
@@ -126,7 +128,11 @@ class Nlcg(Settings):
             "prescale": self.prescale,
             "max_norm": self.max_norm,
             "world": World(
-                world.transport, wire=WIRES[self.wire], weights=WIRES[self.weights_wire], overlap=self.overlap
+                world.transport,
+                wire=WIRES[self.wire],
+                weights=WIRES[self.weights_wire],
+                overlap=self.overlap,
+                per_host=self.per_host,
             ),
             **self.metric(),
         }

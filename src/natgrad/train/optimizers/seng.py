@@ -85,6 +85,8 @@ class Seng(Settings):
     """Type in which owners send new weights; None: their own."""
     overlap: bool = False
     """Send gradients while the backward pass runs."""
+    per_host: int | None = None
+    """Ranks of a host, where messages go inside of hosts first and then between them; None: in one ring."""
     sampling_seed: int = 0
     """Decides which samples are taken and which sketches are drawn."""
 
@@ -127,6 +129,7 @@ class Seng(Settings):
             weights=WIRES[self.weights_wire],
             overlap=self.overlap,
             owners=not self.replicated,
+            per_host=self.per_host,
         )
 
     def fit(self) -> None:
