@@ -159,8 +159,9 @@ class SimulatedTransport:
     """One rank of `size`. The others did what this one did, with numbers of their own.
 
     Sums are `size` times this rank's. Of maxima, integers (what holders tell of measurements) that are 0 here are those
-    of a measurement, as the others have measured what this rank has not; whole numbers in floating point (flags, counts) are this rank's; other
-    numbers are larger elsewhere, so that gradients differ from rank to rank, as those of unlike samples do.
+    of a measurement, as the others have measured what this rank has not. Whole numbers in floating point (flags,
+    counts) are this rank's. Other numbers are larger elsewhere, so that gradients differ from rank to rank, as those of
+    unlike samples do.
     """
 
     def __init__(self, size: int, rank: int = 0):
