@@ -329,7 +329,7 @@ def test_what_is_counted_is_what_the_planner_counts():
         told, passes, of_a_step = run_threads(ranks, work, gradients="local")[0]
         account = planner().account(SpNgd(refresh=1), ranks, 64)
         (trace, _), seen = account.parts.passes[0], account.parts.seen
-        cells = {cell.name: cell for cell in account.built.cells}
+        cells = {cell.name: cell for cell in account.cells}
         total = 0.0
         for call in trace.calls:
             backward = price(() if call.first else call.passes.inputs)

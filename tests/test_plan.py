@@ -127,7 +127,7 @@ def test_a_budget_bounds_what_an_average_step_measures(small):
             row(small.account(replace(settings, refresh_share=share), 4, 64), 64, 0.5, None) for share in (1e6, 0.05)
         )
         unlimited = row(small.account(settings, 4, 64), 64, 0.5, None)
-        assert free["step"]["average"] == pytest.approx(unlimited["step"]["average"], rel=1e-4)  # counts are sent
+        assert free["step"]["average"] == pytest.approx(unlimited["step"]["average"], rel=1e-2)  # counts are sent
         assert tight["share"] < free["share"]
         stages, stale = tight["stages"]["average"], tight["stages"]["stale"]
         more = sum(stages[name] - stale[name] for name in ("statistics", "factorisation"))
