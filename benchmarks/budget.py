@@ -23,7 +23,7 @@ from record import Record, read
 
 from natgrad.budget import Bill, Item, holder_work
 from natgrad.data import Splits
-from natgrad.layers.work import price
+from natgrad.layers.op_cost import price
 from natgrad.models import ImageResNet
 from natgrad.parallel import World
 from natgrad.plan.machines import named

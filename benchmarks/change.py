@@ -35,7 +35,7 @@ from natgrad.train.malloc import keep_freed_memory
 from natgrad.train.optimizers import SpNgd
 
 RESULTS = Path(__file__).parent / "results" / "change.json"
-PREDICTED = SpNgd(lr=0.1, length="predicted_change")
+PREDICTED = SpNgd(lr=0.1, length="kl_clip")
 CASES: dict[str, tuple[str, int, int, SpNgd]] = {
     "ResNet-8, 5,000 images, predicted .01": ("cifar100-16", 5000, 40, PREDICTED),
     "ResNet-8, 5,000 images, predicted .1": ("cifar100-16", 5000, 40, replace(PREDICTED, largest_change=0.1)),

@@ -25,7 +25,7 @@ from record import Record, read
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.curvature.base import Seen
+from natgrad.curvature.curvature import Extent
 from natgrad.models import CifarResNet, ImageResNet, Transformer
 from natgrad.optim import SecondOrder
 from natgrad.parallel import World
@@ -136,7 +136,7 @@ def of_ours(optimizer: SecondOrder, model: nn.Module, sample: Tensor) -> list[Co
                 found[rank].update({key: size_of(value) for key, value in state.items()})
         if cell.by_rows:
             samples = cell.statistics[0].samples
-            rows = Seen(samples, seen[cell.name])
+            rows = Extent(samples, seen[cell.name])
             found[cell.owner]["rows"] += cell.curvature.rows_held(cell.layer, rows)
     return found
 

@@ -22,8 +22,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from natgrad.cell import Cell
-from natgrad.layers.work import Work, moment_of, moved
+from natgrad.layer_state import LayerState
+from natgrad.layers.op_cost import OpCost, moment_of, moved
 from natgrad.optim import SPNGD
 from natgrad.parallel import World
 from natgrad.plan.links import seconds
@@ -87,7 +87,7 @@ def machine(constants: Constants, assumed: Assumed) -> Machine:
     return replace(base, rates=rates, layer=0.0)
 
 
-def link_name(cell: Cell) -> tuple:
+def link_name(cell: LayerState) -> tuple:
     """Where a layer stands among all by its name in the release: norms of a block before its convolutions."""
     block, _, rest = cell.name.partition(".")
     norm = cell.layer.kind == "norm"
@@ -169,9 +169,9 @@ class Published:
         return max(ranks, key=lambda found: sum(found.values()))
 
 
-def rows_of(account: Account) -> list[Work]:
+def rows_of(account: Account) -> list[OpCost]:
     """Statistics as the release measures them: every patch is written out in half precision, then multiplied."""
-    work: list[Work] = []
+    work: list[OpCost] = []
     for trace, count in account.parts.passes:
         for call in trace.calls:
             n, s = call.layer.count(call.x)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import natgrad
-from natgrad.optim import LayerBlocks, Momentum, PredictedChange
+from natgrad.optim import KLClip, LayerBlocks, Momentum
 from natgrad.parallel import run_threads
 
 FILE = Path(__file__).with_suffix(".json")
@@ -96,7 +96,7 @@ def nlcg(**options):
 CASES = {
     "spngd": spngd(),
     "spngd, trust": spngd(length=natgrad.trust, momentum=0.5),
-    "spngd, predicted change": spngd(length=PredictedChange(1e-3)),
+    "spngd, predicted change": spngd(length=KLClip(1e-3)),
     "spngd, measured change": lambda model, world: natgrad.SPNGD(model, 0.1, damping=1e-2, world=world),
     "spngd, groups": lambda model, world: natgrad.SPNGD(
         model, 0.02, params=groups(model), length=natgrad.plain, damping=3e-2, world=world

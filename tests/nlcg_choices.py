@@ -22,7 +22,7 @@ def nlcg(model, **options):
 
 
 def told(opt, model, batches):
-    """Train, telling the loss; returns the losses."""
+    """Train, damping_tolerance the loss; returns the losses."""
     losses = []
     for batch in batches:
         losses.append(backward(model, batch))

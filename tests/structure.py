@@ -1,13 +1,17 @@
-"""Checks what no linter does: modules do not import each other in circles.
+"""Checks what no linter does: circles of imports, homonyms in the library, files that the docs name and nobody has.
 
 python tests/structure.py    prints one line per offence and exits with 1 if there is any
 """
 
 import ast
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKBENCH = ("data", "models", "plan", "recipes", "report", "train")
+"""Folders of the package that are not the library."""
 
 
 def modules(source: Path) -> dict[str, Path]:
@@ -79,8 +83,49 @@ def import_graph(source: Path) -> dict[str, set[str]]:
     return graph
 
 
+def library(source: Path) -> dict[str, Path]:
+    """The modules of the library itself."""
+    return {
+        name: path
+        for name, path in modules(source).items()
+        if path.name not in ("__init__.py", "__main__.py") and path.relative_to(source).parts[1] not in WORKBENCH
+    }
+
+
+def homonyms(files: Iterable[Path], root: Path) -> list[str]:
+    """Files of one name, and public classes of one name, told by their paths below `root`."""
+    named: dict[str, list[Path]] = {}
+    classes: dict[str, list[Path]] = {}
+    for path in files:
+        named.setdefault(path.name, []).append(path)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes.setdefault(node.name, []).append(path)
+    found = [("two files are called", name, where) for name, where in named.items()]
+    found += [("two classes are called", name, where) for name, where in classes.items()]
+    return [
+        f"{what} {name}: {', '.join(path.relative_to(root).as_posix() for path in where)}"
+        for what, name, where in found
+        if len(where) > 1
+    ]
+
+
+def missing(pages: Iterable[Path], files: Iterable[Path]) -> list[str]:
+    """Python files that a page names in backticks and that do not exist."""
+    known = ["/" + path.as_posix() for path in files]
+    return [
+        f"{page.name} names {name}, which does not exist"
+        for page in pages
+        for name in re.findall(r"`([\w./-]+\.py)`", page.read_text(encoding="utf-8"))
+        if name != "./mine.py" and not any(path.endswith("/" + name) for path in known)
+    ]
+
+
 def main() -> int:
     offences = [f"import cycle: {' -> '.join(circle)}" for circle in cycles(import_graph(ROOT / "src"))]
+    offences += homonyms(library(ROOT / "src").values(), ROOT)
+    ours = [path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    offences += missing([*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ours)
     for line in offences:
         print(line)
     return 1 if offences else 0

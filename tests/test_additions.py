@@ -10,12 +10,12 @@ from torch.testing import assert_close
 
 import natgrad
 from helpers import backward, clone, points, train, weights
-from natgrad.curvature.base import Cost, Curvature
+from natgrad.curvature.curvature import Cost, Curvature
 from natgrad.curvature.kronecker import OutputMoment
-from natgrad.layers.base import layer_of
+from natgrad.layers.layer import layer_of
 from natgrad.layers.linear import Linear
 from natgrad.parallel import run_threads
-from natgrad.staleness import Memory, Staleness
+from natgrad.refresh import History, Staleness
 
 
 class Flipped(nn.Module):
@@ -75,7 +75,7 @@ class Outputs(Curvature):
 class Doubling(Staleness):
     """Twice as long after every measurement."""
 
-    def next(self, memory: Memory) -> int:
+    def next(self, memory: History) -> int:
         return 2 * memory.interval
 
 

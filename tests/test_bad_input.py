@@ -11,7 +11,7 @@ from torch import nn
 
 import natgrad
 from helpers import Mixed, mlp, points, train
-from natgrad.optim import MeasuredChange, PredictedChange
+from natgrad.optim import KLClip, MeasuredChange
 
 NAN, INF = float("nan"), float("inf")
 
@@ -157,7 +157,7 @@ def test_schedules_may_take_lr_to_zero_later():
 @pytest.mark.parametrize("value", [0, -1.0, NAN])
 def test_lengths_and_staleness(value):
     with pytest.raises(ValueError, match=f"limit={value}"):
-        PredictedChange(value)
+        KLClip(value)
     for name in ("limit", "first", "least", "most"):
         with pytest.raises(ValueError, match=f"{name}={value}"):
             MeasuredChange(**{name: value})

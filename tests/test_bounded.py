@@ -10,8 +10,8 @@ from natgrad.curvature import unitwise
 from natgrad.curvature.kronecker import InputMoment, OutputMoment
 from natgrad.curvature.unitwise import SampleMoment
 from natgrad.layers import layer_of
+from natgrad.refresh import History
 from natgrad.sampling import Sampler
-from natgrad.staleness import Memory
 
 
 def draw(step=1, share=1.0):
@@ -52,21 +52,21 @@ def test_bounded_f_is_that_of_the_chosen_samples(module, last, monkeypatch):
     chosen = pick.every(21, 5)
     few, every = (SampleMoment(n, diagonal=True) for n in (1, None))
     parts = [m.after(layer, m.before(layer, x.detach(), pick, out), dy, pick) for m in (few, every)]
-    assert (chosen.step, few.behind(layer, 21, 21), every.behind(layer, 21, 21)) == (4, 6, 21)
+    assert (chosen.step, few.effective_samples(layer, 21, 21), every.effective_samples(layer, 21, 21)) == (4, 6, 21)
     assert_close(parts[0], parts[1][chosen] * 2)
 
 
 def test_what_a_bounded_statistic_is_worth():
     """Adaptive widens its tolerance by the samples behind a statistic, not by those of the batch."""
     conv, wide, norm = (layer_of(m) for m in (nn.Conv2d(16, 16, 1, bias=False), nn.Linear(600, 9), nn.BatchNorm2d(4)))
-    assert [InputMoment(8).behind(conv, n, n) for n in (50, 128, 10**6)] == [50, 64, 64]
-    assert [InputMoment(8).behind(wide, n, n) for n in (128, 512, 10**6)] == [128, 512, 512]
-    assert [OutputMoment(8).behind(wide, n, n) for n in (128, 10**6)] == [128, 512]
-    assert [SampleMoment(8).behind(norm, n, 7 * n) for n in (50, 128, 191, 4096)] == [50, 64, 96, 64]
+    assert [InputMoment(8).effective_samples(conv, n, n) for n in (50, 128, 10**6)] == [50, 64, 64]
+    assert [InputMoment(8).effective_samples(wide, n, n) for n in (128, 512, 10**6)] == [128, 512, 512]
+    assert [OutputMoment(8).effective_samples(wide, n, n) for n in (128, 10**6)] == [128, 512]
+    assert [SampleMoment(8).effective_samples(norm, n, 7 * n) for n in (50, 128, 191, 4096)] == [50, 64, 96, 64]
     for moment in (InputMoment(None), OutputMoment(None), InputMoment(8, diagonal=True)):
-        assert moment.behind(wide, 50, 10**6) == 10**6  # each character of a text is a term of its own
-    assert InputMoment(8).behind(wide, 50, 3200) == 512
-    assert SampleMoment(None).behind(norm, 50, 3200) == 50  # whole samples add up before they are squared
+        assert moment.effective_samples(wide, 50, 10**6) == 10**6  # each character of a text is a term of its own
+    assert InputMoment(8).effective_samples(wide, 50, 3200) == 512
+    assert SampleMoment(None).effective_samples(norm, 50, 3200) == 50  # whole samples add up before they are squared
 
 
 def test_the_characters_of_a_text_are_counted():
@@ -96,5 +96,5 @@ def test_two_draws_of_one_batch_are_alike():
     change = float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(one))
     assert change > 0.1  # no longer alike by the paper's tolerance for the whole batch, at 4,096 samples
     rule = natgrad.Adaptive()
-    assert rule.next(Memory((change, change), 8, 5, moment.behind(layer, 4096, 4096))) == 13
-    assert rule.next(Memory((change, change), 8, 5, 4096)) == 4
+    assert rule.next(History((change, change), 8, 5, moment.effective_samples(layer, 4096, 4096))) == 13
+    assert rule.next(History((change, change), 8, 5, 4096)) == 4

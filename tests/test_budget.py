@@ -18,12 +18,12 @@ from golden import Net, batch, filled
 from helpers import Net as Small
 from helpers import backward, clone, mlp, points, quiet, weights
 from natgrad.budget import LEAST, Purse, Spending
-from natgrad.cell import Cell
 from natgrad.curvature import Curvature
-from natgrad.layers.work import price
+from natgrad.layer_state import LayerState
+from natgrad.layers.op_cost import price
 from natgrad.models import CifarResNet
 from natgrad.parallel import World, run_threads
-from natgrad.staleness import Adaptive, Budget, Every, Staleness, Told
+from natgrad.refresh import Adaptive, Budget, Every, NextInterval, Staleness
 from natgrad.train.optimizers import SpNgd
 from planned import planner
 
@@ -80,7 +80,7 @@ def simulated(pieces, share, ranks, steps):
             numbers[f"{key}_clock"], numbers[f"{key}_damping"] = [0, 1, 1, 0], 0.0
             numbers[f"{key}_budget"] = [1.0, one.measuring, one.taking, one.factoring]
         holders = {key: one.holder for key, one in zip("AG", pair)}  # some layers are split over ranks
-        cell = Cell(str(place), None, Weightless(), 0, holders, dict, lambda: Every(1), numbers=numbers)
+        cell = LayerState(str(place), None, Weightless(), 0, holders, dict, lambda: Every(1), numbers=numbers)
         cells.append(cell)
     of = {(c, k): p for c, pair in zip(cells, zip(pieces[::2], pieces[1::2])) for k, p in zip("AG", pair)}
     purse = Purse(Budget(share), lambda: [group], sampled=False)
@@ -199,9 +199,9 @@ def test_what_is_larger_than_the_limit_is_paid_back_before_anything_else():
 
 @given(st.integers(0, 2**52), st.floats(0, 10))
 def test_an_interval_and_a_change_are_told_as_one_number(interval, change):
-    told = Told.unpacked(Told(interval, change).packed())
+    told = NextInterval.unpacked(NextInterval(interval, change).packed())
     assert told.interval == interval
-    assert 0 <= Told(interval, change).packed() < 2**63
+    assert 0 <= NextInterval(interval, change).packed() < 2**63
     if interval:
         assert told.change == pytest.approx(min(change, 1.0), abs=5e-4 + 1e-12)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import golden
 import natgrad
 from helpers import OPTIMIZERS, Mixed, backward, clone, made, mlp, points, train, weights
-from natgrad.optim.base import SAYS_NOTHING
+from natgrad.optim.second_order import SAYS_NOTHING
 
 
 def batches(kind, count, n=16):
@@ -148,7 +148,7 @@ def test_last_step_is_none_where_nothing_is_bounded():
     plain = natgrad.SPNGD(model, lr=0.1, length=natgrad.plain)
     train(plain, model, [points(8, 0)])
     assert plain.last_step is None
-    clipped = natgrad.SPNGD(model, lr=0.1, length=natgrad.predicted_change)
+    clipped = natgrad.SPNGD(model, lr=0.1, length=natgrad.kl_clip)
     train(clipped, model, [points(8, 0)])
     assert clipped.last_step[1:] == (0.01, clipped.last_step.factor, 1.0, 1.0)
 

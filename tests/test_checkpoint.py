@@ -10,7 +10,7 @@ import torch
 
 from checkpoints import go_on, recipe_with, saved
 from natgrad.models import CifarResNet
-from natgrad.optim.state import held
+from natgrad.optim.state_dict import held
 from natgrad.parallel import World, run_threads
 from natgrad.train import checkpoint
 from natgrad.train.loop import prepare

@@ -13,8 +13,8 @@ from examples import CASES, NAMES
 from helpers import OPTIMIZERS, Mixed, Two, backward, clone, heard, made, mlp, points, quiet, statistic, train, unwarned
 from natgrad.capture import EVERY, FIRST
 from natgrad.checksum import Checksum
-from natgrad.curvature.rows import explicit
-from natgrad.layers import Loose, layer_of
+from natgrad.curvature.per_sample import explicit
+from natgrad.layers import UncurvedParameter, layer_of
 from natgrad.models import CifarResNet, Mlp, PreActResNet, Transformer, Vgg16
 
 every_layer = pytest.mark.parametrize(("build", "data"), [(b, d) for _, b, d in CASES], ids=NAMES)
@@ -112,7 +112,7 @@ def test_every_layer_of_every_model_agrees_or_is_on_the_fallback(name, dtype):
     (out * torch.randn_like(out)).mean().backward()
     found = verdicts(opt)
     assert all(found.values())
-    known = {cell.name for cell in opt.cells if not isinstance(cell.layer, Loose)}
+    known = {cell.name for cell in opt.cells if not isinstance(cell.layer, UncurvedParameter)}
     assert known <= found.keys()
 
 

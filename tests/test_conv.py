@@ -105,7 +105,7 @@ def test_offsets_equal_unfolded_patches(shape, kernel, padding, dilation, last, 
     expected = patches.T @ patches / len(patches)
     assert layer.offsets_apply(x) == (shape[2] > 2)
     assert_close(layer.second_moment(x)[0], expected, **EXACT)
-    monkeypatch.setattr("natgrad.layers.offsets.CHUNK", x[0].numel())  # one image at a time
+    monkeypatch.setattr("natgrad.layers.conv_moment.CHUNK", x[0].numel())  # one image at a time
     assert_close(layer.second_moment(x)[0], expected, **EXACT)
 
 

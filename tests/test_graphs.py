@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import natgrad
 from helpers import Mixed, backward, points, weights
 from launches import HostRecorder
-from natgrad.curvature.samplespace import SampleSpace
+from natgrad.curvature.sample_space import SampleSpace
 from natgrad.optim.graphs import PATIENCE, Graphs
 from natgrad.optim.seng import SampleBlocks
 from natgrad.parallel import run_threads
@@ -19,7 +19,7 @@ from natgrad.parallel import run_threads
 RULES = {"after": natgrad.Momentum(), "before": natgrad.Momentum(before=True)}
 LENGTHS = {
     "measured": natgrad.MeasuredChange(0.05),
-    "predicted": natgrad.PredictedChange(0.01),
+    "predicted": natgrad.KLClip(0.01),
     "plain": natgrad.plain,
     "trust": natgrad.trust,
 }

@@ -63,7 +63,7 @@ def statistics(curvature, layer, x, out, dy, draw=EVERYTHING):
 
 def inverses(curvature, values, damping):
     """Inverses that serve this damping: of curvatures that damp later, made with another."""
-    if curvature.redamps:
+    if curvature.damps_at_apply:
         damping *= 7
     parts = curvature.split({k: mean_eigenvalue(v) for k, v in values.items()}, damping)
     return {k: curvature.factor(k, v, parts[k])[0] for k, v in values.items()}

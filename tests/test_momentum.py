@@ -143,7 +143,7 @@ def test_the_predicted_change_of_repeated_directions(before):
     """While curvature stands still, the summed gradients are what the direction undoes, so d . h = d^T (F + l I) d."""
     net = Net().double()
     rule = natgrad.Momentum(before=before)
-    length = natgrad.PredictedChange(1e-3)
+    length = natgrad.KLClip(1e-3)
     opt = natgrad.SPNGD(net, lr=0.5, momentum=0.8, samples=None, refresh=100, rule=rule, length=length)
     for k in range(4):
         start = weights(net)

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import natgrad
 from helpers import backward, clone, mlp, points, weights
-from natgrad.optim.search import TABLE, Memory, answer, quadratic
+from natgrad.optim.line_search import TABLE, SearchMemory, answer, quadratic
 
 
 def test_the_table_at_its_edges():
@@ -44,19 +44,22 @@ def kept(opt):
 
 @pytest.mark.parametrize(("feedback", "grow"), [("step", 1.05), ("online", 1.02)])
 def test_the_multiplier_stays_between_its_limits(feedback, grow):
-    search, memory = natgrad.Scheduled(feedback, period=5), Memory()
+    search, memory = natgrad.Scheduled(feedback, period=5), SearchMemory()
     for k in range(200):
-        memory = search.hear(Memory(**{**vars(memory), "steps": k}), 1.5**k if k < 100 else 1.5**99)
+        memory = search.hear(SearchMemory(**{**vars(memory), "steps": k}), 1.5**k if k < 100 else 1.5**99)
         assert 1e-4 <= memory.multiplier <= 1
         if k == 99:
             assert memory.multiplier == 1e-4
-    ends = [search.hear(Memory(**{**vars(memory), "steps": s, "multiplier": m}), 0.0) for s, m in ((5, 0.5), (5, 0.99))]
+    ends = [
+        search.hear(SearchMemory(**{**vars(memory), "steps": s, "multiplier": m}), 0.0)
+        for s, m in ((5, 0.5), (5, 0.99))
+    ]
     assert [e.multiplier for e in ends] == pytest.approx([0.5 * grow, 1.0])
 
 
 def test_losses_below_zero_say_nothing():
     search = natgrad.Scheduled("online")
-    memory = search.hear(search.hear(Memory(), -1.0), -2.0)
+    memory = search.hear(search.hear(SearchMemory(), -1.0), -2.0)
     assert (memory.multiplier, memory.undone) == (1.0, 0.0)
 
 

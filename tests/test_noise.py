@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import natgrad
 from helpers import mlp, points, train
 from multi import run_threads
-from natgrad.optim.noise import Squares, scale_of
+from natgrad.optim.gradient_noise import Squares, scale_of
 
 
 def exact(model, x, y):

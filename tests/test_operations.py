@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import natgrad
 from helpers import OPTIMIZERS, backward, made, points, train, weights
-from natgrad.layers import Loose
+from natgrad.layers import UncurvedParameter
 from natgrad.optim.segments import Segment
 from natgrad.stacks import likeness
 
@@ -217,7 +217,7 @@ def test_layers_that_are_alike_stand_next_to_each_other():
     places = {opt.cells[k].name: at for at, k in enumerate(layout.order)}
     assert abs(places["a"] - places["c"]) == 1
     assert abs(places["norm"] - places["other"]) == 1
-    assert isinstance(opt.cells[layout.order[-1]].layer, Loose)
+    assert isinstance(opt.cells[layout.order[-1]].layer, UncurvedParameter)
     kinds = {likeness(cell, lambda p: 0, k) for k, cell in enumerate(opt.cells)}
     assert len(kinds) == 4
     for cell in opt.cells:
@@ -239,7 +239,7 @@ def test_a_layer_whose_unpack_copies_is_refused():
     class Mine(nn.Linear):
         pass
 
-    natgrad.layers.base.layer_of.register(Mine)(lambda module: Copies(module))
+    natgrad.layers.layer.layer_of.register(Mine)(lambda module: Copies(module))
     with pytest.raises(TypeError, match="return views"):
         natgrad.SPNGD(nn.Sequential(Mine(3, 2)), lr=0.1)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natgrad.parallel import Parcel, run_threads
+from natgrad.parallel import OwnedTensor, run_threads
 from natgrad.parallel.packing import pack, pack_triangle, packed_numel, unpack, unpack_triangle
 
 relaxed = settings(deadline=None, derandomize=True)
@@ -52,7 +52,7 @@ def test_worlds_reduce_to_owners_and_gather_from_them(ranks, items):
     def work(world):
         torch.manual_seed(world.rank)
         parcels = [
-            Parcel(symmetric(1, 3).to(torch.float64 if wide else torch.float32), owner % ranks, s)
+            OwnedTensor(symmetric(1, 3).to(torch.float64 if wide else torch.float32), owner % ranks, s)
             for owner, wide, s in items
         ]
         mine = [p.tensor.clone() for p in parcels]

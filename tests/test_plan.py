@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natgrad.layers.work import COMPUTE, Work, moved, product
+from natgrad.layers.op_cost import COMPUTE, OpCost, moved, product
 from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import Message, run_threads
 from natgrad.plan import bench, calibrate_links
@@ -50,7 +50,7 @@ def test_a_gpu_hides_its_launches_and_a_cpu_does_not():
 
 def test_arithmetic_or_memory_whichever_is_longer():
     machine = named("v100-ib")
-    thick, thin = Work("gemm", 1e12, 1.0, 4096), Work("gemm", 1.0, 1e9, 4096)
+    thick, thin = OpCost("gemm", 1e12, 1.0, 4096), OpCost("gemm", 1.0, 1e9, 4096)
     assert machine.device_seconds(thick) == pytest.approx(1e12 / machine.rate(thick))
     assert machine.device_seconds(thin) == pytest.approx(1e9 / machine.rates["elementwise"][0][1])
     assert set(COMPUTE) < set(KINDS)

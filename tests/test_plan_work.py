@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from natgrad.curvature import Diagonal, EigenKronecker, Full, Identity, Kronecker, SampleSpace, UnitWise
-from natgrad.curvature.base import Seen, part_of
+from natgrad.curvature.curvature import Extent, part_of
 from natgrad.layers import find_layers
-from natgrad.layers.work import COMPUTE
+from natgrad.layers.op_cost import COMPUTE
 from natgrad.models import CifarResNet, Mlp, PreActResNet, Vgg16
 from natgrad.models.imagenet import ImageResNet
 from natgrad.plan.machines import named
@@ -135,7 +135,7 @@ def test_directions_take_what_is_stated(kind, name):
     identities = {"A": torch.eye(i).repeat(b, 1, 1), "G": torch.eye(o).repeat(b, 1, 1)}
     inverses = {k: curvature.factor(k, v, torch.ones(b))[0] for k, v in identities.items()}
     real = counted(lambda: curvature.precondition(inverses, torch.ones(layer.shape), 1.0))
-    assert flops(curvature.precondition_work(layer, Seen(8, 1))) == real
+    assert flops(curvature.precondition_work(layer, Extent(8, 1))) == real
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_directions_take_what_is_stated(kind, name):
 )
 def test_every_curvature_states_all_of_its_work(curvature):
     layer, x, dy = layer_and_gradient("linear")
-    seen = Seen(64, 1)
+    seen = Extent(64, 1)
     for statistic in curvature.statistics:
         work = curvature.measure_work(layer, statistic.key, x.to("meta"), dy.to("meta"), 2)
         more = curvature.factor_work(layer, statistic.key, seen)

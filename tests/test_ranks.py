@@ -49,7 +49,7 @@ def test_without_loose_parameters(optimizer, double):
     "options",
     [
         {"length": natgrad.trust},
-        {"length": natgrad.PredictedChange(1e-3)},
+        {"length": natgrad.KLClip(1e-3)},
         {"length": natgrad.MeasuredChange(1e-3, first=2.0, least=1e-6)},
         {"length": natgrad.MeasuredChange(1e-3, least=1e-6), "rule": natgrad.Momentum(before=True)},
         {"rule": natgrad.Momentum(before=True, coefficient=natgrad.tied)},

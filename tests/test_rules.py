@@ -172,7 +172,7 @@ def test_the_predicted_change_stays_below_its_limit(limit):
     options = {"lr": 0.5, "momentum": 0.0, "samples": None}
     free, opt = (
         natgrad.SPNGD(plain, **options, length=natgrad.plain),
-        natgrad.SPNGD(model, **options, length=natgrad.PredictedChange(limit)),
+        natgrad.SPNGD(model, **options, length=natgrad.KLClip(limit)),
     )
     for m, o in ((plain, free), (model, opt)):
         backward(m, Net.batch(8, 0))

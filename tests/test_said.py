@@ -14,7 +14,7 @@ from natgrad.parallel import World
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 
 
-class Loose(nn.Module):
+class UncurvedParameter(nn.Module):
     def __init__(self):
         super().__init__()
         self.gain, self.head = nn.Parameter(torch.ones(30)), nn.Linear(4, 3)
@@ -61,7 +61,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_warnings_name_the_line_of_the_user():
-    model = Loose()
+    model = UncurvedParameter()
     with heard() as said:
         line = inspect.currentframe().f_lineno + 1
         natgrad.SPNGD(model, lr=0.1)
@@ -77,10 +77,10 @@ def test_warnings_name_the_line_of_the_user():
 
 
 def test_more_than_half_without_curvature_is_said_with_the_reasons():
-    (text,) = said_by(lambda: natgrad.SPNGD(Loose(), lr=0.1))
-    assert text.startswith("67% of the weights have no curvature: no layer is registered for Loose (67%)")
+    (text,) = said_by(lambda: natgrad.SPNGD(UncurvedParameter(), lr=0.1))
+    assert text.startswith("67% of the weights have no curvature: no layer is registered for UncurvedParameter (67%)")
     assert not said_by(lambda: natgrad.SPNGD(Mixed(), lr=0.1))
-    assert not said_by(lambda: natgrad.NLCG(Loose(), lr=0.1))  # its metric takes all
+    assert not said_by(lambda: natgrad.NLCG(UncurvedParameter(), lr=0.1))  # its metric takes all
 
 
 @every_optimizer

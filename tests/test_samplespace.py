@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from natgrad import CountSketch, Gaussian, Legacy, RowNorm, SampleSpace, Uniform
 from natgrad.capture import Sampler
-from natgrad.curvature import Sketch, rows
-from natgrad.curvature.rows import combine, conform, explicit, gram, numbers, project, stacked, thinned
+from natgrad.curvature import Sketch, per_sample
+from natgrad.curvature.per_sample import combine, conform, explicit, gram, numbers, project, stacked, thinned
 from natgrad.layers import layer_of
-from natgrad.layers.base import Shape
+from natgrad.layers.layer import Shape
 
 SHAPE = Shape(2, 3, 4)
 SKETCHES = [CountSketch, Uniform, RowNorm, Gaussian]
@@ -45,7 +45,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_does_what_its_columns_do(form, small, monkeypatch):
     if small:  # in portions
-        monkeypatch.setattr(rows, "AT_ONCE", 1)
+        monkeypatch.setattr(per_sample, "AT_ONCE", 1)
     build, shape = FORMS[form]
     own = build()
     columns = explicit(own, shape).flatten(1)

@@ -9,7 +9,7 @@ from torch import nn
 
 import natgrad
 from natgrad.parallel import World
-from natgrad.staleness import Adaptive, Budget
+from natgrad.refresh import Adaptive, Budget
 from natgrad.train.optimizers import KFac, SpNgd
 from natgrad.train.optimizers.curved import COEFFICIENTS, INVERSES, LENGTHS, NORMS, WIRES, how_far
 
@@ -47,7 +47,7 @@ OTHER = {
     "gather": "directions",
 }
 ADAPTIVE = {key: {"refresh": None} for key in ("tolerance", "widen_below", "limit")}
-BOUNDED = {"largest_change": {"length": "predicted_change"}}
+BOUNDED = {"largest_change": {"length": "kl_clip"}}
 NEEDS = {**ADAPTIVE, **BOUNDED, "norm_damping": {"norms": "unitwise"}}
 
 
@@ -98,20 +98,20 @@ def test_names_become_what_they_say(monkeypatch):
         widen_below=7,
         limit=5,
         norms="plain",
-        length="predicted_change",
+        length="kl_clip",
         largest_change=0.5,
         wire="bfloat16",
     )
     given = handed_over(settings, monkeypatch)
     assert given["refresh"] == Adaptive(0.2, 7, 5)
     assert given["curvature"] == (natgrad.Kronecker, natgrad.Identity())
-    assert given["length"] == natgrad.PredictedChange(0.5)
+    assert given["length"] == natgrad.KLClip(0.5)
     assert given["world"] == (torch.bfloat16, None, False, None)
     assert handed_over(KFac(), monkeypatch)["refresh"] == Adaptive()
     assert handed_over(KFac(refresh=10), monkeypatch)["refresh"] == 10
     assert handed_over(KFac(refresh=10, refresh_share=0.1), monkeypatch)["refresh"] == Budget(0.1, 10)
     assert handed_over(SpNgd(limit=5, refresh_share=0.1), monkeypatch)["refresh"] == Budget(0.1, Adaptive(limit=5))
-    assert how_far("predicted_change") == natgrad.PredictedChange()
+    assert how_far("kl_clip") == natgrad.KLClip()
     assert how_far("measured_change") == natgrad.MeasuredChange()
     assert how_far("measured_change", 0.5) == natgrad.MeasuredChange(0.5)
 

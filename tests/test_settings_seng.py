@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import natgrad
-from natgrad.optim.rules import Momentum, tied
+from natgrad.optim.directions import Momentum, tied
 from natgrad.parallel import World
 from natgrad.train.optimizers import Seng
 from natgrad.train.optimizers.curved import COEFFICIENTS, LENGTHS, WIRES
@@ -50,7 +50,7 @@ OTHER = {
 }
 NEEDS = {
     **{name: {"legacy": True, "replicated": True} for name in LEGACY},
-    "largest_change": {"length": "predicted_change"},
+    "largest_change": {"length": "kl_clip"},
 }
 
 
@@ -107,7 +107,7 @@ def test_names_become_what_they_say(monkeypatch):
         legacy=True,
         legacy_c=128,
         legacy_threshold=10,
-        length="predicted_change",
+        length="kl_clip",
         largest_change=0.5,
         coefficient="tied",
         replicated=True,
@@ -116,7 +116,7 @@ def test_names_become_what_they_say(monkeypatch):
     given = handed_over(settings, monkeypatch)
     assert given["sketch"] == natgrad.RowNorm(9)
     assert given["legacy"] == natgrad.Legacy(128, 10)
-    assert given["length"] == natgrad.PredictedChange(0.5)
+    assert given["length"] == natgrad.KLClip(0.5)
     assert given["rule"] == Momentum(False, tied, False)
     assert given["world"] == (torch.bfloat16, None, False, False, None)
     assert handed_over(Seng(), monkeypatch)["legacy"] is None

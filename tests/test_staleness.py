@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import natgrad
 from helpers import Net, backward, mlp, points, statistic
-from natgrad.staleness import Memory, Staleness
+from natgrad.refresh import History, Staleness
 
 MANY = 10**6
 
@@ -17,7 +17,7 @@ def replay(rule, changes, samples=MANY):
     interval = previous = 1
     result = []
     for pair in changes:
-        interval, previous = rule.next(Memory(pair, interval, previous, samples)), interval
+        interval, previous = rule.next(History(pair, interval, previous, samples)), interval
         result.append(interval)
     return result
 
@@ -34,28 +34,28 @@ def test_eighteen_refreshes_in_the_papers_longest_run():
         refreshes = 0
         while now <= steps:
             refreshes += 1
-            interval, previous = natgrad.Adaptive().next(Memory((0.0, 0.0), interval, previous, MANY)), interval
+            interval, previous = natgrad.Adaptive().next(History((0.0, 0.0), interval, previous, MANY)), interval
             now += interval
         assert refreshes == expected
 
 
 def test_a_change_halves_and_half_a_likeness_keeps():
     adaptive = natgrad.Adaptive()
-    assert adaptive.next(Memory((0.2, 0.0), 21, 13, MANY)) == 10
-    assert adaptive.next(Memory((0.05, 0.2), 21, 13, MANY)) == 21
-    assert adaptive.next(Memory((0.05, 0.05), 21, 13, MANY)) == 34
-    assert adaptive.next(Memory((0.2, 0.2), 1, 1, MANY)) == 1
-    assert adaptive.next(Memory((0.1, 0.0), 8, 5, MANY)) == 4  # not below the tolerance
-    assert adaptive.next(Memory((float("inf"), None), 8, 5, MANY)) == 4
-    assert natgrad.Adaptive(limit=30).next(Memory((0.0, 0.0), 21, 13, MANY)) == 30
+    assert adaptive.next(History((0.2, 0.0), 21, 13, MANY)) == 10
+    assert adaptive.next(History((0.05, 0.2), 21, 13, MANY)) == 21
+    assert adaptive.next(History((0.05, 0.05), 21, 13, MANY)) == 34
+    assert adaptive.next(History((0.2, 0.2), 1, 1, MANY)) == 1
+    assert adaptive.next(History((0.1, 0.0), 8, 5, MANY)) == 4  # not below the tolerance
+    assert adaptive.next(History((float("inf"), None), 8, 5, MANY)) == 4
+    assert natgrad.Adaptive(limit=30).next(History((0.0, 0.0), 21, 13, MANY)) == 30
 
 
 def test_the_tolerance_widens_as_samples_fall():
     adaptive = natgrad.Adaptive(tolerance=0.1, at=4096)
     for samples, tolerance in ((16_384, 0.1), (4096, 0.1), (1024, 0.2), (256, 0.4), (16, 1.6)):
         below, above = tolerance * 0.99, tolerance * 1.01
-        assert adaptive.next(Memory((below, below), 8, 5, samples)) == 13
-        assert adaptive.next(Memory((above, below), 8, 5, samples)) == 4
+        assert adaptive.next(History((below, below), 8, 5, samples)) == 13
+        assert adaptive.next(History((above, below), 8, 5, samples)) == 4
 
 
 @settings(deadline=None, derandomize=True)

@@ -1,5 +1,8 @@
 """The structure check finds what it should, and this tree has nothing to find."""
 
+import pytest
+
+import natgrad
 import structure
 
 
@@ -30,3 +33,35 @@ def test_circles_are_found_and_type_checking_is_not_one(tmp_path):
 def test_this_tree_is_in_order(capsys):
     circles = structure.cycles(structure.import_graph(structure.ROOT / "src"))
     assert circles == []
+
+
+def test_homonyms_are_found(tmp_path):
+    write(
+        tmp_path,
+        {
+            "p/__init__.py": "",
+            "p/a/step.py": "class One: pass\nclass _Own: pass\n",
+            "p/b/step.py": "class _Own: pass\n",
+            "p/b/other.py": "class One: pass\n",
+            "p/train/step.py": "class One: pass\n",
+        },
+    )
+    found = structure.homonyms(structure.library(tmp_path).values(), tmp_path)
+    assert found == [
+        "two files are called step.py: p/a/step.py, p/b/step.py",
+        "two classes are called One: p/a/step.py, p/b/other.py",
+    ]
+
+
+def test_files_that_a_page_names_exist(tmp_path):
+    write(tmp_path, {"page.md": "`a/b.py`, `b.py`, `c.py`, `x/b.py` and b.py\n"})
+    found = structure.missing([tmp_path / "page.md"], [tmp_path / "a" / "b.py"])
+    assert found == ["page.md names c.py, which does not exist", "page.md names x/b.py, which does not exist"]
+
+
+def test_names_of_the_version_before_warn():
+    for old, new in natgrad.RENAMED.items():
+        with pytest.warns(DeprecationWarning, match=f"natgrad.{old} is now natgrad.{new}"):
+            assert getattr(natgrad, old) is getattr(natgrad, new)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        natgrad.Nothing  # noqa: B018

@@ -9,10 +9,10 @@ import natgrad
 from helpers import Mixed, backward, clone, quiet, train, weights
 from multi import share
 from natgrad.capture import Measured
+from natgrad.curvature_engine import SeenByRanks
 from natgrad.models.imagenet import ImageResNet
-from natgrad.parallel import Parcel, World, run_threads
+from natgrad.parallel import OwnedTensor, World, run_threads
 from natgrad.parallel.transport import Alone
-from natgrad.preconditioner import Found
 
 
 def counts(model, ranks=2, steps=1, kind=natgrad.SPNGD, **options):
@@ -89,13 +89,13 @@ def test_an_all_fresh_step_of_a_resnet50_sends_the_papers_bytes(wire):
     keys = [(k, m.key) for k, cell in enumerate(opt.cells) for m in cell.curvature.statistics]
     nothing = Measured({}, {}, 1, {}, 1.0, None, 0.0, {})
     weights = dict.fromkeys(keys, 1.0)
-    parcels = opt.engine._parcels(keys, nothing, Found(1, 1, "", None, weights, {}), 1.0, "mean", 1.0)
+    parcels = opt.engine._parcels(keys, nothing, SeenByRanks(1, 1, "", None, weights, {}), 1.0, "mean", 1.0)
     world.reduce_narrow(parcels, "statistics")
     narrower = 1 if wire is None else 2
     assert world.sent["statistics"] / 1e6 == pytest.approx(308.2 / narrower, abs=0.1)
     assert sum(4 * p.tensor.numel() for p in parcels) / 1e6 == pytest.approx(615.8, abs=0.1)
     assert len(opt.cells) == 107
-    weights = [Parcel(p.detach(), c.owner) for c in opt.cells for p in c.layer.parameters]
+    weights = [OwnedTensor(p.detach(), c.owner) for c in opt.cells for p in c.layer.parameters]
     world.gather_narrow(weights, "weights")
     assert world.sent["weights"] == 4 * 25_557_032 / narrower
 
@@ -134,7 +134,7 @@ def test_a_narrow_sum_survives_every_scale(wire, size):
 
     def work(world):
         tensor = torch.full((1, 3, 3), size * (1 + world.rank))
-        return world.reduce_narrow([Parcel(tensor, 1, True)])[0]
+        return world.reduce_narrow([OwnedTensor(tensor, 1, True)])[0]
 
     result = run_threads(3, work, wire=wire)
     assert result[0] is None

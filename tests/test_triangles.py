@@ -11,11 +11,11 @@ from torch.testing import assert_close
 import golden
 import natgrad
 from helpers import Net, backward, clone, statistic, train, weights
-from natgrad import cell, triangles
+from natgrad import layer_state, triangles
 from natgrad.curvature import Kronecker
 from natgrad.optim import LayerBlocks
 from natgrad.optim.fallback import Adam
-from natgrad.optim.state import squares
+from natgrad.optim.state_dict import squares
 from natgrad.parallel import run_threads
 from natgrad.triangles import SymmetricSlabs, halves, slabs
 
@@ -137,7 +137,7 @@ def test_half_precision_decides_as_single_precision(monkeypatch, tolerance):
     refresh = natgrad.Adaptive(tolerance)
     opt, narrow, end = decided(refresh)
     assert statistic(opt, "0", "A_before").dtype == torch.bfloat16
-    monkeypatch.setattr(cell, "NARROW", {torch.float32: torch.float32})
+    monkeypatch.setattr(layer_state, "NARROW", {torch.float32: torch.float32})
     opt, wide, other = decided(refresh)
     assert statistic(opt, "0", "A_before").dtype == torch.float32
     assert narrow == wide

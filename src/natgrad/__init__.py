@@ -1,5 +1,8 @@
 """natgrad: second-order training with very large mini-batches, on unmodified PyTorch models."""
 
+import warnings
+from typing import Any
+
 from natgrad.curvature import (
     CountSketch,
     Diagonal,
@@ -25,6 +28,7 @@ from natgrad.optim import (
     Categorical,
     CurvatureStep,
     DiagonalBFGS,
+    KLClip,
     LastStep,
     LayerBlocks,
     MeasuredChange,
@@ -32,7 +36,6 @@ from natgrad.optim import (
     Momentum,
     NatgradWarning,
     Normal,
-    PredictedChange,
     Products,
     Scheduled,
     SecondMoment,
@@ -46,18 +49,29 @@ from natgrad.optim import (
     hestenes_stiefel,
     hs_dy,
     kfac_blocks,
+    kl_clip,
     measured_change,
     plain,
     polak_ribiere,
-    predicted_change,
     spngd_blocks,
     tied,
     trust,
 )
 from natgrad.parallel import World
-from natgrad.staleness import Adaptive, Budget, Every, Staleness
+from natgrad.refresh import Adaptive, Budget, Every, Staleness
 
 __version__ = "0.1.0"
+
+RENAMED = {"PredictedChange": "KLClip", "predicted_change": "kl_clip"}
+"""Names of the version before, which warn in this one."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in RENAMED:
+        raise AttributeError(f"module 'natgrad' has no attribute {name!r}")
+    warnings.warn(f"natgrad.{name} is now natgrad.{RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[RENAMED[name]]
+
 
 __all__ = [
     "KFAC",
@@ -78,6 +92,7 @@ __all__ = [
     "Full",
     "Gaussian",
     "Identity",
+    "KLClip",
     "Kronecker",
     "LastStep",
     "LayerBlocks",
@@ -87,7 +102,6 @@ __all__ = [
     "Momentum",
     "NatgradWarning",
     "Normal",
-    "PredictedChange",
     "Products",
     "RowNorm",
     "SampleSpace",
@@ -108,10 +122,10 @@ __all__ = [
     "hestenes_stiefel",
     "hs_dy",
     "kfac_blocks",
+    "kl_clip",
     "measured_change",
     "plain",
     "polak_ribiere",
-    "predicted_change",
     "spngd_blocks",
     "tied",
     "trust",

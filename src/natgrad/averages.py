@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.cell import Cell, relative
+from natgrad.layer_state import LayerState, relative
 from natgrad.readings import Readings
-from natgrad.staleness import Told
+from natgrad.refresh import NextInterval
 
 TOGETHER = 2**20  # numbers that are looked at in one go: their differences need as much memory, best in a cache
 
@@ -19,7 +19,7 @@ TOGETHER = 2**20  # numbers that are looked at in one go: their differences need
 class Fresh(NamedTuple):
     """A measurement of one statistic at its holder, and how many samples it is worth."""
 
-    cell: Cell
+    cell: LayerState
     key: str
     value: Tensor
     samples: int
@@ -30,7 +30,7 @@ class Fresh(NamedTuple):
         return self.cell.state()[self.key]
 
 
-def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[Told]]:
+def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[NextInterval]]:
     """Take in measurements. What is returned gives, after a read, for each when the next one is due.
 
     An interval of 0 stands for a statistic that has become infinite. The staleness rule is told |X - Y| / |Y| for each
@@ -44,8 +44,8 @@ def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[Told
         readings.ask(numbers, heard.append)
         _write(batch, fresh)
 
-    def intervals() -> list[Told]:
-        told = list[Told]()
+    def intervals() -> list[NextInterval]:
+        told = list[NextInterval]()
         for batch, counts, numbers in zip(batches, pasts, heard):
             values = iter(numbers.tolist())
             sound = [math.isfinite(next(values)) for _ in batch]
@@ -54,7 +54,7 @@ def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[Told
                 for one, count in zip(batch, counts)
             ]
             told += [
-                one.cell.next_interval(one.key, changed, one.samples) if good else Told(0)
+                one.cell.next_interval(one.key, changed, one.samples) if good else NextInterval(0)
                 for one, changed, good in zip(batch, changes, sound)
             ]
         return told

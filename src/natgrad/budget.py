@@ -1,6 +1,6 @@
 """Which of the statistics that are due a step measures and which it inverts, under a limit of work (staleness.Budget).
 
-Everything is counted in operations (layers/work.py), from numbers that all ranks share: what a sample's passes take,
+Everything is counted in operations (layers/op_cost.py), from numbers that all ranks share: what a sample's passes take,
 what measuring a statistic takes on every rank, taking in and factoring at its holder, and how much it has changed. So
 all ranks decide alike without a message, before the forward pass, and a run that was stopped decides as one that was
 not.
@@ -35,12 +35,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from natgrad.capture import Form, Measured
-from natgrad.cell import Cell
-from natgrad.curvature.base import Seen, Statistic
-from natgrad.layers.work import Work, moved, price
+from natgrad.capture import Measured, OutputForm
+from natgrad.curvature.curvature import Extent, Statistic
+from natgrad.layer_state import LayerState
+from natgrad.layers.op_cost import OpCost, moved, price
 from natgrad.parallel import World
-from natgrad.staleness import Budget
+from natgrad.refresh import Budget
 
 LEAST = 1 / 8
 """The least priority of a change: where all wait, a statistic that stands still is measured an eighth as often as one
@@ -54,7 +54,7 @@ Due = dict[int, tuple[Statistic, ...]]
 class Item(NamedTuple):
     """One piece of work: on every rank, and beside it at the holders of a layer's statistics."""
 
-    cell: Cell
+    cell: LayerState
     keys: tuple[str, ...]
     priority: float
     everyone: float
@@ -62,7 +62,7 @@ class Item(NamedTuple):
     """By rank."""
 
     @property
-    def jobs(self) -> set[tuple[Cell, str]]:
+    def jobs(self) -> set[tuple[LayerState, str]]:
         return {(self.cell, key) for key in self.keys}
 
 
@@ -121,12 +121,12 @@ class Purse:
 class Spending:
     """The choices of a step, between `begin` and `invert`."""
 
-    def __init__(self, cells: Sequence[Cell], world: World, purse: Purse):
+    def __init__(self, cells: Sequence[LayerState], world: World, purse: Purse):
         self.cells, self.world, self.purse = cells, world, purse
-        self._known: dict[tuple[Cell, tuple[Form, ...], int], list[float]] = {}
+        self._known: dict[tuple[LayerState, tuple[OutputForm, ...], int], list[float]] = {}
         self._begin(0)
 
-    def replace(self, cells: Sequence[Cell]) -> None:
+    def replace(self, cells: Sequence[LayerState]) -> None:
         """Some layers have become others, between `measure` and `invert`."""
         self.cells = cells
         self._known.clear()
@@ -140,7 +140,7 @@ class Spending:
         debt = self.purse.debt
         self.limit = max(0.0, self.purse.share - debt) * self.passes
         self.alone = debt == 0
-        self.exempt: set[tuple[Cell, str]] = set()
+        self.exempt: set[tuple[LayerState, str]] = set()
         self.reserved: list[Item] = []
 
     # --- before the forward pass ---
@@ -166,12 +166,12 @@ class Spending:
         chosen = {i: tuple(m for m in own if (self.cells[i], m.key) in taken) for i, own in due.items()}
         return {i: own for i, own in chosen.items() if own}
 
-    def _exempt(self, cell: Cell, key: str) -> bool:
+    def _exempt(self, cell: LayerState, key: str) -> bool:
         """Whether a statistic is measured whatever it takes, or nobody knows what it takes."""
         next_step, _, _, refreshes = cell.clock(key)
         return next_step <= 0 or refreshes == 0 or not any(cell.numbers[f"{key}_budget"][1:])
 
-    def _measuring(self, jobs: Iterable[tuple[Cell, str]]) -> list[Item]:
+    def _measuring(self, jobs: Iterable[tuple[LayerState, str]]) -> list[Item]:
         """Measurements, by how long they wait and how much has changed."""
         items = []
         for cell, keys in by_layer(jobs).items():
@@ -203,7 +203,7 @@ class Spending:
         self.bill, self.exempt, self.reserved = Bill(), set(), []
         return [wanted[job] for job in wanted if job in chosen]
 
-    def _factors(self, jobs: Iterable[tuple[Cell, str]]) -> list[Item]:
+    def _factors(self, jobs: Iterable[tuple[LayerState, str]]) -> list[Item]:
         """Inverses to be made, by the age of what they are of and how much has changed."""
         items = []
         for cell, keys in by_layer(jobs).items():
@@ -262,7 +262,7 @@ class Spending:
         cell = self.cells[index]
         cell.numbers[f"{key}_budget"] = [change, *cell.numbers[f"{key}_budget"][1:]]
 
-    def _counted(self, cell: Cell, forms: tuple[Form, ...], samples: int) -> list[float]:
+    def _counted(self, cell: LayerState, forms: tuple[OutputForm, ...], samples: int) -> list[float]:
         """`count` of one layer with all of its statistics, remembered: most steps look alike."""
         if (found := self._known.get((cell, forms, samples))) is None:
             if len(self._known) >= KNOWN:
@@ -271,9 +271,9 @@ class Spending:
         return found
 
 
-def by_layer(jobs: Iterable[tuple[Cell, str]]) -> dict[Cell, tuple[str, ...]]:
+def by_layer(jobs: Iterable[tuple[LayerState, str]]) -> dict[LayerState, tuple[str, ...]]:
     """The statistics of each layer, in their order."""
-    found: dict[Cell, tuple[str, ...]] = {}
+    found: dict[LayerState, tuple[str, ...]] = {}
     for cell, key in jobs:
         found[cell] = (*found.get(cell, ()), key)
     return found
@@ -289,7 +289,7 @@ def first(item: Item) -> float:
     return -item.priority
 
 
-def counted(cell: Cell, forms: Sequence[Form], samples: int, ranks: int) -> list[float]:
+def counted(cell: LayerState, forms: Sequence[OutputForm], samples: int, ranks: int) -> list[float]:
     """What calls of a layer take on one of `ranks` ranks, of whose step they are: passes; of each statistic work."""
     passes, inputs = 0.0, 0.0
     measuring = dict.fromkeys(cell.keys, 0.0)
@@ -304,14 +304,14 @@ def counted(cell: Cell, forms: Sequence[Form], samples: int, ranks: int) -> list
         rows += n * places
         for key in cell.keys:
             measuring[key] += price(cell.curvature.measure_work(cell.layer, key, x, y, ranks))
-    seen = Seen(samples * ranks, max(1, round(rows / max(samples, 1))))
+    seen = Extent(samples * ranks, max(1, round(rows / max(samples, 1))))
     found = [passes, inputs]
     for key in cell.keys:
         found += [measuring[key], *(price(own) for own in holder_work(cell, key, seen))] if forms else [0.0] * 3
     return found
 
 
-def holder_work(cell: Cell, key: str, seen: Seen) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+def holder_work(cell: LayerState, key: str, seen: Extent) -> tuple[tuple[OpCost, ...], tuple[OpCost, ...]]:
     """What a statistic takes at its holder: taking in (unpacking, comparing, copying), and factoring."""
     statistic = next(m for m in cell.statistics if m.key == key)
     factoring = () if cell.curvature.joint else cell.curvature.factor_work(cell.layer, key, seen)

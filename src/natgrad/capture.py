@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.checksum import Checksum
-from natgrad.curvature.base import Draw, Moment, Statistic
-from natgrad.curvature.rows import Rows, Sample, count, longer, places_of, stacked, thinned
-from natgrad.hooks import Begin, Deposit, End, Judge, LayerHook, deposits
-from natgrad.layers import Layer, Loose
-from natgrad.layers.base import promote
+from natgrad.curvature.curvature import Draw, Moment, Statistic
+from natgrad.curvature.per_sample import Rows, Sample, count, longer, places_of, stacked, thinned
+from natgrad.hooks import Begin, Deposit, End, LayerHook, LogitGradientScaling, deposits
+from natgrad.layers import Layer, UncurvedParameter
+from natgrad.layers.layer import promote
 from natgrad.readings import Readings, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
 
@@ -47,7 +47,7 @@ LOGITS = -1  # the "layer" whose output is the model's
 TOLD = ("predictions", "steepness")  # what devices count of an episode
 
 
-class Form(NamedTuple):
+class OutputForm(NamedTuple):
     """What a measured call looked like: the sizes of its input, samples first, and of its output.
 
     first: nobody wants the gradient of the input.
@@ -66,7 +66,7 @@ class Watch(NamedTuple):
 
 
 @dataclass
-class Seen:
+class LayerSeen:
     """What the passes of a step showed of one layer on this rank."""
 
     calls: int = 0  # that a backward pass has reached (with drawn labels: theirs)
@@ -81,7 +81,7 @@ class Seen:
     again: bool = False  # it was called more than once outside of the model
     finite: bool = True  # all that was measured of it
     swapped: bool = False  # its module had another weight or another forward method than it had been found with
-    forms: list[Form] = field(default_factory=list)  # of its measured calls
+    forms: list[OutputForm] = field(default_factory=list)  # of its measured calls
 
 
 class Measured(NamedTuple):
@@ -94,7 +94,7 @@ class Measured(NamedTuple):
     predictions: float  # of all these samples
     by: int | None  # who told the predictions: a layer, the model's output (LOGITS), or nobody
     steepness: float  # the largest sum of absolute gradients of one prediction's logits, of a softmax; 0 of others
-    seen: dict[int, Seen]
+    seen: dict[int, LayerSeen]
     half: tuple[float, int] | None = (
         None  # the squared norm of what the first passes left in the gradients, their samples
     )
@@ -143,7 +143,7 @@ class Call:
     form: str = ""  # of the model's output: predictions are its "rows", all but the "last" dimension, or "elements"
     task: int = -1
     kept: list[tuple[Statistic, Any, Draw]] = field(default_factory=list)
-    sizes: Form | None = None
+    sizes: OutputForm | None = None
     looked: Any = None
     deep: bool = False  # its input has more than one dimension that could be that of samples
     swapped: bool = False  # the module was not as it had been found
@@ -176,7 +176,7 @@ class Capture:
         self.drew = False  # labels were drawn, and no gradient has come since
         self._twice = False  # for a forward pass for which labels had been drawn before
         self.halves = False  # look at the gradients once between the passes of a step
-        self.judged: Judge | None = None  # where rows are weighed by the gradients of the logits
+        self.judged: LogitGradientScaling | None = None  # where rows are weighed by the gradients of the logits
         self._checks: dict[int, Checksum] = {}
         self._checked: set[int] = set()  # layers that have a checksum in this step
         self._measured: Counter[int] = Counter()  # how often each layer was measured
@@ -208,7 +208,7 @@ class Capture:
         self._checked = {k for k in watches if (n := self._measured[k]) < FIRST or (n + k) % EVERY == 0}
         armed = self.armed
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, Loose):
+            if isinstance(layer, UncurvedParameter):
                 continue  # nothing to read, and its module may take what it likes
             for place, parameter in enumerate(layer.parameters):
                 if parameter.requires_grad and (index, place) not in self._hooked:  # it may have been frozen before
@@ -242,7 +242,7 @@ class Capture:
         self._sums: dict[Key, Tensor] = {}
         self._weights: dict[Key, int] = {}
         self._rows: dict[Key, Sample] = {}
-        self._seen: dict[int, Seen] = defaultdict(Seen)
+        self._seen: dict[int, LayerSeen] = defaultdict(LayerSeen)
         for check in self._checks.values():
             check.reset()
         self._task = -1
@@ -308,7 +308,7 @@ class Capture:
                         call.looked = self._checksum(index).look(x, output)
                 draws = self._draws(index, episode, call, x.device)
                 moved = x.movedim(dim, 0)
-                call.sizes = Form(moved.shape, output.shape, first)
+                call.sizes = OutputForm(moved.shape, output.shape, first)
                 kept = output if dim == 0 else None
                 call.kept = [(m, m.before(layer, moved, draws[m.draws], kept), draws[m.draws]) for m in watch.moments]
         if self.edges is not None:

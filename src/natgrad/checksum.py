@@ -21,7 +21,7 @@ from torch import Tensor
 
 from natgrad.generators import generator_on
 from natgrad.layers import Layer
-from natgrad.layers.base import at_least_single
+from natgrad.layers.layer import at_least_single
 
 ROUNDINGS = 64  # units of rounding by which both sides may differ in single and double precision
 MOST_ADDED_UP = 0.03  # of the gradient: where torch itself is further off, nothing could be told

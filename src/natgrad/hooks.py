@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature.rows import Sample, scaled
+from natgrad.curvature.per_sample import Sample, scaled
 
 if TYPE_CHECKING:
     from natgrad.capture import Call, Capture
@@ -146,7 +146,7 @@ def logits_of(output: Any, dims: int = 2) -> Tensor | None:
     return None
 
 
-class Judge:
+class LogitGradientScaling:
     """Divides each sample's gradients by the norm of its own logits' gradient (arXiv 2406.06420, eq. 14)."""
 
     def weigh(self, rows: Sample, squares: Tensor | None, samples: int) -> Sample:

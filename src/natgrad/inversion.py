@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.cell import Cell
 from natgrad.curvature import Curvature
-from natgrad.parallel import Parcel, World
+from natgrad.layer_state import LayerState
+from natgrad.parallel import OwnedTensor, World
 from natgrad.readings import Readings, together
 from natgrad.stacks import Storage
 
@@ -42,7 +42,12 @@ class Inversion:
     """The inversions of one step: `jobs`, the same on every rank, with each cell's damping."""
 
     def __init__(
-        self, cells: Sequence[Cell], storage: Storage, world: World, jobs: Sequence[Job], dampings: Sequence[float]
+        self,
+        cells: Sequence[LayerState],
+        storage: Storage,
+        world: World,
+        jobs: Sequence[Job],
+        dampings: Sequence[float],
     ):
         self.cells, self.storage, self.world, self.dampings = cells, storage, world, dampings
         self.jobs = list(jobs)
@@ -78,7 +83,7 @@ class Inversion:
             for key, part in curvature.split(own, damping).items():
                 self.parts |= {(k, key): value for k, value in zip(some, part.split(counts[key]))}
 
-    def _held(self, cell: Cell) -> list[str]:
+    def _held(self, cell: LayerState) -> list[str]:
         """The statistics of a layer that this rank holds."""
         return [key for key in cell.keys if cell.holders[key] == self.world.rank]
 
@@ -210,7 +215,7 @@ class Inversion:
                 inverse = cell.zeros(shape, device=None if mine else "meta")
             if mine:
                 received.append((index, f"{key}_inverse", inverse))
-            parcels.append(Parcel(inverse, cell.owner, moment.symmetric))
+            parcels.append(OwnedTensor(inverse, cell.owner, moment.symmetric))
             sources.append(cell.holders[key])
         self.world.send(parcels, sources, "inverses")
         for index, name, inverse in received:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Draw
+from natgrad.curvature.curvature import Draw
 from natgrad.generators import generator_on
 
 

@@ -5,7 +5,7 @@ W[b, o, i], same param_group. So a step costs a few operations for each kind of 
 
     vectors      one flat tensor for everything of a layer's form (momentum, sums of gradients, ...)
     statistics   for layers that are alike one tensor [blocks of all, ...] of each statistic and of its inverse, in the
-                 form in which the cells keep them (Cell.forms)
+                 form in which the cells keep them (LayerState.forms)
     numbers      clocks, dampings, step counts: one small tensor on the host, and the same numbers as python lists
 
 `optimizer.state` has the fixed keys and shapes that trainers and checkpoints know. Trainers replace its dictionaries
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from natgrad.cell import Cell
-from natgrad.layers import Loose
-from natgrad.layers.base import real, real_type
+from natgrad.layer_state import LayerState
+from natgrad.layers import UncurvedParameter
+from natgrad.layers.layer import real, real_type
 from natgrad.readings import Readings
 
 State = Mapping[Any, dict[str, Any]]
@@ -55,10 +55,10 @@ class Layout:
     alike: layers with the same value are interchangeable in every formula, and stand next to each other.
     """
 
-    def __init__(self, kind: Kind, places: Sequence[int], cells: Sequence[Cell], alike: Sequence[Hashable]):
+    def __init__(self, kind: Kind, places: Sequence[int], cells: Sequence[LayerState], alike: Sequence[Hashable]):
         self.kind = kind
         first = {key: k for k, key in reversed(list(enumerate(alike)))}
-        loose = [isinstance(cell.layer, Loose) for cell in cells]
+        loose = [isinstance(cell.layer, UncurvedParameter) for cell in cells]
         sizes = [cell.layer.shape.numel for cell in cells]
         self.order = sorted(places, key=lambda k: (cells[k].owner, loose[k], first[alike[k]], sizes[k], k))
         self.start: dict[int, int] = {}
@@ -70,7 +70,9 @@ class Layout:
             self.views |= zip(layer.parameters, views_of(cells[k], self.numel))
             self.numel += layer.shape.numel
 
-    def fill(self, vector: Tensor, begin: int, cells: Iterable[Cell], values: Callable[[nn.Parameter], Tensor]) -> None:
+    def fill(
+        self, vector: Tensor, begin: int, cells: Iterable[LayerState], values: Callable[[nn.Parameter], Tensor]
+    ) -> None:
         """Write a tensor for each parameter of these layers into a flat vector that begins at this place."""
         parameters = [p for cell in cells for p in cell.layer.parameters]
         if parameters:
@@ -78,7 +80,7 @@ class Layout:
             torch._foreach_copy_(views, [real(values(p)) for p in parameters])
 
 
-def views_of(cell: Cell, start: int) -> list[View]:
+def views_of(cell: LayerState, start: int) -> list[View]:
     """How the parameters of a layer lie in a flat vector in which its W[b, o, i] begins at `start`."""
     layer = cell.layer
     marked = torch.empty(layer.shape, dtype=torch.float32, device="meta")
@@ -171,7 +173,7 @@ class Storage:
 
     def __init__(
         self,
-        cells: Sequence[Cell],
+        cells: Sequence[LayerState],
         state: State,
         group: Callable[[nn.Parameter], int],
         rank: int,
@@ -391,7 +393,7 @@ class Numbers:
         return key in self.places
 
 
-def kind_of(cell: Cell) -> Kind:
+def kind_of(cell: LayerState) -> Kind:
     """What decides which vectors a layer's numbers are in."""
     weight, *others = cell.layer.parameters
     wire = real(weight.detach()).dtype
@@ -400,10 +402,10 @@ def kind_of(cell: Cell) -> Kind:
     return real_type(weight), weight.device, wire
 
 
-def likeness(cell: Cell, group: Callable[[nn.Parameter], int], place: int) -> Hashable:
+def likeness(cell: LayerState, group: Callable[[nn.Parameter], int], place: int) -> Hashable:
     """What layers have in common that every formula may take together."""
     layer = cell.layer
-    if isinstance(layer, Loose):
+    if isinstance(layer, UncurvedParameter):
         return "loose", group(layer.parameters[0])
     if cell.split:
         return place
@@ -411,7 +413,7 @@ def likeness(cell: Cell, group: Callable[[nn.Parameter], int], place: int) -> Ha
     return cell.curvature, layer.shape.out, layer.shape.inner, sides, group(layer.parameters[0])
 
 
-def is_number(cell: Cell, key: str, value: Any) -> bool:
+def is_number(cell: LayerState, key: str, value: Any) -> bool:
     """Whether a state holds a few numbers on the host under a name: a clock, a damping, a count."""
     if not isinstance(value, Tensor) or key == "master" or key in cell.row_names:
         return False

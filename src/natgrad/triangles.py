@@ -50,7 +50,7 @@ class Piece(NamedTuple):
         return self.many * self.rows * self.columns
 
 
-class Form:
+class PackedForm:
     """How symmetric [b, n, n] lie in [b, numel]: piece by piece, those below the diagonal first."""
 
     def __init__(self, n: int, pieces: Sequence[Piece]):
@@ -110,7 +110,7 @@ class Form:
         return (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)) / self.n
 
 
-def halves(n: int) -> Form | None:
+def halves(n: int) -> PackedForm | None:
     """The form in which a matrix is kept that is not multiplied by; None: as a square."""
     if n < LEAST:
         return None
@@ -120,22 +120,24 @@ def halves(n: int) -> Form | None:
     rest = n - even  # the last rows
     below = [Piece(1 << k, half := even >> (k + 1), half, half, 0, 2 * half, half) for k in range(levels)]
     below.append(Piece(1, rest, even, even, 0, 0, even))
-    return Form(n, [*below, Piece(1 << levels, block, block, 0, 0, block, 0), Piece(1, rest, rest, even, even, 0, 0)])
+    return PackedForm(
+        n, [*below, Piece(1 << levels, block, block, 0, 0, block, 0), Piece(1, rest, rest, even, even, 0, 0)]
+    )
 
 
-def slabs(n: int) -> Form | None:
+def slabs(n: int) -> PackedForm | None:
     """The form in which a matrix is kept that gradients are multiplied by; None: as a square."""
     count = min(MOST, n // ROWS)
     if n < SLABBED or count < 2:
         return None
     ends = [n * (k + 1) // count for k in range(count)]
-    return Form(n, [Piece(1, end - begin, end, begin, 0, 0, begin) for begin, end in zip([0, *ends], ends)])
+    return PackedForm(n, [Piece(1, end - begin, end, begin, 0, 0, begin) for begin, end in zip([0, *ends], ends)])
 
 
 class SymmetricSlabs:
     """Symmetric matrices [b, n, n] kept as slabs: what has `@` with tensors from both sides, and nothing else."""
 
-    def __init__(self, form: Form, packed: Tensor):
+    def __init__(self, form: PackedForm, packed: Tensor):
         self.shape = torch.Size((len(packed), form.n, form.n))
         self.slabs = [
             (piece.row, piece.row + piece.rows, part.squeeze(1)) for piece, part in zip(form.pieces, form.parts(packed))

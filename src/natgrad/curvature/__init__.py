@@ -1,15 +1,15 @@
 """What a layer's curvature looks like: pure functions over its statistics."""
 
-from natgrad.curvature.base import Cost, Curvature, Draw, Moment, Seen, Statistic
+from natgrad.curvature.curvature import Cost, Curvature, Draw, Extent, Moment, Statistic
 from natgrad.curvature.diagonal import Diagonal
 from natgrad.curvature.eigen import EigenKronecker
 from natgrad.curvature.full import Full
 from natgrad.curvature.identity import Identity
 from natgrad.curvature.kronecker import Kronecker
 from natgrad.curvature.legacy import Legacy
-from natgrad.curvature.rows import Rows
-from natgrad.curvature.samplespace import SampleSpace
-from natgrad.curvature.sketching import CountSketch, Gaussian, RowNorm, Sketch, Uniform
+from natgrad.curvature.per_sample import Rows
+from natgrad.curvature.sample_space import SampleSpace
+from natgrad.curvature.sketch import CountSketch, Gaussian, RowNorm, Sketch, Uniform
 from natgrad.curvature.unitwise import UnitWise
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Diagonal",
     "Draw",
     "EigenKronecker",
+    "Extent",
     "Full",
     "Gaussian",
     "Identity",
@@ -28,7 +29,6 @@ __all__ = [
     "RowNorm",
     "Rows",
     "SampleSpace",
-    "Seen",
     "Sketch",
     "Statistic",
     "Uniform",

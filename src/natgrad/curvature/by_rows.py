@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Curvature
-from natgrad.curvature.rows import Sample
-from natgrad.layers.base import Shape
+from natgrad.curvature.curvature import Curvature
+from natgrad.curvature.per_sample import Sample
+from natgrad.layers.layer import Shape
 
 
 class ByRows(Curvature):

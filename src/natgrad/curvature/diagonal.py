@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost, Curvature, Moment, Seen
+from natgrad.curvature.curvature import Cost, Curvature, Extent, Moment
 from natgrad.curvature.unitwise import SampleMoment
-from natgrad.layers.base import Layer, Shape
-from natgrad.layers.work import Work, moved
+from natgrad.layers.layer import Layer, Shape
+from natgrad.layers.op_cost import OpCost, moved
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Diagonal(Curvature):
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         return torch.diag(statistics["F"].flatten() + damping)
 
-    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+    def factor_work(self, layer: Layer, key: str, seen: Extent) -> tuple[OpCost, ...]:
         return (moved(layer.shape.numel, 4, calls=3),)
 
-    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+    def precondition_work(self, layer: Layer, seen: Extent) -> tuple[OpCost, ...]:
         return (moved(layer.shape.numel, 3, calls=2),)
 
     def cost(self, layer: Layer, rows: int) -> Cost:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost, Seen
+from natgrad.curvature.curvature import Cost, Extent
 from natgrad.curvature.kronecker import Kronecker
-from natgrad.layers.base import Layer
-from natgrad.layers.work import Work, moved, product
+from natgrad.layers.layer import Layer
+from natgrad.layers.op_cost import OpCost, moved, product
 from natgrad.linalg import eigen
 
 EIGEN_COST = 6.0  # against a Cholesky inverse of the same size
@@ -30,7 +30,7 @@ class EigenKronecker(Kronecker):
     """Two factors by their eigenvectors, divided by the trace-norm pi; a new damping acts at once."""
 
     name: str = field(default="kronecker by eigenvectors", init=False)
-    redamps = True
+    damps_at_apply = True
     multiplies = False
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -57,15 +57,15 @@ class EigenKronecker(Kronecker):
         turned = turned if qg is None else qg @ turned
         return turned if qa is None else turned @ qa.mT
 
-    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+    def factor_work(self, layer: Layer, key: str, seen: Extent) -> tuple[OpCost, ...]:
         """An eigendecomposition, counted in the d^3 operations of a Cholesky inverse."""
         side, diagonal = self._sides(layer)[key]
         blocks = layer.shape.blocks
         if diagonal:
             return (moved(blocks * side, 2),)
-        return (Work("eigen", float(blocks * side**3), 4.0 * 6 * blocks * side**2, side, 6),)
+        return (OpCost("eigen", float(blocks * side**3), 4.0 * 6 * blocks * side**2, side, 6),)
 
-    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+    def precondition_work(self, layer: Layer, seen: Extent) -> tuple[OpCost, ...]:
         """To the eigenvectors and back: two products with each factor."""
         b, o, i = layer.shape
         left = () if self.diagonal_g else (product(o, o, i, 2 * b, 2),)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost, Curvature, Moment, Seen
+from natgrad.curvature.curvature import Cost, Curvature, Extent, Moment
 from natgrad.curvature.unitwise import SampleMoment
-from natgrad.layers.base import Layer, Shape
-from natgrad.layers.work import Work, moment_of, moved
+from natgrad.layers.layer import Layer, Shape
+from natgrad.layers.op_cost import OpCost, moment_of, moved
 from natgrad.linalg import damped_inverse, first_inverse
 
 
@@ -26,7 +26,7 @@ class WholeMoment(SampleMoment):
     def shape(self, layer: Layer) -> tuple[int, ...]:
         return 1, layer.shape.numel, layer.shape.numel
 
-    def close_work(self, layer: Layer, samples: int) -> tuple[Work, ...]:
+    def close_work(self, layer: Layer, samples: int) -> tuple[OpCost, ...]:
         return moved(samples * layer.shape.numel, 2, calls=3), moment_of(samples, layer.shape.numel)
 
     def close(self, parts: list[Tensor]) -> Tensor:
@@ -64,12 +64,12 @@ class Full(Curvature):
         eye = torch.eye(shape.numel, dtype=statistics["F"].dtype)
         return statistics["F"][0] + self.coefficient * damping * eye
 
-    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+    def factor_work(self, layer: Layer, key: str, seen: Extent) -> tuple[OpCost, ...]:
         """A Cholesky factor and the inverse of it, of all weights at once."""
         d = layer.shape.numel
-        return (Work("inverse", float(d**3), 4.0 * 6 * d * d, d, 8),)
+        return (OpCost("inverse", float(d**3), 4.0 * 6 * d * d, d, 8),)
 
-    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+    def precondition_work(self, layer: Layer, seen: Extent) -> tuple[OpCost, ...]:
         return (moved(layer.shape.numel**2, 1, calls=3),)
 
     def cost(self, layer: Layer, rows: int) -> Cost:

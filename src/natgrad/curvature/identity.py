@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Cost, Curvature, Moment, Seen
-from natgrad.layers.base import Layer, Shape
-from natgrad.layers.work import Work, moved
+from natgrad.curvature.curvature import Cost, Curvature, Extent, Moment
+from natgrad.layers.layer import Layer, Shape
+from natgrad.layers.op_cost import OpCost, moved
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Identity(Curvature):
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         return torch.eye(shape.numel, dtype=torch.float64)
 
-    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+    def precondition_work(self, layer: Layer, seen: Extent) -> tuple[OpCost, ...]:
         return (moved(layer.shape.numel, 2),)
 
     def cost(self, layer: Layer, rows: int) -> Cost:

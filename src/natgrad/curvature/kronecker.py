@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import (
+from natgrad.curvature.curvature import (
     EXACT_ROWS,
     LEAST_ROWS,
     ROWS_OF_A_SAMPLE,
@@ -21,14 +21,14 @@ from natgrad.curvature.base import (
     Cost,
     Curvature,
     Draw,
+    Extent,
     Moment,
-    Seen,
     block_diagonal,
     part_of,
     wanted_rows,
 )
-from natgrad.layers.base import Layer, Shape, gram_cost, moment
-from natgrad.layers.work import Work, launched, moment_of, moved, product
+from natgrad.layers.layer import Layer, Shape, gram_cost, moment
+from natgrad.layers.op_cost import OpCost, launched, moment_of, moved, product
 from natgrad.linalg import damped_inverse, first_inverse
 
 
@@ -62,7 +62,7 @@ class InputMoment(Moment):
     def after(self, layer: Layer, kept: Tensor, dy: Tensor, draw: Draw) -> Tensor:
         return kept
 
-    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
         if self.diagonal:
             return (moved(x.numel(), 2, calls=4),)
         if self.samples is None:
@@ -74,7 +74,7 @@ class InputMoment(Moment):
             return layer.second_moment_work(x)
         return *layer.rows_work(x, rows), launched(6), moment_of(rows, i, b)
 
-    def behind(self, layer: Layer, samples: int, predictions: int) -> int:
+    def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
         if self.samples is None or self.diagonal:
             return predictions
         return min(predictions, wanted_rows(self.samples, layer.shape.inner) // 2, WORTH * self.samples)
@@ -107,7 +107,7 @@ class OutputMoment(Moment):
             total = moment(layer.output_rows(dy, index), mean=False)
         return total if index is None else total * (kept / len(index))
 
-    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
         b, o, _ = layer.shape
         samples, places = layer.count(x)
         rows = samples * places
@@ -120,7 +120,7 @@ class OutputMoment(Moment):
     def _wanted(self, layer: Layer) -> int:
         return max(LEAST_ROWS, 32 * layer.shape.out)
 
-    def behind(self, layer: Layer, samples: int, predictions: int) -> int:
+    def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
         return predictions if self.samples is None else min(predictions, self._wanted(layer) // ROWS_OF_A_SAMPLE)
 
 
@@ -169,15 +169,15 @@ class Kronecker(Curvature):
         """The dimension of each factor, and whether it is diagonal."""
         return {"A": (layer.shape.inner, self.diagonal_a), "G": (layer.shape.out, self.diagonal_g)}
 
-    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+    def factor_work(self, layer: Layer, key: str, seen: Extent) -> tuple[OpCost, ...]:
         """A Cholesky factor and the inverse of it: d^3 operations, a third and two."""
         side, diagonal = self._sides(layer)[key]
         blocks = layer.shape.blocks
         if diagonal:
             return (moved(blocks * side, 3, calls=2),)
-        return (Work("inverse", float(blocks * side**3), 4.0 * 6 * blocks * side**2, side, 8),)
+        return (OpCost("inverse", float(blocks * side**3), 4.0 * 6 * blocks * side**2, side, 8),)
 
-    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+    def precondition_work(self, layer: Layer, seen: Extent) -> tuple[OpCost, ...]:
         """One product with each factor (SP-NGD eq. 12)."""
         b, o, i = layer.shape
         left = moved(b * o * i, 3) if self.diagonal_g else product(o, o, i, b)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.curvature.rows import Sample
-from natgrad.layers.base import Shape
+from natgrad.curvature.per_sample import Sample
+from natgrad.layers.layer import Shape
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import (
+from natgrad.curvature.curvature import (
     LEAST_SAMPLES,
     Cost,
     Curvature,
     Draw,
+    Extent,
     Moment,
-    Seen,
     block_diagonal,
     part_of,
 )
-from natgrad.layers.base import Layer, Shape
+from natgrad.layers.layer import Layer, Shape
 from natgrad.layers.norm import Norm
-from natgrad.layers.work import Work, launched, moved, product
+from natgrad.layers.op_cost import OpCost, launched, moved, product
 from natgrad.linalg import damped_inverse, first_inverse
 
 
-class Kept(NamedTuple):
+class KeptInputs(NamedTuple):
     """What the layer needs of its input, the chosen samples (None: all), and the call's samples and places."""
 
     inputs: Any
@@ -51,17 +51,17 @@ class SampleMoment(Moment):
         b, o, i = layer.shape
         return (b * o, i) if self.diagonal else (b * o, i, i)
 
-    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Kept:
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> KeptInputs:
         samples, places = layer.count(x)
         chosen = None
         if self.samples is not None:
             chosen = draw.every(samples, self._wanted(layer, self.samples))
         if isinstance(layer, Norm):  # its statistics come from all samples, its rows from the chosen ones
-            return Kept(layer.keep(x, chosen, output), chosen, samples, places)
+            return KeptInputs(layer.keep(x, chosen, output), chosen, samples, places)
         index = None if chosen is None else _places_of(chosen, samples, places, x.device)
-        return Kept(layer.rows(x, index), chosen, samples, places)
+        return KeptInputs(layer.rows(x, index), chosen, samples, places)
 
-    def after(self, layer: Layer, kept: Kept, dy: Tensor, draw: Draw) -> Tensor:
+    def after(self, layer: Layer, kept: KeptInputs, dy: Tensor, draw: Draw) -> Tensor:
         inputs, chosen, samples, places = kept
         if isinstance(layer, Norm):
             units = layer.unit_gradients(inputs, dy, chosen)
@@ -78,12 +78,12 @@ class SampleMoment(Moment):
         step = samples // part_of(self._wanted(layer, self.samples), ranks)
         return samples if step <= 1 else math.ceil(samples / step)
 
-    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
         samples, places = layer.count(x)
         n = self.taken(layer, samples, ranks)
         return (*gradients_work(layer, x, n, places), *self.close_work(layer, n))
 
-    def close_work(self, layer: Layer, samples: int) -> tuple[Work, ...]:
+    def close_work(self, layer: Layer, samples: int) -> tuple[OpCost, ...]:
         """What `close` takes for so many samples."""
         b, o, i = layer.shape
         if self.diagonal:
@@ -93,7 +93,7 @@ class SampleMoment(Moment):
     def _wanted(self, layer: Layer, samples: int) -> int:
         return max(LEAST_SAMPLES, samples * layer.shape.inner)
 
-    def behind(self, layer: Layer, samples: int, predictions: int) -> int:
+    def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
         if self.samples is None:
             return samples
         return math.ceil(samples / max(1, samples // self._wanted(layer, self.samples)))
@@ -118,7 +118,7 @@ class SampleMoment(Moment):
         return torch.einsum("nui,nuj->uij", units, units)
 
 
-def gradients_work(layer: Layer, x: Tensor, samples: int, places: int) -> tuple[Work, ...]:
+def gradients_work(layer: Layer, x: Tensor, samples: int, places: int) -> tuple[OpCost, ...]:
     """What the gradients of so many samples of an input like x take, written out."""
     b, o, i = layer.shape
     if isinstance(layer, Norm):  # dy * x, its sum and that of dy: sums over places, as the norm's own
@@ -161,14 +161,14 @@ class UnitWise(Curvature):
         eye = torch.eye(shape.inner, dtype=statistics["F"].dtype)
         return block_diagonal(statistics["F"] + self.coefficient * damping * eye)
 
-    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+    def factor_work(self, layer: Layer, key: str, seen: Extent) -> tuple[OpCost, ...]:
         """The closed form of 2x2 blocks is some passes over them; larger ones have Cholesky factors."""
         b, o, i = layer.shape
         if i <= 2:
             return (moved(b * o * i * i, 12, calls=25),)
-        return (Work("inverse", float(b * o * i**3), 4.0 * 6 * b * o * i * i, i, 8),)
+        return (OpCost("inverse", float(b * o * i**3), 4.0 * 6 * b * o * i * i, i, 8),)
 
-    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+    def precondition_work(self, layer: Layer, seen: Extent) -> tuple[OpCost, ...]:
         b, o, i = layer.shape
         return (moved(b * o * i * (i + 2), 1, calls=3),)
 

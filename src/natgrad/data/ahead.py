@@ -25,7 +25,7 @@ DEPTH = 1024
 """Items that are read ahead at least: 200 MB of 256x256 images."""
 
 
-class Ahead:
+class Prefetcher:
     """What `dataset.__getitems__` makes of the pieces of each index, made by workers before it is asked for.
 
     The workers end when nothing refers to this object any more; so nothing that it refers to may refer to it.

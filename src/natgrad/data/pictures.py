@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from natgrad.data.ahead import PIECE, Ahead
+from natgrad.data.ahead import PIECE, Prefetcher
 from natgrad.data.decoding import Resize, UnreadableError, picture
 from natgrad.data.tables import Table
 
@@ -110,7 +110,7 @@ class Pictures:
     workers: int = 0
     """Processes that read ahead; 0: what is asked for is decoded here and then."""
     device: torch.device = CPU
-    coming: Ahead | None = None
+    coming: Prefetcher | None = None
 
     def __len__(self) -> int:
         return len(self.decoder)
@@ -128,7 +128,7 @@ class Pictures:
         """The same pictures, of which workers begin to decode these, in this order, before they are asked for."""
         if not self.workers:
             return self
-        return replace(self, coming=Ahead(self.decoder, indices, self.workers, pin=self.device.type == "cuda"))
+        return replace(self, coming=Prefetcher(self.decoder, indices, self.workers, pin=self.device.type == "cuda"))
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Decode the pictures at an index; return pixels, and the places of those that they are."""

@@ -1,8 +1,8 @@
 """What a layer looks like to curvature."""
 
 from natgrad.layers import conv, embedding, linear, norm  # noqa: F401  (they register themselves)
-from natgrad.layers.base import Layer, Shape, layer_of
-from natgrad.layers.find import Found, find_layers
-from natgrad.layers.loose import Loose
+from natgrad.layers.layer import Layer, Shape, layer_of
+from natgrad.layers.registry import FoundLayer, find_layers
+from natgrad.layers.uncurved import UncurvedParameter
 
-__all__ = ["Found", "Layer", "Loose", "Shape", "find_layers", "layer_of"]
+__all__ = ["FoundLayer", "Layer", "Shape", "UncurvedParameter", "find_layers", "layer_of"]

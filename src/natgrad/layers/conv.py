@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from natgrad.layers.base import (
+from natgrad.layers.conv_moment import offset_moment
+from natgrad.layers.layer import (
     Layer,
     Shape,
     he_scale,
@@ -31,8 +32,7 @@ from natgrad.layers.base import (
     weight_and_bias,
     with_ones,
 )
-from natgrad.layers.offsets import offset_moment
-from natgrad.layers.work import NUMBER, Passes, Work, launched, moment_of, moved
+from natgrad.layers.op_cost import NUMBER, OpCost, Passes, launched, moment_of, moved
 
 CHUNK = 2**20  # floats of gathered patches at a time: larger temporaries pay page faults
 
@@ -123,17 +123,17 @@ class Conv(Layer):
         k, kw = self.kernel
         return float(k * (2 * kw - 1) * self.channels**2 * x.shape[0] * math.prod(x.shape[2:]))
 
-    def second_moment_work(self, x: Tensor) -> tuple[Work, ...]:
+    def second_moment_work(self, x: Tensor) -> tuple[OpCost, ...]:
         x = self._batched(x)
         inner = self.shape.inner
         if not self.offsets_apply(x):
             n, s = self.count(x)
             return *self.rows_work(x, n * s), moment_of(n * s, inner, self.groups)
         flops = 2 * self.second_moment_cost(x)
-        correlation = Work("conv_backward", flops, NUMBER * 3.0 * x.numel(), self.channels, 4)
+        correlation = OpCost("conv_backward", flops, NUMBER * 3.0 * x.numel(), self.channels, 4)
         return correlation, moved(inner**2, 4, calls=self.kernel[0]), launched(12 * self.kernel[0])
 
-    def rows_work(self, x: Tensor, count: int) -> tuple[Work, ...]:
+    def rows_work(self, x: Tensor, count: int) -> tuple[OpCost, ...]:
         """Patches; before them the whole input padded, or by places, unless few are read."""
         x = self._batched(x)
         rows = moved(count * self.groups * self.shape.inner, 2, "gather"), launched(12)
@@ -146,9 +146,9 @@ class Conv(Layer):
         flops = 2.0 * y.numel() * math.prod(self.kernel) * self.channels
         touched = NUMBER * (x.numel() + y.numel() + self.parameters[0].numel())
         size = min(self.channels * math.prod(self.kernel) ** 0.5, self.shape.out)
-        back = Work("conv_backward", flops, touched, size, 0.5)  # one call makes both gradients
+        back = OpCost("conv_backward", flops, touched, size, 0.5)  # one call makes both gradients
         bias = (moved(y.numel(), 1),) if self.biased else ()
-        return Passes((Work("conv", flops, touched, size),), (back,), (back, *bias))
+        return Passes((OpCost("conv", flops, touched, size),), (back,), (back, *bias))
 
     def mean_square(self, x: Tensor) -> Tensor:
         x = self._batched(x)

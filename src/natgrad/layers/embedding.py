@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from natgrad.layers.base import Layer, Shape, layer_of, promote, take
-from natgrad.layers.work import Passes, moved
+from natgrad.layers.layer import Layer, Shape, layer_of, promote, take
+from natgrad.layers.op_cost import Passes, moved
 
 
 class Embedding(Layer):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from natgrad.layers.base import (
+from natgrad.layers.layer import (
     Layer,
     Shape,
     he_scale,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from natgrad.layers.base import (
+from natgrad.layers.layer import (
     Layer,
     Shape,
     at_least_single,
@@ -29,11 +29,11 @@ from natgrad.layers.base import (
     weight_and_bias,
     with_ones,
 )
-from natgrad.layers.work import Passes, moved
+from natgrad.layers.op_cost import Passes, moved
 
 
 @dataclass
-class Inputs:
+class NormInputs:
     """Rows [n, s, c] to be multiplied with gradients, and which of their samples (None: all).
 
     With a mean and a scale that a sample's places share, rows are raw: x_hat = (rows - mean) * scale.
@@ -89,7 +89,7 @@ def saved_by(output: Tensor | None) -> Saved | None:
     return Saved(*tensors) if len(tensors) == len(found) else None
 
 
-class Seen(NamedTuple):
+class NormSeen(NamedTuple):
     """An input, how often it had been written to, and its mean and 1/deviation where they are known."""
 
     x: Tensor
@@ -129,11 +129,11 @@ class Norm(Layer):
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return promote(take(self.places(dy).flatten(0, 1), index)).unsqueeze(-1)
 
-    def keep(self, x: Tensor, samples: slice | None, output: Tensor | None) -> Inputs:
+    def keep(self, x: Tensor, samples: slice | None, output: Tensor | None) -> NormInputs:
         """What `unit_gradients` needs of the input."""
-        return Inputs(self.normalized(x, samples, output))
+        return NormInputs(self.normalized(x, samples, output))
 
-    def unit_gradients(self, inputs: Inputs, dy: Tensor, samples: slice | None) -> Tensor:
+    def unit_gradients(self, inputs: NormInputs, dy: Tensor, samples: slice | None) -> Tensor:
         """Per-sample gradients [m, c, i], the sums over places of dy * [x_hat, 1], in portions that stay in cache."""
         mean, scale, chosen = inputs.mean, inputs.scale, inputs.chosen
         outputs, rows = of(self.places(dy), samples), of(inputs.take(), chosen)
@@ -155,13 +155,13 @@ class Norm(Layer):
     def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
         return promote(self.places(dy).flatten(0, 1)) * v[:, 0]
 
-    def look(self, x: Tensor, u: Tensor, output: Tensor) -> Seen:
+    def look(self, x: Tensor, u: Tensor, output: Tensor) -> NormSeen:
         saved = saved_by(output)
         if saved is None:
-            return Seen(x, x._version, None, None)
-        return Seen(saved.input, saved.input._version, saved.mean, saved.scale)
+            return NormSeen(x, x._version, None, None)
+        return NormSeen(saved.input, saved.input._version, saved.mean, saved.scale)
 
-    def bilinear(self, looked: Seen, dy: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def bilinear(self, looked: NormSeen, dy: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As many terms as inputs are not written down: the sum of their squares is that of a sample of them."""
         if looked.x._version != looked.version:  # overwritten since: there is nothing to look at
             return torch.full((), math.nan, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -172,7 +172,7 @@ class Norm(Layer):
         some = promote(dy[:: max(1, len(dy) // 8)])
         return total, some.square().mean(dtype=torch.float64) * (2 * dy.numel())
 
-    def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def summed(self, looked: NormSeen, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The sums over all rows of dy * x_hat [c] and of dy [c]."""
         units = self.unit_gradients(self.keep(looked.x, None, None), dy, None).sum(0)
         return units[:, 0], units[:, -1]
@@ -209,13 +209,13 @@ class BatchNorm(Norm):
         mean, scale = self.statistics(x, saved_by(output))
         return (promote(of(self.places(x), samples)) - mean) * scale
 
-    def look(self, x: Tensor, u: Tensor, output: Tensor) -> Seen:
+    def look(self, x: Tensor, u: Tensor, output: Tensor) -> NormSeen:
         saved = saved_by(output)
         mean, scale = self.statistics(x, saved)
         x = x if saved is None else saved.input
-        return Seen(x, x._version, mean.clone(), scale.clone())  # running statistics go on
+        return NormSeen(x, x._version, mean.clone(), scale.clone())  # running statistics go on
 
-    def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def summed(self, looked: NormSeen, dy: Tensor) -> tuple[Tensor, Tensor]:
         wanted = [False, True, True]
         found = torch.ops.aten.native_batch_norm_backward(
             dy,
@@ -231,13 +231,13 @@ class BatchNorm(Norm):
         )
         return found[1], found[2]
 
-    def keep(self, x: Tensor, samples: slice | None, output: Tensor | None) -> Inputs:
+    def keep(self, x: Tensor, samples: slice | None, output: Tensor | None) -> NormInputs:
         saved = saved_by(output)
         mean, scale = self.statistics(x, saved)
         if saved is not None and saved.input.data_ptr() == x.data_ptr():
-            return Inputs(self.places(x), samples, mean.clone(), scale)  # held, and guarded, by autograd anyway
+            return NormInputs(self.places(x), samples, mean.clone(), scale)  # held, and guarded, by autograd anyway
         rows = self.places(x)
-        return Inputs(rows if samples is None else rows[samples].clone(), None, mean.clone(), scale)
+        return NormInputs(rows if samples is None else rows[samples].clone(), None, mean.clone(), scale)
 
 
 class GroupNorm(Norm):
@@ -256,7 +256,7 @@ class GroupNorm(Norm):
         variance, mean = torch.var_mean(grouped, 2, keepdim=True, correction=0)
         return self.places(((grouped - mean) * (variance + self.module.eps).rsqrt()).view_as(x))
 
-    def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def summed(self, looked: NormSeen, dy: Tensor) -> tuple[Tensor, Tensor]:
         x = looked.x
         if looked.mean is None or looked.scale is None or looked.mean.numel() != len(x) * self.groups:
             return super().summed(looked, dy)
@@ -292,7 +292,7 @@ class LayerNorm(Norm):
         variance, mean = torch.var_mean(rows, -1, keepdim=True, correction=0)
         return (rows - mean) * (variance + eps).rsqrt()
 
-    def summed(self, looked: Seen, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def summed(self, looked: NormSeen, dy: Tensor) -> tuple[Tensor, Tensor]:
         if looked.mean is None:
             return super().summed(looked, dy)
         module, x = self.module, looked.x.to(dy.dtype)

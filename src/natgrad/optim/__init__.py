@@ -1,6 +1,5 @@
 """Optimizers: each a choice of curvature, staleness, direction, length and ranks."""
 
-from natgrad.optim.base import SecondOrder
 from natgrad.optim.betas import (
     Products,
     dai_yuan,
@@ -11,18 +10,19 @@ from natgrad.optim.betas import (
     polak_ribiere,
 )
 from natgrad.optim.blocks import LayerBlocks, kfac_blocks, spngd_blocks
-from natgrad.optim.change import LastStep, MeasuredChange, PredictedChange, measured_change, predicted_change
-from natgrad.optim.checks import NatgradWarning
+from natgrad.optim.diagonal_metrics import DiagonalBFGS, Metric, SecondMoment
+from natgrad.optim.directions import Momentum, corrected, heavy_ball, tied
 from natgrad.optim.fallback import Adam, adam
 from natgrad.optim.kfac import KFAC
-from natgrad.optim.lengths import plain, trust
+from natgrad.optim.kl_clip import KLClip, LastStep, MeasuredChange, kl_clip, measured_change
 from natgrad.optim.likelihoods import Bernoulli, Categorical, Normal
-from natgrad.optim.metrics import DiagonalBFGS, Metric, SecondMoment
+from natgrad.optim.line_search import CurvatureStep, Scheduled
 from natgrad.optim.nlcg import NLCG
-from natgrad.optim.rules import Momentum, corrected, heavy_ball, tied
-from natgrad.optim.search import CurvatureStep, Scheduled
+from natgrad.optim.second_order import SecondOrder
 from natgrad.optim.seng import SENG
 from natgrad.optim.spngd import SPNGD
+from natgrad.optim.step_size import plain, trust
+from natgrad.optim.validation import NatgradWarning
 
 __all__ = [
     "KFAC",
@@ -34,6 +34,7 @@ __all__ = [
     "Categorical",
     "CurvatureStep",
     "DiagonalBFGS",
+    "KLClip",
     "LastStep",
     "LayerBlocks",
     "MeasuredChange",
@@ -41,7 +42,6 @@ __all__ = [
     "Momentum",
     "NatgradWarning",
     "Normal",
-    "PredictedChange",
     "Products",
     "Scheduled",
     "SecondMoment",
@@ -55,10 +55,10 @@ __all__ = [
     "hestenes_stiefel",
     "hs_dy",
     "kfac_blocks",
+    "kl_clip",
     "measured_change",
     "plain",
     "polak_ribiere",
-    "predicted_change",
     "spngd_blocks",
     "tied",
     "trust",

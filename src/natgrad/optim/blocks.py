@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from natgrad.curvature import Curvature, Full, Identity, Kronecker, UnitWise
-from natgrad.layers import Layer, Loose
+from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.norm import Norm
 
 Blocks = Callable[[Layer, "int | None", int], Curvature]
@@ -28,7 +28,7 @@ class LayerBlocks:
     norm: Callable[[int | None], Curvature] = UnitWise
 
     def __call__(self, layer: Layer, samples: int | None, max_size: int) -> Curvature:
-        if isinstance(layer, Loose):
+        if isinstance(layer, UncurvedParameter):
             return Identity()
         if isinstance(layer, Norm):
             curvature = self.norm(samples)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from natgrad.optim import checks
+from natgrad.optim import validation
 from natgrad.optim.betas import fletcher_reeves, polak_ribiere
-from natgrad.optim.metrics import DiagonalBFGS, Metric
-from natgrad.optim.search import CurvatureStep, Scheduled
+from natgrad.optim.diagonal_metrics import DiagonalBFGS, Metric
+from natgrad.optim.line_search import CurvatureStep, Scheduled
 from natgrad.optim.seng import SampleBlocks
 
 OF_CURVATURE = {"damping": 1e-2, "refresh": 1, "samples": 8, "decay": 0.9, "fisher": "empirical", "max_size": 8192}
@@ -47,7 +47,7 @@ def check_choices(
         raise ValueError(f"preconditioner={metric!r}: give DiagonalBFGS(), SecondMoment(), None or blocks of curvature")
     if isinstance(metric, SampleBlocks) and (metric.space.columns, metric.space.block) != ("empirical", "layer"):
         raise ValueError(f'preconditioner={metric}: NLCG takes columns="empirical" and block="layer"')
-    checks.one_of("mode", mode, ("hardened", "faithful"))
+    validation.one_of("mode", mode, ("hardened", "faithful"))
     if not isinstance(step, (Scheduled, CurvatureStep)):
         raise ValueError(f"step={step!r}: give Scheduled() or CurvatureStep()")
     if not callable(beta):
@@ -55,7 +55,7 @@ def check_choices(
     if not (isinstance(beta_max, (int, float)) and beta_max >= 0) or math.isnan(beta_max):
         raise ValueError(f"beta_max={beta_max!r}: give a number of at least 0; inf for no limit")
     if prescale is not None:
-        checks.above("prescale", prescale, 0)
+        validation.above("prescale", prescale, 0)
     released = metric in (DiagonalBFGS(), Metric()) and beta in (fletcher_reeves, polak_ribiere)
     if mode == "faithful" and not (released and isinstance(step, Scheduled) and beta_max == 1):
         raise ValueError(

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer, promote, real, real_type
+from natgrad.layers.layer import Layer, promote, real, real_type
 from natgrad.optim.betas import Products, needs_of
-from natgrad.optim.lengths import Natural
-from natgrad.optim.metrics import Metric
-from natgrad.optim.part import Part, joined, parts_of, total
-from natgrad.optim.search import CurvatureStep, Memory, Scheduled
+from natgrad.optim.diagonal_metrics import Metric
+from natgrad.optim.flat_shard import FlatShard, joined, parts_of, total
+from natgrad.optim.line_search import CurvatureStep, Scheduled, SearchMemory
 from natgrad.optim.segments import Segment
+from natgrad.optim.step_size import Natural
 from natgrad.parallel import World
 
 TURNED = 1e-3  # of g.q(g): a direction that descends less starts afresh
@@ -54,9 +54,9 @@ class Conjugate:
         search: Scheduled | CurvatureStep,
         faithful: bool,
         prescale: float | None,
-        memory: Callable[[], Memory],
+        memory: Callable[[], SearchMemory],
         told: Callable[[], float | None],
-        remember: Callable[[Memory], None],
+        remember: Callable[[SearchMemory], None],
         ask: Callable[[Tensor, Callable[[Tensor], None]], None],
         device: Callable[[], torch.device],
     ):
@@ -104,7 +104,7 @@ class Conjugate:
         after = replace(heard, steps=memory.steps + 1, length=heard.multiplier)
         self.ask(torch.stack([delta, -(delta + used * fall), used]), partial(self._hear, after))
 
-    def _hear(self, after: Memory, numbers: Tensor) -> None:
+    def _hear(self, after: SearchMemory, numbers: Tensor) -> None:
         """The device has said what was found: `after`, completed, is what the next step remembers."""
         delta, slope, self.used = numbers.tolist()
         self.remember(replace(after, delta=delta, slope=slope))
@@ -126,7 +126,7 @@ class Conjugate:
         beta = torch.as_tensor(self.beta(products), dtype=torch.float64, device=products.gqg.device)
         return torch.where(torch.isfinite(beta), beta.clamp(0, self.beta_max), 0.0)
 
-    def _learn(self, parts: Sequence[Part], memory: Memory, world: World, sound: bool) -> Tensor:
+    def _learn(self, parts: Sequence[FlatShard], memory: SearchMemory, world: World, sound: bool) -> Tensor:
         """The first round: teach the metric. Returns g.q'(g'). `sound`: the loss is a number."""
         metric, back = self.metric, memory.steps > 0
         secants = [self._secant(part, memory) for part in parts]
@@ -145,30 +145,30 @@ class Conjugate:
                 metric.learn(self._kept(part), part.g, secant if settled else None, values)
         return gz
 
-    def _secant(self, part: Part, memory: Memory) -> tuple[Tensor, Tensor] | None:
+    def _secant(self, part: FlatShard, memory: SearchMemory) -> tuple[Tensor, Tensor] | None:
         """(y, s): how the gradient changed along the last step. The release takes today's learning rate for it."""
         if memory.steps == 0 or self.metric is None or not self.metric.secant:
             return None
         rates, times = ("lr", memory.multiplier) if self.faithful else ("lr_last", memory.length)
         return part.g - part.kept["nlcg_gradient"], part.scaled(part.kept["nlcg_direction"], rates).mul_(-times)
 
-    def _kept(self, part: Part) -> Tensor:
+    def _kept(self, part: FlatShard) -> Tensor:
         """The metric's own vector; the gradient where it keeps none."""
         key = None if self.metric is None else self.metric.key
         return part.g if key is None else part.kept[key]
 
-    def _last_natural(self, part: Part, memory: Memory) -> Tensor:
+    def _last_natural(self, part: FlatShard, memory: SearchMemory) -> Tensor:
         if self.metric is None:
             return part.kept["nlcg_natural"]
         return self.metric.inverse(self._kept(part), part.kept["nlcg_gradient"], int(memory.steps))
 
     def _precondition(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[FlatShard],
         segments: Sequence[Segment],
         gradients: Sequence[Tensor],
         natural: Natural,
-        memory: Memory,
+        memory: SearchMemory,
     ) -> None:
         """Fill in every part's z = q(g)."""
         if self.metric is None:
@@ -179,7 +179,9 @@ class Conjugate:
             for part in parts:
                 part.z = self.metric.inverse(self._kept(part), part.g, int(memory.steps) + 1)
 
-    def _products(self, parts: Sequence[Part], natural: Natural, world: World, memory: Memory) -> list[Tensor]:
+    def _products(
+        self, parts: Sequence[FlatShard], natural: Natural, world: World, memory: SearchMemory
+    ) -> list[Tensor]:
         """The second round: g.q(g), D'.g, q(g).g' and y.q(y), the last two where they are asked for."""
         over, curved = bool(self.needs & {"qy", "yqy"}), "yqy" in self.needs
         rows = [[torch.dot(p.z, p.g), torch.dot(p.kept["nlcg_direction"], p.g)] for p in parts]
@@ -192,7 +194,9 @@ class Conjugate:
         values = total(world, 2 + over + curved, rows, self.device())
         return values + [torch.full_like(values[0], math.nan)] * (4 - len(values))
 
-    def _changes(self, parts: Sequence[Part], natural: Natural, memory: Memory) -> list[tuple[Tensor, Tensor]]:
+    def _changes(
+        self, parts: Sequence[FlatShard], natural: Natural, memory: SearchMemory
+    ) -> list[tuple[Tensor, Tensor]]:
         """(y, q(y)) of every part."""
         ys = [part.g - part.kept["nlcg_gradient"] for part in parts]
         if self.metric is not None:
@@ -202,7 +206,7 @@ class Conjugate:
         found = iter(natural(segments, [piece for part, y in zip(parts, ys) for piece in part.pieces(y)]))
         return [(y, joined([next(found) for _ in part.segments])) for part, y in zip(parts, ys)]
 
-    def _fill(self, parts: Sequence[Part], beta: Tensor | None, memory: Memory, heard: Memory) -> None:
+    def _fill(self, parts: Sequence[FlatShard], beta: Tensor | None, memory: SearchMemory, heard: SearchMemory) -> None:
         """Directions for the weights, new vectors for the states; the direction that is kept takes nothing back."""
         for part in parts:
             last = part.kept["nlcg_direction"]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from natgrad.cell import Cell
 from natgrad.curvature import Cost
-from natgrad.layers.loose import Loose
+from natgrad.layer_state import LayerState
+from natgrad.layers.uncurved import UncurvedParameter
 
 REFERENCE_ROWS = 4096  # rows of a refresh for the cost column
 
@@ -84,7 +84,7 @@ class Preconditioned(NamedTuple):
         return self.weights / max(self.of_weights, 1)
 
 
-def count_preconditioned(cells: Sequence[Cell], present: Sequence[bool]) -> Preconditioned:
+def count_preconditioned(cells: Sequence[LayerState], present: Sequence[bool]) -> Preconditioned:
     """Counts over all ranks' layers that have a gradient."""
     moved = [cell for cell, here in zip(cells, present) if here]
     own = [cell for cell in moved if cell.statistics and cell.ready]
@@ -93,7 +93,7 @@ def count_preconditioned(cells: Sequence[Cell], present: Sequence[bool]) -> Prec
 
 
 def coverage(
-    cells: Sequence[Cell], whys: Sequence[str], fallback: str, vectors: int, loose_vectors: int
+    cells: Sequence[LayerState], whys: Sequence[str], fallback: str, vectors: int, loose_vectors: int
 ) -> CoverageTable:
     """A row for every layer, in the model's order.
 
@@ -101,7 +101,7 @@ def coverage(
     """
     rows = CoverageTable()
     for cell, why in zip(cells, whys):
-        loose = isinstance(cell.layer, Loose)
+        loose = isinstance(cell.layer, UncurvedParameter)
         weight = cell.layer.parameters[0]
         width = max(weight.element_size(), 4)
         if loose:
@@ -127,7 +127,7 @@ def coverage(
     return rows
 
 
-def bytes_held(cell: Cell, cost: Cost) -> int:
+def bytes_held(cell: LayerState, cost: Cost) -> int:
     """Bytes of a layer's statistics and inverses: of rows those that were measured, before that what columns take."""
     if not cell.by_rows:
         return sum(math.prod(one.shape) * one.dtype.itemsize for one in cell.held())
@@ -135,7 +135,7 @@ def bytes_held(cell: Cell, cost: Cost) -> int:
     return sum(v.numel() * v.element_size() for v in rows) or 4 * cost.numbers
 
 
-def describe(cell: Cell) -> str:
+def describe(cell: LayerState) -> str:
     """The curvature's name, with the sides that are kept diagonal."""
     if cell.by_rows:
         return cell.curvature.name

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer, real_type
+from natgrad.layers.layer import Layer, real_type
 from natgrad.optim.segments import Segment
 
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from natgrad.cell import Cell
-from natgrad.layers.base import real
-from natgrad.optim.noise import Squares, square
+from natgrad.layer_state import LayerState
+from natgrad.layers.layer import real
+from natgrad.optim.gradient_noise import Squares, square
+from natgrad.optim.loss_scale import LossScale
 from natgrad.optim.overlap import Overlap
-from natgrad.optim.scaling import LossScale
-from natgrad.parallel import Parcel, World
+from natgrad.parallel import OwnedTensor, World
 from natgrad.readings import Readings, on_host, to_device, together
 from natgrad.stacks import Storage, adjacent
 
@@ -26,7 +26,7 @@ class Agreed(NamedTuple):
     halves: list[bool]  # cells of which some parameters, not all, are frozen
 
 
-class Told(NamedTuple):
+class GradientReading(NamedTuple):
     """What was read of a step's gradients."""
 
     flags: Tensor
@@ -50,7 +50,7 @@ class Gradients:
         self.loaded = False  # a state was loaded: some of it may be missing
         self.overlap: Overlap | None = None
 
-    def begin_early(self, cells: Sequence[Cell]) -> None:
+    def begin_early(self, cells: Sequence[LayerState]) -> None:
         """Send gradients during the backward pass from now on, if the world asks for it."""
         if self.world.overlap and self.world.size > 1:
             pairs = [(p, c.owner) for c in cells for p in c.layer.parameters]
@@ -84,10 +84,10 @@ class Gradients:
             for parameter in chosen:
                 if parameter in sums:
                     real(_gradient(parameter)).copy_(sums[parameter] / self.world.size)
-            self.world.gather([Parcel(real(_gradient(p)), owners[p]) for p in chosen], "gradients")
+            self.world.gather([OwnedTensor(real(_gradient(p)), owners[p]) for p in chosen], "gradients")
         unscale(gradients, 1 / scale)  # whoever looks next expects them as the backward pass left them
 
-    def agree(self, cells: Sequence[Cell], look: bool, scale: LossScale, readings: Readings) -> Agreed | None:
+    def agree(self, cells: Sequence[LayerState], look: bool, scale: LossScale, readings: Readings) -> Agreed | None:
         """Which cells have a gradient on any rank, and which are half frozen; None if a gradient is not finite on any.
 
         All that was asked of `readings` is heard now: this is the step's one wait for the device.
@@ -128,7 +128,7 @@ class Gradients:
         flags: Sequence[bool],
         early: Overlap | None,
         readings: Readings,
-    ) -> Told:
+    ) -> GradientReading:
         """Read what there is to be known of this rank's gradients, and the maxima over ranks of `flags`.
 
         The first flag becomes whether a gradient is not finite; alone, a rank has no need to send the others.
@@ -143,7 +143,7 @@ class Gradients:
         for numbers in answers:
             readings.ask(numbers, told.append)
         readings.read()
-        return Told(*told)
+        return GradientReading(*told)
 
     def give_up(self) -> None:
         """Forget the gradients of this step."""
@@ -217,7 +217,7 @@ class Gradients:
                     start = layout.start[own[0]]
                     stop = layout.start[own[-1]] + storage.cells[own[-1]].layer.shape.numel
                     part = vector[start:stop]
-                    parcels.append(Parcel(part if scale == 1 else part / scale, owner))
+                    parcels.append(OwnedTensor(part if scale == 1 else part / scale, owner))
                     targets.append((k, start, stop))
         received = self.world.reduce(parcels, "gradients")
         found: list[Tensor | None] = [storage.empty(k) if mine else None for k, mine in enumerate(storage.mine)]
@@ -257,7 +257,7 @@ class Gradients:
         if self.max_norm is None:
             return
         total = square(storage.present(vectors, present), self.clipped)
-        self.world.over_owners([total], "scalars")
+        self.world.sum_over_owners([total], "scalars")
         self.clipped = (self.max_norm / (total.sqrt() + 1e-6)).clamp_max(1)
         for vector in vectors:
             if vector is not None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from natgrad.optim import checks
+from natgrad.optim import validation
 from natgrad.optim.segments import KNOWN
 from natgrad.parallel import World
 from natgrad.readings import Hear, Inputs, Readings, Source, on_the_way, to_device
@@ -112,7 +112,7 @@ class Graphs:
     def _miss(self) -> None:
         self.missed += 1
         if self.missed == PATIENCE:
-            checks.warn(
+            validation.warn(
                 f"graph=True: none of the last {PATIENCE} steps could be launched as a graph, because what is constant "
                 "in one changes from step to step (momentum, weight_decay or damping of a param_group by a schedule, "
                 "or which layers are used); leave graph out"

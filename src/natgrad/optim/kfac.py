@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from natgrad.optim.base import SecondOrder
 from natgrad.optim.blocks import Blocks, kfac_blocks
-from natgrad.optim.change import measured_change
-from natgrad.optim.lengths import Length, Remembers
-from natgrad.optim.rules import Momentum, Rule
-from natgrad.staleness import Adaptive, Staleness
+from natgrad.optim.directions import Momentum, Rule
+from natgrad.optim.kl_clip import measured_change
+from natgrad.optim.second_order import SecondOrder
+from natgrad.optim.step_size import Remembers, StepSize
+from natgrad.refresh import Adaptive, Staleness
 
 
 class KFAC(SecondOrder):
@@ -38,7 +38,7 @@ class KFAC(SecondOrder):
         decay: float = 0.5,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = kfac_blocks,
-        length: Length | Remembers = measured_change,
+        length: StepSize | Remembers = measured_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
         gather: Literal["weights", "directions"] = "weights",
         **shared: Any,

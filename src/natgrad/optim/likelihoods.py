@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from natgrad.capture import Capture
 from natgrad.generators import generator_on
-from natgrad.layers.base import promote
+from natgrad.layers.layer import promote
 
 
 class Likelihood(Protocol):

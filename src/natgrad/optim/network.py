@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.cell import Cell
-from natgrad.curvature.rows import combine
-from natgrad.curvature.samplespace import SampleSpace, solved
-from natgrad.layers.base import Shape
+from natgrad.curvature.per_sample import combine
+from natgrad.curvature.sample_space import SampleSpace, solved
+from natgrad.layer_state import LayerState
+from natgrad.layers.layer import Shape
 from natgrad.linalg import damped_cholesky
 from natgrad.optim.segments import Segment
 from natgrad.parallel import World
@@ -36,7 +36,7 @@ class Network:
         self.root = torch.empty(0)
 
     def __call__(self, segments: Sequence[Segment], gradients: Sequence[Tensor]) -> list[Tensor]:
-        cells: list[Cell] = [c for c in self.cells() if c.by_rows and c.ready]
+        cells: list[LayerState] = [c for c in self.cells() if c.by_rows and c.ready]
         if not cells:
             return [g.clone() for g in gradients]
         damping = self._damping(cells)
@@ -46,7 +46,7 @@ class Network:
             self.made = made
         return self._solve(segments, gradients, damping)
 
-    def _damping(self, cells: Sequence[Cell]) -> float:
+    def _damping(self, cells: Sequence[LayerState]) -> float:
         dampings = {self.groups(c.layer.parameters[0])["damping"] for c in cells}
         if len(dampings) > 1:
             raise ValueError(
@@ -55,7 +55,7 @@ class Network:
             )
         return dampings.pop()
 
-    def _factor(self, cells: Sequence[Cell], damping: float) -> Tensor:
+    def _factor(self, cells: Sequence[LayerState], damping: float) -> Tensor:
         grams = [c.state()[c.keys[0]][0] for c in cells if c.owner == self.world.rank]
         sizes = [len(g) for g in grams]
         most, least = torch.tensor([max(sizes, default=0)]), torch.tensor([-min(sizes, default=2**30)])
@@ -70,7 +70,7 @@ class Network:
         total = cells[0].zeros((high, high)).to(weight.device)
         for gram in grams:
             total += gram
-        self.world.over_owners([total], "statistics")
+        self.world.sum_over_owners([total], "statistics")
         root, _ = damped_cholesky(total.unsqueeze(0), total.new_full((1,), damping))
         return root[0]
 
@@ -85,7 +85,7 @@ class Network:
                 inner[-2] += 1
                 if place in segment.fresh and gradient is segment.gradient and curvature.legacy is None:
                     inner[-1] += curvature.makes_up(k, piece)
-        self.world.over_owners([inner], "scalars")
+        self.world.sum_over_owners([inner], "scalars")
         whole = bool(inner[-1] == inner[-2])
         b = None if whole else solved(self.root, inner[:-2])
         directions = []

@@ -9,22 +9,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.cell import Cell
 from natgrad.curvature import Curvature, Identity
-from natgrad.layers import Layer, Loose
-from natgrad.layers.base import promote
-from natgrad.optim import checks
-from natgrad.optim.base import SecondOrder
+from natgrad.layer_state import LayerState
+from natgrad.layers import Layer, UncurvedParameter
+from natgrad.layers.layer import promote
+from natgrad.optim import validation
 from natgrad.optim.betas import Products, fletcher_reeves
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.choices import OF_CURVATURE, REFUSED, check_choices
 from natgrad.optim.conjugate import Conjugate
 from natgrad.optim.coverage import CoverageTable
+from natgrad.optim.curvature_step import minimum
+from natgrad.optim.diagonal_metrics import DiagonalBFGS, Metric
 from natgrad.optim.fallback import plain_gradient
-from natgrad.optim.lengths import plain
-from natgrad.optim.metrics import DiagonalBFGS, Metric
-from natgrad.optim.probe import minimum
-from natgrad.optim.search import CurvatureStep, Memory, Scheduled
+from natgrad.optim.line_search import CurvatureStep, Scheduled, SearchMemory
+from natgrad.optim.second_order import SecondOrder
+from natgrad.optim.step_size import plain
 from natgrad.readings import to_device, together
 
 
@@ -111,7 +111,7 @@ class NLCG(SecondOrder):
             fallback=plain_gradient,
             **{**OF_CURVATURE, **shared},
         )
-        self._model = checks.plain_model(model)
+        self._model = validation.plain_model(model)
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -132,12 +132,12 @@ class NLCG(SecondOrder):
         if isinstance(self.search, CurvatureStep) and (len(rates) > 1 or max(rates) > 1):
             raise ValueError(f"lr={sorted(rates)}: CurvatureStep() takes one factor up to 1 for all parameters")
 
-    def _memory(self) -> Memory:
+    def _memory(self) -> SearchMemory:
         if not hasattr(self, "storage"):
-            return Memory()
-        return Memory(*self.storage.table("scalars").rows[0])
+            return SearchMemory()
+        return SearchMemory(*self.storage.table("scalars").rows[0])
 
-    def fresh_state(self, cell: Cell, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
+    def fresh_state(self, cell: LayerState, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
         states = super().fresh_state(cell, rank)
         states[cell.layer.parameters[0]]["scalars"] = self._memory().tensor()
         return states
@@ -148,7 +148,7 @@ class NLCG(SecondOrder):
         return self.memory.multiplier
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> SearchMemory:
         """What is remembered of the steps that were made, beside vectors."""
         self.readings.read()
         return self._memory()
@@ -262,7 +262,7 @@ class NLCG(SecondOrder):
             part.mul_(factor)
         self._remember(replace(memory, length=factor))
 
-    def _remember(self, memory: Memory) -> None:
+    def _remember(self, memory: SearchMemory) -> None:
         """Write down what a step has left, on every rank."""
         numbers = memory.tensor().tolist()
         for cell in self.cells:
@@ -275,7 +275,7 @@ class NLCG(SecondOrder):
         rows = CoverageTable()
         for row, cell in zip(super().coverage(), self.cells):
             size = max(cell.layer.parameters[0].element_size(), 4) * cell.layer.shape.numel
-            counted = 2 if isinstance(cell.layer, Loose) else 1  # vectors of a fallback, of a momentum
+            counted = 2 if isinstance(cell.layer, UncurvedParameter) else 1  # vectors of a fallback, of a momentum
             row = replace(row, bytes=row.bytes + (vectors - counted) * size)
             rows.append(row if name is None else replace(row, curvature=name))
         return rows

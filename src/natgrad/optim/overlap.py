@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from natgrad.layers.base import real
-from natgrad.parallel import Parcel, World
+from natgrad.layers.layer import real
+from natgrad.parallel import OwnedTensor, World
 from natgrad.readings import together
 
 LARGEST = 25 * 2**20  # bytes of a bucket
@@ -83,7 +83,7 @@ class Overlap:
         with torch.no_grad():
             scale = self.scale()
             values = [real(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()) for p in bucket]
-            parcels = [Parcel(v if scale == 1 else v / scale, self.owners[p]) for p, v in zip(bucket, values)]
+            parcels = [OwnedTensor(v if scale == 1 else v / scale, self.owners[p]) for p, v in zip(bucket, values)]
             self.under_way.append(self.world.begin(parcels, "gradients"))
 
     def flush(self) -> None:

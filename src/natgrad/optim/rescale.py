@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer
+from natgrad.layers.layer import Layer
 
 Rescale = Literal["always", "shrink"]
 

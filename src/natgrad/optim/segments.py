@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from natgrad.cell import Cell
 from natgrad.curvature.by_rows import ByRows
-from natgrad.layers import Loose
-from natgrad.layers.base import promote, real
+from natgrad.layer_state import LayerState
+from natgrad.layers import UncurvedParameter
+from natgrad.layers.layer import promote, real
 from natgrad.readings import Inputs
 from natgrad.stacks import Layout, NumberTable, Run, Storage, Vector, adjacent
 
@@ -53,7 +53,7 @@ class Outline:
     groups: Callable[[], Sequence[dict[str, Any]]]
 
     def __post_init__(self) -> None:
-        self.cells: list[Cell] = [self.storage.cells[k] for k in self.places]
+        self.cells: list[LayerState] = [self.storage.cells[k] for k in self.places]
         self.parameters: list[nn.Parameter] = [p for cell in self.cells for p in cell.layer.parameters]
         self.views = [self.layout.views[p] for p in self.parameters]
         self.group_places = [self.group_of(p) for p in self.parameters]
@@ -170,7 +170,7 @@ class Segment:
         return self.all_rates[self.outline.group_places[0]]
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[LayerState]:
         """The layers, in the vectors' order."""
         return self.outline.cells
 
@@ -216,7 +216,7 @@ class Segment:
     def _preconditioned(self, part: Alike, vector: Tensor) -> Tensor:
         run, start, stop, form = part
         cell = self.outline.storage.cells[run.places[0]]
-        if isinstance(cell.layer, Loose):
+        if isinstance(cell.layer, UncurvedParameter):
             return vector[start:stop].clone()
         piece = vector[start:stop].view(form)
         return cell.curvature.precondition(self.outline.factors[run.places[0]], piece, self.group["damping"])
@@ -365,7 +365,7 @@ class Outlines:
         cells = self.storage.cells
 
         def kind(k: int) -> tuple[int, bool]:
-            curved = self.takes_loose or not isinstance(cells[k].layer, Loose)
+            curved = self.takes_loose or not isinstance(cells[k].layer, UncurvedParameter)
             return self.group_of(cells[k].layer.parameters[0]), curved
 
         for (_, curved), run in groupby(row, key=kind):

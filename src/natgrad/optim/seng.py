@@ -9,17 +9,17 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from natgrad.curvature import CountSketch, Curvature, Identity, Legacy, SampleSpace, Sketch
-from natgrad.hooks import Judge
-from natgrad.layers import Layer, Loose
-from natgrad.optim import checks
-from natgrad.optim.base import SecondOrder
-from natgrad.optim.change import measured_change
-from natgrad.optim.lengths import Length, Remembers, layerwise
+from natgrad.hooks import LogitGradientScaling
+from natgrad.layers import Layer, UncurvedParameter
+from natgrad.optim import validation
+from natgrad.optim.directions import Momentum, Rule
+from natgrad.optim.kl_clip import measured_change
 from natgrad.optim.network import Network
-from natgrad.optim.rules import Momentum, Rule
+from natgrad.optim.second_order import SecondOrder
 from natgrad.optim.segments import Segment
+from natgrad.optim.step_size import Remembers, StepSize, layerwise
 from natgrad.parallel import World
-from natgrad.staleness import Budget, Every, Staleness
+from natgrad.refresh import Budget, Every, Staleness
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SampleBlocks:
     space: SampleSpace
 
     def __call__(self, layer: Layer, samples: int | None, max_size: int) -> Curvature:
-        return Identity() if isinstance(layer, Loose) else replace(self.space, samples=samples)
+        return Identity() if isinstance(layer, UncurvedParameter) else replace(self.space, samples=samples)
 
 
 class SENG(SecondOrder):
@@ -76,7 +76,7 @@ class SENG(SecondOrder):
         block: Literal["layer", "network"] = "layer",
         budget: int = 2**30,
         legacy: Legacy | None = None,
-        length: Length | Remembers = measured_change,
+        length: StepSize | Remembers = measured_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
         world: Any = None,
         **shared: Any,
@@ -84,10 +84,10 @@ class SENG(SecondOrder):
         for name in ("curvature", "decay", "fisher", "max_size"):
             if name in shared:
                 raise TypeError(f"SENG() has no argument {name!r}: its curvature is that of this step's own samples")
-        checks.one_of("columns", columns, ("empirical", "improved"))
-        checks.one_of("block", block, ("layer", "network"))
-        checks.whole("rank", rank, 1, none=True)
-        checks.whole("budget", budget, 1)
+        validation.one_of("columns", columns, ("empirical", "improved"))
+        validation.one_of("block", block, ("layer", "network"))
+        validation.whole("rank", rank, 1, none=True)
+        validation.whole("budget", budget, 1)
         when = refresh.rule if isinstance(refresh, Budget) else refresh
         if not isinstance(when, Every) and isinstance(when, Staleness):
             raise ValueError(f"refresh={refresh}: columns of other samples cannot be compared; give a number of steps")
@@ -117,7 +117,7 @@ class SENG(SecondOrder):
         )
         if columns == "improved":
             self.engine.capture.disarm()
-            self.engine.judged = Judge()
+            self.engine.judged = LogitGradientScaling()
             self.engine.replace(self.cells)
             self.engine.arm(1)
         if block == "network":

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from natgrad.optim.base import SecondOrder
 from natgrad.optim.blocks import Blocks, spngd_blocks
-from natgrad.optim.change import measured_change
-from natgrad.optim.lengths import Length, Remembers
+from natgrad.optim.directions import Momentum, Rule
+from natgrad.optim.kl_clip import measured_change
 from natgrad.optim.rescale import Rescale
-from natgrad.optim.rules import Momentum, Rule
-from natgrad.staleness import Adaptive, Staleness
+from natgrad.optim.second_order import SecondOrder
+from natgrad.optim.step_size import Remembers, StepSize
+from natgrad.refresh import Adaptive, Staleness
 
 
 class SPNGD(SecondOrder):
@@ -31,7 +31,7 @@ class SPNGD(SecondOrder):
         fisher: "empirical" takes the data's labels, in the same backward pass; "sampled" draws them from the model's
             prediction: call `sample(output)` before `backward()`.
         curvature: a function of a layer that gives its curvature.
-        length: how far a step goes: measured_change, predicted_change, trust, plain or a function of yours.
+        length: how far a step goes: measured_change, kl_clip, trust, plain or a function of yours.
         rule: where it goes: Momentum(before=..., coefficient=corrected | tied | heavy_ball) or a Rule of yours.
         rescale: "always" (the paper, eq. 24) or "shrink" (its release) holds weights at their He norm.
         **shared: params (torch's groups; a group may set lr, momentum, weight_decay, damping, refresh), reduction of
@@ -61,7 +61,7 @@ class SPNGD(SecondOrder):
         decay: float = 0.0,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = spngd_blocks,
-        length: Length | Remembers = measured_change,
+        length: StepSize | Remembers = measured_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
         rescale: Rescale | None = None,
         **shared: Any,

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.cell import Cell
-from natgrad.layers import Loose
-from natgrad.layers.base import promote, real
+from natgrad.layer_state import LayerState
+from natgrad.layers import UncurvedParameter
+from natgrad.layers.layer import promote, real
+from natgrad.optim.directions import Momentum, directions_kept
 from natgrad.optim.fallback import Fallback, Recalls
-from natgrad.optim.lengths import Remembers, trust_ratios
 from natgrad.optim.rescale import rescale
-from natgrad.optim.rules import Momentum, directions_kept
 from natgrad.optim.segments import Segment
-from natgrad.parallel import Parcel
+from natgrad.optim.step_size import Remembers, trust_ratios
+from natgrad.parallel import OwnedTensor
 
 if TYPE_CHECKING:
-    from natgrad.optim.base import SecondOrder
+    from natgrad.optim.second_order import SecondOrder
 
 LASTING = ("lr", "momentum", "weight_decay")
 """The numbers of a group of which the last step's are kept, under `NAME_last`."""
@@ -58,7 +58,7 @@ def update(
     if optimizer.gather == "weights" and optimizer.world.size > 1:
         with optimizer.engine.timed("messages"):
             moving = [optimizer.cells[k] for k in chosen]
-            parcels = [Parcel(real(p.detach()), cell.owner) for cell in moving for p in cell.layer.parameters]
+            parcels = [OwnedTensor(real(p.detach()), cell.owner) for cell in moving for p in cell.layer.parameters]
             optimizer.world.gather_narrow(parcels, "weights")
 
 
@@ -241,7 +241,7 @@ def like(parameter: nn.Parameter, part: Tensor) -> Tensor:
     return torch.view_as_complex(part) if parameter.is_complex() else part
 
 
-def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Parameter, Tensor]) -> None:
+def share(optimizer: SecondOrder, moving: Sequence[LayerState], parts: dict[nn.Parameter, Tensor]) -> None:
     """The directions of all owners on every rank (the stages of arXiv 1811.12019), instead of new weights."""
     parcels = []
     for cell in moving:
@@ -249,11 +249,11 @@ def share(optimizer: SecondOrder, moving: Sequence[Cell], parts: dict[nn.Paramet
             if cell.owner != optimizer.world.rank:
                 parts[parameter] = real(torch.empty_like(parameter, dtype=promote(parameter).dtype))
             parts[parameter] = parts[parameter].contiguous()
-            parcels.append(Parcel(parts[parameter], cell.owner))
+            parcels.append(OwnedTensor(parts[parameter], cell.owner))
     optimizer.world.gather_narrow(parcels, "directions")
 
 
-def move_all(optimizer: SecondOrder, moving: Sequence[Cell], parts: Mapping[nn.Parameter, Tensor]) -> None:
+def move_all(optimizer: SecondOrder, moving: Sequence[LayerState], parts: Mapping[nn.Parameter, Tensor]) -> None:
     """W <- w - lr * part for every parameter, in one call a learning rate where nothing else is to be done."""
     plain: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for cell in moving:
@@ -272,7 +272,7 @@ def move_all(optimizer: SecondOrder, moving: Sequence[Cell], parts: Mapping[nn.P
         torch._foreach_add_(weights, moves, alpha=-lr)
 
 
-def move(optimizer: SecondOrder, cell: Cell, parameter: nn.Parameter, part: Tensor) -> None:
+def move(optimizer: SecondOrder, cell: LayerState, parameter: nn.Parameter, part: Tensor) -> None:
     """W <- w - lr * part with the lr of the parameter's own group, and rescaled if asked for."""
     state, lr = optimizer.state[parameter], optimizer.group_of(parameter)["lr"]
     weight = latest(parameter, state, optimizer.narrow)
@@ -283,7 +283,12 @@ def move(optimizer: SecondOrder, cell: Cell, parameter: nn.Parameter, part: Tens
         weight.add_(part.to(weight.dtype), alpha=-lr)
         rescale(weight, cell.layer, optimizer.rescale)
         hears = getattr(optimizer.rule, "moved", None)
-        if hears is not None and lr > 0 and cell.owner == optimizer.world.rank and not isinstance(cell.layer, Loose):
+        if (
+            hears is not None
+            and lr > 0
+            and cell.owner == optimizer.world.rank
+            and not isinstance(cell.layer, UncurvedParameter)
+        ):
             hears(cell.layer, state, (before - weight).to(part.dtype) / lr)
     if weight is not parameter:
         parameter.copy_(weight)

@@ -7,22 +7,22 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from natgrad.budget import Purse
-from natgrad.cell import Cell
+from natgrad.curvature_engine import Assumed, CurvatureEngine
+from natgrad.layer_state import LayerState
 from natgrad.optim.coverage import CoverageTable, Preconditioned, coverage
+from natgrad.optim.directions import Rule, directions_kept
 from natgrad.optim.fallback import Fallback, Recalls
-from natgrad.optim.lengths import Keeps, Length, Remembers
-from natgrad.optim.rules import Rule, directions_kept
+from natgrad.optim.step_size import Keeps, Remembers, StepSize
 from natgrad.parallel import World
-from natgrad.preconditioner import Assumed, Preconditioner
 
 
 class Views:
     """Read-only views on a running optimizer."""
 
-    engine: Preconditioner
+    engine: CurvatureEngine
     world: World
     fallback: Fallback
-    length: Length | Remembers
+    length: StepSize | Remembers
     rule: Rule
     whys: list[str]
     purse: Purse | None  # what a step may spend on measuring and factoring
@@ -30,7 +30,7 @@ class Views:
     skipped: int  # steps given up because a gradient was not finite
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[LayerState]:
         """The layers in the model's order."""
         return self.engine.cells
 

@@ -34,7 +34,7 @@ NO_GROUP = (
 Gradients = Literal["auto", "local", "averaged"]
 
 
-class Parcel(NamedTuple):
+class OwnedTensor(NamedTuple):
     """A tensor (the same shape on every rank), the rank that owns it, and whether it is a symmetric matrix."""
 
     tensor: Tensor
@@ -128,7 +128,7 @@ class World:
         """Where torch's Join keeps its counts."""
         return uneven.device_of(getattr(self.transport, "group", None))
 
-    def count(self, kind: str, parcels: Sequence[Parcel]) -> None:
+    def count(self, kind: str, parcels: Sequence[OwnedTensor]) -> None:
         """Add the bytes of a message to what was sent."""
         if self.size > 1:
             self.sent[kind] += sum(self._numel(p) * p.tensor.element_size() for p in parcels)
@@ -138,11 +138,11 @@ class World:
         if self.listener is not None and sum(chunks):
             self.listener(Message(how, kind, tuple(chunks)))
 
-    def reduce(self, parcels: Sequence[Parcel], kind: str = "other") -> list[Tensor | None]:
+    def reduce(self, parcels: Sequence[OwnedTensor], kind: str = "other") -> list[Tensor | None]:
         """The sum over ranks of every parcel at its owner, None elsewhere."""
         return self.begin(parcels, kind)()
 
-    def begin(self, parcels: Sequence[Parcel], kind: str = "other") -> Callable[[], list[Tensor | None]]:
+    def begin(self, parcels: Sequence[OwnedTensor], kind: str = "other") -> Callable[[], list[Tensor | None]]:
         """`reduce`, under way while the caller goes on; what is returned waits for the sums."""
         if self.size == 1:
             return lambda: [p.tensor for p in parcels]
@@ -168,7 +168,7 @@ class World:
 
         return wait
 
-    def reduce_narrow(self, parcels: Sequence[Parcel], kind: str = "other") -> list[Tensor | None]:
+    def reduce_narrow(self, parcels: Sequence[OwnedTensor], kind: str = "other") -> list[Tensor | None]:
         """`reduce` in the `wire` type, if there is one.
 
         float16 has little range, so each tensor is scaled such that the sum over ranks stays below its largest number:
@@ -191,7 +191,7 @@ class World:
             for parcel, value, scale in zip(parcels, received, each)
         ]
 
-    def gather(self, parcels: Sequence[Parcel], kind: str = "other") -> None:
+    def gather(self, parcels: Sequence[OwnedTensor], kind: str = "other") -> None:
         """Every parcel's tensor takes its owner's value on all ranks, in place."""
         if self.size > 1 and self.owners:
             self._gather(parcels, kind)
@@ -199,9 +199,9 @@ class World:
     def start(self, tensors: Sequence[Tensor]) -> None:
         """Every tensor takes rank 0's value on all ranks, in place."""
         if self.size > 1:
-            self._gather([Parcel(t, 0) for t in tensors], "start")
+            self._gather([OwnedTensor(t, 0) for t in tensors], "start")
 
-    def _gather(self, parcels: Sequence[Parcel], kind: str) -> None:
+    def _gather(self, parcels: Sequence[OwnedTensor], kind: str) -> None:
         self.count(kind, parcels)
         for chunks in self._by_owner(parcels):
             lengths = [sum(self._numel(parcels[k]) for k in chunk) for chunk in chunks]
@@ -216,7 +216,7 @@ class World:
             if targets:
                 torch._foreach_copy_(targets, values)
 
-    def gather_narrow(self, parcels: Sequence[Parcel], kind: str = "other") -> None:
+    def gather_narrow(self, parcels: Sequence[OwnedTensor], kind: str = "other") -> None:
         """`gather` in the `weights` type, if there is one. Owners' tensors are rounded too, so all ranks stay equal."""
         narrow = parcels = list(parcels)
         if self.size > 1 and self.weights is not None and parcels:
@@ -227,7 +227,7 @@ class World:
         if narrow and narrow[0] is not parcels[0]:
             torch._foreach_copy_([p.tensor for p in parcels], [p.tensor for p in narrow])
 
-    def send(self, parcels: Sequence[Parcel], sources: Sequence[int], kind: str = "other") -> None:
+    def send(self, parcels: Sequence[OwnedTensor], sources: Sequence[int], kind: str = "other") -> None:
         """Every parcel's tensor at its owner takes the value that it has on its source, in place."""
         if self.size == 1 or not parcels:
             return
@@ -249,7 +249,7 @@ class World:
                 for k, value in zip(chunk, self._unpack(parcels, chunk, into[by])):
                     parcels[k].tensor.copy_(value)
 
-    def _by_owner(self, parcels: Sequence[Parcel]) -> list[list[list[int]]]:
+    def _by_owner(self, parcels: Sequence[OwnedTensor]) -> list[list[list[int]]]:
         """For each dtype: the parcels of each owner."""
         kinds: dict[torch.dtype, list[list[int]]] = {}
         for k, parcel in enumerate(parcels):
@@ -259,17 +259,17 @@ class World:
         return list(kinds.values())
 
     @staticmethod
-    def _numel(parcel: Parcel) -> int:
+    def _numel(parcel: OwnedTensor) -> int:
         return packed_numel(parcel.tensor.shape, parcel.symmetric)
 
     @staticmethod
-    def _pack(parcels: Sequence[Parcel], chunk: list[int], chunks: list[list[int]]) -> Tensor:
+    def _pack(parcels: Sequence[OwnedTensor], chunk: list[int], chunks: list[list[int]]) -> Tensor:
         if chunk:
             return pack([parcels[k].tensor for k in chunk], [parcels[k].symmetric for k in chunk])
         return next(parcels[k].tensor for other in chunks for k in other).new_zeros(0)
 
     @staticmethod
-    def _unpack(parcels: Sequence[Parcel], chunk: list[int], buffer: Tensor) -> list[Tensor]:
+    def _unpack(parcels: Sequence[OwnedTensor], chunk: list[int], buffer: Tensor) -> list[Tensor]:
         return unpack(buffer, [parcels[k].tensor.shape for k in chunk], [parcels[k].symmetric for k in chunk])
 
     def mean(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
@@ -282,7 +282,7 @@ class World:
         """Every tensor becomes its sum over ranks, in place on all ranks."""
         self._everyone(tensors, "sum", kind)
 
-    def over_owners(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
+    def sum_over_owners(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
         """Sums over what each rank owns become sums over everything, in place on all ranks."""
         if self.owners:
             self.sum(tensors, kind)
@@ -301,7 +301,7 @@ class World:
             self.sends(send)
 
     def _send_to_everyone(self, tensors: Sequence[Tensor], op: str, kind: str) -> None:
-        self.count(kind, [Parcel(t, 0) for t in tensors])
+        self.count(kind, [OwnedTensor(t, 0) for t in tensors])
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             same = [t for t in tensors if t.dtype == dtype]
             packed = pack(same, [False] * len(same))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.layers.work import Work
+from natgrad.layers.op_cost import OpCost
 
 CACHES = 96e6
 """Bytes that no cache holds."""
@@ -56,7 +56,7 @@ class Bench:
         count = min(MOST, max(2, math.ceil(CACHES / (4 * first.numel()))))
         return partial(next, cycle([first, *(first.clone() for _ in range(count - 1))]))
 
-    def rate(self, work: Work, call: Callable[[], Any]) -> tuple[float, float]:
+    def rate(self, work: OpCost, call: Callable[[], Any]) -> tuple[float, float]:
         """(size, operations or bytes a second), the launch left out."""
         whole = self.seconds(call)
         taken = max(whole / 4, whole - work.calls * self.launch)

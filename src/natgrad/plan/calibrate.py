@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from natgrad.curvature import CountSketch
 from natgrad.layers import layer_of
-from natgrad.layers.base import gram
-from natgrad.layers.work import Work, moved, product
+from natgrad.layers.layer import gram
+from natgrad.layers.op_cost import OpCost, moved, product
 from natgrad.linalg import damped_cholesky, damped_inverse, eigen
 from natgrad.plan.bench import Bench
 from natgrad.plan.calibrate_steps import framed, python_of, together
@@ -37,8 +37,8 @@ def convolutions(bench: Bench) -> dict[str, Table]:
         dy = bench.cold(*y.shape)
         flops, size = 2.0 * y.numel() * w[0].numel(), min(3 * channels, out)
         geometry: Any = (None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-        forward.append(bench.rate(Work("conv", flops, 0, size), lambda x=x, w=w: torch.conv2d(x(), w, padding=1)))
-        call = Work("conv_backward", 2 * flops, 0, size)
+        forward.append(bench.rate(OpCost("conv", flops, 0, size), lambda x=x, w=w: torch.conv2d(x(), w, padding=1)))
+        call = OpCost("conv_backward", 2 * flops, 0, size)
         backward.append(
             bench.rate(call, lambda x=x, w=w, dy=dy, one=geometry: BACK(dy(), x(), w, *one, (True, True, False)))
         )
@@ -53,10 +53,10 @@ def matrices(bench: Bench) -> dict[str, Table]:
         found["gemm"].append(bench.rate(product(len(a), d, d), lambda a=a, b=b: a @ b))
     for d in SQUARES:
         rows = bench.normal(max(8192, 4 * d) if d < 100 else 8 * d if d < 1000 else 4 * d, d)
-        found["gram"].append(bench.rate(Work("gram", 2.0 * len(rows) * d * d, 0, d), lambda r=rows: gram(r)))
+        found["gram"].append(bench.rate(OpCost("gram", 2.0 * len(rows) * d * d, 0, d), lambda r=rows: gram(r)))
         square = (rows[:d].T @ rows[:d] / d).unsqueeze(0)
         damping = torch.full((1,), 0.1, device=bench.device)
-        work = Work("inverse", float(d**3), 0, d, 8)
+        work = OpCost("inverse", float(d**3), 0, d, 8)
         found["inverse"].append(bench.rate(work, lambda s=square, t=damping: damped_inverse(s, t)))
         if d in (64, 288, 576):
             third = work._replace(kind="cholesky", flops=d**3 / 3, calls=6)
@@ -75,7 +75,7 @@ def memory(bench: Bench) -> dict[str, Table]:
         module = nn.BatchNorm2d(channels).to(bench.device)
         x = bench.cold(n * bench.times, channels, side, side)
         g = bench.cold(*x().shape)
-        work = Work("norm", 0, 4.0 * 8 * x().numel(), 1, 2)
+        work = OpCost("norm", 0, 4.0 * 8 * x().numel(), 1, 2)
         norms.append(bench.rate(work, lambda m=module, x=x, g=g: there_and_back(m, x(), g())))
     for channels, side, n in ((16, 32, 8), (64, 8, 32), (64, 8, 64)):  # whole, at most as much as is read at a time
         layer: Any = layer_of(nn.Conv2d(channels, 16, 3, padding=1, bias=False).to(bench.device))

@@ -13,10 +13,10 @@ import tyro
 
 from natgrad.parallel import World
 from natgrad.plan.advice import advise, parsed
-from natgrad.plan.given import asked, numbers, taken
 from natgrad.plan.machines import named
 from natgrad.plan.remedies import in_words, remedies
 from natgrad.plan.scaling import Network, Planner, scaled
+from natgrad.plan.shape_only import asked, numbers, taken
 from natgrad.train.arguments import parse
 from natgrad.train.optimizers import KFac, Nlcg, Seng, Settings, Sgd, SpNgd
 from natgrad.train.recipe import Recipe, described

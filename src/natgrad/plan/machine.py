@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from natgrad.layers.work import COMPUTE, Kind, Work
+from natgrad.layers.op_cost import COMPUTE, Kind, OpCost
 
 Table = tuple[tuple[float, float], ...]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -94,19 +94,19 @@ class Machine:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each figure is from."""
 
-    def rate(self, work: Work) -> float:
+    def rate(self, work: OpCost) -> float:
         """Operations or bytes a second of one kind at this size."""
         size = work.size if work.kind in COMPUTE else work.bytes / max(work.calls, 1.0)
         return interpolated(self.rates[work.kind], max(size, 1.0))
 
-    def device_seconds(self, work: Work) -> float:
+    def device_seconds(self, work: OpCost) -> float:
         """What an operation takes where it runs: its arithmetic or its memory, whichever is longer."""
         if work.kind not in COMPUTE:
             return work.bytes / self.rate(work)
         memory = interpolated(self.rates["elementwise"], max(1.0, work.bytes / max(work.calls, 1.0)))
         return max(work.flops / self.rate(work), work.bytes / memory)
 
-    def seconds(self, works: Iterable[Work], ranks: int, host: float = 0.0, launches: float | None = None) -> float:
+    def seconds(self, works: Iterable[OpCost], ranks: int, host: float = 0.0, launches: float | None = None) -> float:
         """One rank's time for these operations while `ranks` ranks work.
 
         host: seconds of Python beside them. launches: operations that the host issues; None: as the works say.
@@ -114,7 +114,7 @@ class Machine:
         return self.spent(works, ranks, host, launches).seconds
 
     def spent(
-        self, works: Iterable[Work], ranks: int, host: float = 0.0, launches: float | None = None, links: float = 0.0
+        self, works: Iterable[OpCost], ranks: int, host: float = 0.0, launches: float | None = None, links: float = 0.0
     ) -> Spent:
         """What `seconds` is made of. links: seconds of messages."""
         works, share = list(works), self.share(ranks)

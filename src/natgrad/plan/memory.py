@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from natgrad.cell import Cell
+from natgrad.layer_state import LayerState
 from natgrad.plan.rehearsal import Rehearsal
 
 
@@ -19,7 +19,7 @@ def bytes_of(states: Sequence[Mapping[str, Any]]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def state_by_rank(rehearsal: Rehearsal, rows: Callable[[Cell], int]) -> list[int]:
+def state_by_rank(rehearsal: Rehearsal, rows: Callable[[LayerState], int]) -> list[int]:
     """Bytes of the optimizer's state on every rank after its first step. rows: of measured rows, at a cell's owner."""
     optimizer, world = rehearsal.second, rehearsal.world
     if optimizer is None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from natgrad.cell import Cell
-from natgrad.curvature.base import part_of
-from natgrad.curvature.rowwork import Form
+from natgrad.curvature.curvature import part_of
+from natgrad.curvature.per_sample_cost import RowForm
 from natgrad.hooks import logits_of
+from natgrad.layer_state import LayerState
 from natgrad.optim import SecondOrder
 from natgrad.parallel import Message, World
 from natgrad.plan.simulated import Device, SimulatedTransport
@@ -56,7 +56,7 @@ class Rehearsal:
     world: World
     transport: SimulatedTransport
     device: Device
-    form_of: Callable[[Cell], Form]
+    form_of: Callable[[LayerState], RowForm]
     _known: dict[bool, Rehearsed] = field(default_factory=dict)
 
     @property
@@ -65,7 +65,7 @@ class Rehearsal:
         return self.optimizer if isinstance(self.optimizer, SecondOrder) else None
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[LayerState]:
         """The layers; none for an optimizer that knows of no curvature."""
         return self.optimizer.cells if isinstance(self.optimizer, SecondOrder) else []
 
@@ -192,7 +192,12 @@ def quota(samples: int, rank: int, size: int) -> int:
 
 
 def rehearsal_of(
-    settings: Settings, model: nn.Module, inputs: Tensor, ranks: int, form_of: Callable[[Cell], Form], once: int
+    settings: Settings,
+    model: nn.Module,
+    inputs: Tensor,
+    ranks: int,
+    form_of: Callable[[LayerState], RowForm],
+    once: int,
 ) -> Rehearsal:
     """The optimizer that `settings` make, as the first of so many ranks: the owner of the most expensive layer.
 

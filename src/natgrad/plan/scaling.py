@@ -15,7 +15,7 @@ from natgrad.plan.rehearsal import rehearsal_of
 from natgrad.plan.stages import NONE, STAGES, Account, Ways
 from natgrad.plan.trace import Trace, on_meta, trace
 from natgrad.plan.work import Parts
-from natgrad.staleness import Every
+from natgrad.refresh import Every
 from natgrad.train.optimizers import Settings
 
 UNLIMITED = 1e6

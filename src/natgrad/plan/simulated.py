@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from natgrad.parallel.transport import Pending, Transport
-from natgrad.staleness import Told
+from natgrad.refresh import NextInterval
 
 READ = 0.75
 """What the host reads of a number of a device: finite, above zero, and no whole number."""
@@ -27,7 +27,7 @@ READS = ("_local_scalar_dense", "equal")
 NOTHING = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "promote_types")
 """Operations for which nothing is launched."""
 META = torch.device("meta")
-MEASURED = Told(1).packed()
+MEASURED = NextInterval(1).packed()
 """What a rank tells of a measurement: to be measured again in the next step, as it has changed."""
 FEW = 2**14
 """Numbers of a tensor that may be known."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from natgrad.cell import Cell
-from natgrad.curvature.base import Seen
-from natgrad.layers.work import Work, moved
+from natgrad.curvature.curvature import Extent
+from natgrad.layer_state import LayerState
+from natgrad.layers.op_cost import OpCost, moved
 from natgrad.parallel import Message
 from natgrad.plan.links import seconds
 from natgrad.plan.machine import Machine, Spent
@@ -68,14 +68,14 @@ class Account:
         return self.rehearsal.model
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[LayerState]:
         return self.rehearsal.cells
 
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
-    def held(self, cell: Cell) -> int:
+    def held(self, cell: LayerState) -> int:
         """Bytes of measured rows at a cell's owner."""
         seen = self.parts.seen.get(cell.name)
         return 0 if seen is None or not cell.curvature.statistics else cell.curvature.rows_held(cell.layer, seen)
@@ -134,11 +134,11 @@ class Account:
         return launches.get(stage, 0.0)
 
     def _spent(
-        self, work: Sequence[Work], host: float = 0.0, launches: float | None = None, links: float = 0.0
+        self, work: Sequence[OpCost], host: float = 0.0, launches: float | None = None, links: float = 0.0
     ) -> Spent:
         return self.machine.spent(work, self.ranks, host, launches, links)
 
-    def _seconds(self, work: Sequence[Work], host: float = 0.0) -> float:
+    def _seconds(self, work: Sequence[OpCost], host: float = 0.0) -> float:
         return self.machine.seconds(work, self.ranks, host)
 
     def _measuring(self, launches: float) -> Spent:
@@ -150,7 +150,7 @@ class Account:
             found += self._spent(self.parts.backward(weights=False))
         return found
 
-    def _packing(self, fresh: bool) -> list[Work]:
+    def _packing(self, fresh: bool) -> list[OpCost]:
         """Norms of all gradients, and what goes into buffers and out of them."""
         if self.rehearsal.second is None:
             return [moved(self.parameters, 5)] if self.ranks > 1 else []
@@ -159,7 +159,7 @@ class Account:
             work += [moved(self.parameters, 4), moved(self.numbers() if fresh else 0, 4)]
         return work
 
-    def _unpacking(self) -> list[Work]:
+    def _unpacking(self) -> list[OpCost]:
         if self.ranks == 1 or self.rehearsal.second is None or not self.rehearsal.world.owners:
             return []
         return [moved(self.parameters, 4)]
@@ -244,7 +244,7 @@ class Account:
         rows = [self._layer(cell, seen, passes, measured) for cell in self.cells if cell.name in passes]
         return sorted(rows, key=lambda row: -row["seconds"])[:LARGEST]
 
-    def _layer(self, cell: Cell, seen: dict[str, Seen], passes: dict, measured: dict) -> dict[str, Any]:
+    def _layer(self, cell: LayerState, seen: dict[str, Extent], passes: dict, measured: dict) -> dict[str, Any]:
         what = seen[cell.name]
         factor = self._seconds([w for key in cell.keys for w in factor_work(cell, key, what)])
         direction = self._seconds(list(cell.curvature.precondition_work(cell.layer, what)))

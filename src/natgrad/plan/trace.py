@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from natgrad.hooks import logits_of
-from natgrad.layers import Layer, Loose, find_layers
-from natgrad.layers.work import Passes, Work
+from natgrad.layers import Layer, UncurvedParameter, find_layers
+from natgrad.layers.op_cost import OpCost, Passes
 
 OF_LAYERS = ("convolution_backward", "batch_norm", "layer_norm", "group_norm", "embedding_dense_backward")
 """Operations of a backward pass that layers have stated already."""
@@ -48,9 +48,9 @@ class Trace:
 
     samples: int
     calls: list[Call] = field(default_factory=list)
-    forward: list[Work] = field(default_factory=list)
+    forward: list[OpCost] = field(default_factory=list)
     """Between layers."""
-    backward: list[Work] = field(default_factory=list)
+    backward: list[OpCost] = field(default_factory=list)
     saved: int = 0
     """Bytes that the forward pass leaves for the backward pass."""
     parameters: int = 0
@@ -124,7 +124,7 @@ def first_line(error: BaseException) -> str:
 def trace(model: nn.Module, shape: Sequence[int], samples: int, name: str = "the model", tokens: int = 0) -> Trace:
     """One pass of `samples` inputs of this shape forward and backward. tokens: how many there are, of whole numbers."""
     found = Trace(samples)
-    known = {f.layer.module: f for f in find_layers(model) if not isinstance(f.layer, Loose)}
+    known = {f.layer.module: f for f in find_layers(model) if not isinstance(f.layer, UncurvedParameter)}
     watch, stores = Watch(), {}
     handles = [handle for module, f in known.items() for handle in attach(module, f.name, f.layer, watch, found)]
     own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
@@ -192,11 +192,11 @@ def between(found: Trace, forward: list[Operation], backward: list[Operation]) -
             found.backward.append(work_of(one))
     if more > 1e-3 * stated:  # which of these operations are layers' cannot be seen: they count with their mean side
         side = sum(one.size * one.flops for one in dense) / sum(one.flops for one in dense)
-        found.backward.append(Work("gemm", more, 0.0, side, 2))
+        found.backward.append(OpCost("gemm", more, 0.0, side, 2))
 
 
-def work_of(one: Operation) -> Work:
+def work_of(one: Operation) -> OpCost:
     """An operation as work: products by their arithmetic, all else by its bytes."""
     if one.flops:
-        return Work("conv" if "conv" in one.name else "gemm", one.flops, one.bytes, one.size)
-    return Work("elementwise", 0.0, one.bytes)
+        return OpCost("conv" if "conv" in one.name else "gemm", one.flops, one.bytes, one.size)
+    return OpCost("elementwise", 0.0, one.bytes)

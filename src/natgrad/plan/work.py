@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from natgrad.budget import holder_work
-from natgrad.cell import Cell
-from natgrad.curvature.base import Seen
-from natgrad.curvature.rowwork import Form
-from natgrad.layers import Loose
-from natgrad.layers.work import Work, moved
+from natgrad.curvature.curvature import Extent
+from natgrad.curvature.per_sample_cost import RowForm
+from natgrad.layer_state import LayerState
+from natgrad.layers import UncurvedParameter
+from natgrad.layers.op_cost import OpCost, moved
 from natgrad.optim.conjugate import Conjugate
 from natgrad.plan.rehearsal import Rehearsal
 from natgrad.plan.trace import Trace
@@ -33,9 +33,9 @@ class Parts:
     ranks: int
 
     @cached_property
-    def seen(self) -> dict[str, Seen]:
+    def seen(self) -> dict[str, Extent]:
         """What every layer sees in a step of all ranks."""
-        found: dict[str, Seen] = {}
+        found: dict[str, Extent] = {}
         for trace, count in self.passes:
             places: dict[str, int] = {}
             samples: dict[str, int] = {}
@@ -44,11 +44,11 @@ class Parts:
                 places[call.name] = places.get(call.name, 0) + s
                 samples[call.name] = n * count * self.ranks
             for name, n in samples.items():
-                before = found.get(name, Seen(0, 0))
-                found[name] = Seen(before.samples + n, max(before.places, places[name]))
+                before = found.get(name, Extent(0, 0))
+                found[name] = Extent(before.samples + n, max(before.places, places[name]))
         return found
 
-    def form(self, cell: Cell) -> Form:
+    def form(self, cell: LayerState) -> RowForm:
         """The rows of a layer whose statistic is rows."""
         form = getattr(cell.curvature, "form", None)
         if form is None:
@@ -56,14 +56,14 @@ class Parts:
             raise ValueError(f"{name} does not say how large its rows are: give it a method form, as SampleSpace has")
         return form(cell.layer, self.seen[cell.name])
 
-    def forward(self) -> list[Work]:
+    def forward(self) -> list[OpCost]:
         return [
             work.times(count)
             for trace, count in self.passes
             for work in (*(w for call in trace.calls for w in call.passes.forward), *trace.forward)
         ]
 
-    def backward(self, weights: bool = True) -> list[Work]:
+    def backward(self, weights: bool = True) -> list[OpCost]:
         """The backward pass; without `weights` only towards the layers' outputs."""
         return [
             work.times(count)
@@ -75,9 +75,9 @@ class Parts:
             )
         ]
 
-    def measure(self, cells: Sequence[Cell]) -> dict[str, list[Work]]:
+    def measure(self, cells: Sequence[LayerState]) -> dict[str, list[OpCost]]:
         """What measuring everything takes on each rank, by layer."""
-        found: dict[str, list[Work]] = {}
+        found: dict[str, list[OpCost]] = {}
         curved = {cell.name: cell for cell in cells if cell.curvature.statistics}
         for trace, count in self.passes:
             for call in trace.calls:
@@ -92,14 +92,14 @@ class Parts:
 class Owned:
     """What falls to one rank as an owner."""
 
-    factor: list[Work] = field(default_factory=list)
-    precondition: list[Work] = field(default_factory=list)
-    update: list[Work] = field(default_factory=list)
+    factor: list[OpCost] = field(default_factory=list)
+    precondition: list[OpCost] = field(default_factory=list)
+    update: list[OpCost] = field(default_factory=list)
     layers: int = 0
     measured: int = 0
 
 
-def owned(rehearsal: Rehearsal, seen: Mapping[str, Seen]) -> list[Owned]:
+def owned(rehearsal: Rehearsal, seen: Mapping[str, Extent]) -> list[Owned]:
     """The owners' work of a step in which everything was measured, rank by rank."""
     found = [Owned() for _ in range(rehearsal.world.size)]
     optimizer = rehearsal.second
@@ -107,7 +107,7 @@ def owned(rehearsal: Rehearsal, seen: Mapping[str, Seen]) -> list[Owned]:
         return found
     conjugate = isinstance(optimizer.rule, Conjugate)
     for cell in optimizer.cells:
-        what = seen.get(cell.name, Seen(0, 0))
+        what = seen.get(cell.name, Extent(0, 0))
         mine = found[cell.owner]
         mine.layers += 1
         for key in cell.keys:
@@ -115,9 +115,9 @@ def owned(rehearsal: Rehearsal, seen: Mapping[str, Seen]) -> list[Owned]:
             holder.factor += factor_work(cell, key, what)
             holder.measured += 1
         numel = cell.layer.shape.numel
-        if not isinstance(cell.layer, Loose):
+        if not isinstance(cell.layer, UncurvedParameter):
             mine.precondition += cell.curvature.precondition_work(cell.layer, what)
-        passes = CONJUGATE if conjugate else ADAM if isinstance(cell.layer, Loose) else MOMENTUM
+        passes = CONJUGATE if conjugate else ADAM if isinstance(cell.layer, UncurvedParameter) else MOMENTUM
         mine.precondition.append(moved(numel, passes))
         everyone = optimizer.gather == "directions"
         for rank in found if everyone else [mine]:
@@ -126,6 +126,6 @@ def owned(rehearsal: Rehearsal, seen: Mapping[str, Seen]) -> list[Owned]:
     return found if world.owners else [found[world.rank]] * world.size
 
 
-def factor_work(cell: Cell, key: str, what: Seen) -> list[Work]:
+def factor_work(cell: LayerState, key: str, what: Extent) -> list[OpCost]:
     """Taking in a statistic (unpacking, comparing, copying) and factoring it."""
     return [work for works in holder_work(cell, key, what) for work in works]

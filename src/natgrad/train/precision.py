@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from natgrad.optim.base import SecondOrder
+from natgrad.optim.second_order import SecondOrder
 from natgrad.parallel import World
 
 Kind = Literal["float32", "bfloat16", "float16"]

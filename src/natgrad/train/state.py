@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from natgrad.data.mixup import RunningMixup
 from natgrad.optim import SecondOrder
-from natgrad.optim.state import apart, held, wanted
+from natgrad.optim.state_dict import apart, held, wanted
 from natgrad.train import checkpoint
 from natgrad.train.loop import Job
 from natgrad.train.nested import pack, unpack

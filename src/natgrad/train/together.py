@@ -12,7 +12,7 @@ from typing import TextIO, TypeVar
 import torch
 from torch import Tensor
 
-from natgrad.parallel import Parcel, World
+from natgrad.parallel import OwnedTensor, World
 from natgrad.train.log import LOCK
 
 try:
@@ -99,7 +99,7 @@ def everybody(world: World, texts: Sequence[str]) -> list[str]:
     if not any_text.item():
         return []
     pages = [encoded("\n".join(texts) if rank == world.rank else "") for rank in range(world.size)]
-    world.gather([Parcel(page, rank) for rank, page in enumerate(pages)])
+    world.gather([OwnedTensor(page, rank) for rank, page in enumerate(pages)])
     return sorted({line for page in pages for line in decoded(page).split("\n") if line})
 
 

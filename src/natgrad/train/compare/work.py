@@ -126,7 +126,7 @@ class Interrupted(Exception):  # noqa: N818
 
 
 def drive(cells: list[Cell], make: Callable[[Any], "Future[Any]"], stop: Callable[[], bool], done: Done) -> bool:
-    """Make all that cells ask for, telling of each cell that is done; False where stopped.
+    """Make all that cells ask for, damping_tolerance of each cell that is done; False where stopped.
 
     make: returns a future of what a cell has asked for, a trial's result or whether a contender is far behind. Every
     cell has its next trials under way at once; `make` may take them one after the other.

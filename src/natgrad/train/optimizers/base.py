@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from natgrad.parallel import Parcel, World
+from natgrad.parallel import OwnedTensor, World
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def alone(optimizer: Optimizer, model: nn.Module, world: World) -> Optimizer:
 
     Gradients are averaged in `step()`, or before it by `optimizer.reduce()`, for whoever must see their mean.
     """
-    world.gather([Parcel(tensor.detach(), 0) for tensor in (*model.parameters(), *model.buffers())])
+    world.gather([OwnedTensor(tensor.detach(), 0) for tensor in (*model.parameters(), *model.buffers())])
     if world.size > 1:
         mean = Mean(optimizer, world)
         optimizer.register_step_pre_hook(mean.before_step)

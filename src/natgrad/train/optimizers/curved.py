@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import natgrad
-from natgrad.optim import LayerBlocks, SecondOrder, lengths, rules
-from natgrad.optim.rules import Momentum
+from natgrad.optim import LayerBlocks, SecondOrder, directions, step_size
+from natgrad.optim.directions import Momentum
 from natgrad.parallel import World
-from natgrad.staleness import Adaptive, Budget, Staleness
+from natgrad.refresh import Adaptive, Budget, Staleness
 from natgrad.train.optimizers.base import Settings
 
-COEFFICIENTS = {"corrected": rules.corrected, "tied": rules.tied, "heavy_ball": rules.heavy_ball}
-BOUNDS = {"predicted_change": natgrad.PredictedChange, "measured_change": natgrad.MeasuredChange}
-LENGTHS = {"plain": lengths.plain, "trust": lengths.trust, **{name: kind() for name, kind in BOUNDS.items()}}
-LengthName = Literal["plain", "trust", "predicted_change", "measured_change"]
+COEFFICIENTS = {"corrected": directions.corrected, "tied": directions.tied, "heavy_ball": directions.heavy_ball}
+BOUNDS = {"kl_clip": natgrad.KLClip, "measured_change": natgrad.MeasuredChange}
+LENGTHS = {"plain": step_size.plain, "trust": step_size.trust, **{name: kind() for name, kind in BOUNDS.items()}}
+LengthName = Literal["plain", "trust", "kl_clip", "measured_change"]
 NORMS = {"unitwise": natgrad.UnitWise, "full": natgrad.Full}
 """What normalisations get, by the name that a recipe gives; another kind of block is one more entry here."""
 INVERSES = {"cholesky": natgrad.Kronecker, "eigen": natgrad.EigenKronecker}
 WIRES = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def how_far(length: str, largest_change: float | None = None) -> lengths.Length | lengths.Remembers:
+def how_far(length: str, largest_change: float | None = None) -> step_size.StepSize | step_size.Remembers:
     """The length as a function."""
     if largest_change is None:
         return LENGTHS[length]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import natgrad
-from natgrad.optim.rules import Momentum
+from natgrad.optim.directions import Momentum
 from natgrad.parallel import World
 from natgrad.train.optimizers.base import Settings
 from natgrad.train.optimizers.curved import COEFFICIENTS, WIRES, LengthName, how_far, limited

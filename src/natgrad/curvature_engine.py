@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from natgrad.averages import Fresh, absorb
 from natgrad.budget import Purse, Spending
-from natgrad.capture import LOGITS, Capture, Key, Measured, Seen, Watch
-from natgrad.cell import DORMANT, Cell
-from natgrad.curvature.rows import Sample
-from natgrad.gathering import bring_rows
-from natgrad.hooks import Judge
+from natgrad.capture import LOGITS, Capture, Key, LayerSeen, Measured, Watch
+from natgrad.curvature.per_sample import Sample
+from natgrad.hooks import LogitGradientScaling
 from natgrad.inversion import Inversion
-from natgrad.layers.find import batch_first_of
-from natgrad.parallel import Parcel, World
+from natgrad.layer_state import DORMANT, LayerState
+from natgrad.layers.registry import batch_first_of
+from natgrad.parallel import OwnedTensor, World
 from natgrad.readings import Readings, together
+from natgrad.refresh import NextInterval
+from natgrad.sample_rows import bring_rows
 from natgrad.sampling import Sampler
 from natgrad.stacks import Storage
-from natgrad.staleness import Told
 
 SEEN_BY_STEP, SEEN_BY_LAYER = 4, 9  # numbers in the sum by which ranks tell each other what they saw
 ELSEWHERE = (
@@ -61,7 +61,7 @@ def shortened(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-class Found(NamedTuple):
+class SeenByRanks(NamedTuple):
     """What all ranks saw in one step, added up."""
 
     samples: float
@@ -69,7 +69,7 @@ class Found(NamedTuple):
     by: str
     last: int | None  # the layer whose places were taken for predictions
     weights: dict[Key, float]
-    layers: dict[int, list[float]]  # the numbers of each layer's Seen (capture.py), added up
+    layers: dict[int, list[float]]  # the numbers of each layer's LayerSeen (capture.py), added up
 
     def saw(self, key: Key) -> bool:
         """Whether any rank has measured a statistic."""
@@ -93,7 +93,7 @@ class Taken(NamedTuple):
     plan: Sequence[Key]
     keys: Sequence[Key]
     unusable: Mapping[int, str]
-    intervals: Callable[[], list[Told]]
+    intervals: Callable[[], list[NextInterval]]
 
 
 class Step(NamedTuple):
@@ -123,13 +123,13 @@ class Clocks(NamedTuple):
     """What the clocks of all layers say: the next step in which something is due; which are measured, which asleep."""
 
     stamp: int
-    cells: list[Cell]
+    cells: list[LayerState]
     due: int
     ready: list[bool]
     asleep: list[bool]
 
 
-class Preconditioner:
+class CurvatureEngine:
     """The cells of a model with the hooks that feed them.
 
     dims: the dimension of the samples in the inputs of each cell's layer.
@@ -137,7 +137,7 @@ class Preconditioner:
 
     def __init__(
         self,
-        cells: Sequence[Cell],
+        cells: Sequence[LayerState],
         world: World,
         seed: int,
         sampled: bool = False,
@@ -153,7 +153,7 @@ class Preconditioner:
         self._clocks: Clocks | None = None
         self._settled: tuple[int, tuple[float, ...]] | None = None  # clocks and dampings of a step without inversions
         self.local = False  # every rank takes its own rows
-        self.judged: Judge | None = None  # rows are weighed by the gradients of the logits
+        self.judged: LogitGradientScaling | None = None  # rows are weighed by the gradients of the logits
         self.sampled = sampled  # curvature of labels drawn from the model, not of the data's
         self.half: tuple[float, int] | None = None  # of the last step: the square of its first passes, their samples
         self.model, self.predictions = model, predictions
@@ -170,7 +170,7 @@ class Preconditioner:
         self._doubts: list[str] = []
         self.time_first = () if model is None else time_first(model)
 
-    def replace(self, cells: Sequence[Cell], origins: Sequence[int] | None = None) -> None:
+    def replace(self, cells: Sequence[LayerState], origins: Sequence[int] | None = None) -> None:
         """Take these cells from now on, unwatched until `arm`. `origins`: which of the cells before they are."""
         places = {} if origins is None else {old: new for new, old in enumerate(origins)}
         if hasattr(self, "capture"):
@@ -294,7 +294,7 @@ class Preconditioner:
             with self.timed("messages"):
                 numbers = torch.tensor([told.packed() for told in taken.intervals()], dtype=torch.int64)
                 self.world.max([numbers], "scalars")
-            told = dict(zip(taken.keys, map(Told.unpacked, numbers.tolist())))
+            told = dict(zip(taken.keys, map(NextInterval.unpacked, numbers.tolist())))
             found = {key: one.interval for key, one in told.items()}
             for (index, key), (interval, change) in told.items():
                 self._advance(index, key, taken.step, interval)
@@ -318,7 +318,7 @@ class Preconditioner:
             if not cell.by_rows and cell.holders[key] == self.world.rank:
                 cell.state()[key].zero_()
 
-    def _exchange(self, plan: Sequence[Key], measured: Measured) -> Found:
+    def _exchange(self, plan: Sequence[Key], measured: Measured) -> SeenByRanks:
         """What all ranks saw, added up: one small sum."""
         layers = list(dict.fromkeys(index for index, _ in plan))
         own = [measured.samples, measured.predictions, float(measured.by == LOGITS), float(measured.by is not None)]
@@ -326,7 +326,7 @@ class Preconditioner:
         idle = {key: measured.samples if self.cells[key[0]].by_rows else 0 for key in plan}
         own += [float(measured.weights.get(key, idle[key])) for key in plan]
         for index in layers:
-            seen = measured.seen.get(index, Seen())
+            seen = measured.seen.get(index, LayerSeen())
             missed = seen.passes > 0 and (seen.swapped or not seen.agrees)
             own += [
                 seen.calls,
@@ -353,9 +353,9 @@ class Preconditioner:
         by = "rows of the model's output with a gradient" if of_output >= of_any / 2 and of_any else ""
         if not by and last is not None:
             by = f"rows of the output of {self.cells[last].name or 'the model'} with a gradient"
-        return Found(samples, predictions, by or "no gradient was seen", last, weights, dict(zip(layers, rows)))
+        return SeenByRanks(samples, predictions, by or "no gradient was seen", last, weights, dict(zip(layers, rows)))
 
-    def _unusable(self, found: Found) -> dict[int, str]:
+    def _unusable(self, found: SeenByRanks) -> dict[int, str]:
         """The layers whose measurements say nothing about their curvature, and why."""
         unusable = dict(found.astray)
         for index, (_, _, _, _, _, once, grown, missed, infinite) in found.layers.items():
@@ -375,7 +375,7 @@ class Preconditioner:
             elif own:
                 self.drops.pop(name, None)
 
-    def _doubt(self, found: Found, measured: Measured, scale: float, reduction: str) -> list[str]:
+    def _doubt(self, found: SeenByRanks, measured: Measured, scale: float, reduction: str) -> list[str]:
         told, n = [], found.samples
         unlike: dict[float, list[str]] = {}
         for index, (_, _, _, _, samples, once, *_) in found.layers.items():
@@ -434,7 +434,7 @@ class Preconditioner:
         samples: int,
         predictions: int,
         readings: Readings,
-    ) -> Callable[[], list[Told]]:
+    ) -> Callable[[], list[NextInterval]]:
         """Take in what this rank holds. Returns what gives, after a read, when [keys] are due: 0 for what others hold
         or was unusable.
         """
@@ -443,19 +443,19 @@ class Preconditioner:
             if value is not None:
                 cell = self.cells[index]
                 moment = next(m for m in cell.statistics if m.key == key)
-                found.append(Fresh(cell, key, value, moment.behind(cell.layer, samples, predictions)))
+                found.append(Fresh(cell, key, value, moment.effective_samples(cell.layer, samples, predictions)))
                 mine.append(k)
         told = absorb(found, readings)
 
-        def intervals() -> list[Told]:
+        def intervals() -> list[NextInterval]:
             own = dict(zip(mine, told()))
-            return [own.get(k, Told(0)) for k in range(len(keys))]
+            return [own.get(k, NextInterval(0)) for k in range(len(keys))]
 
         return intervals
 
     def _stack(
-        self, keys: Sequence[Key], rows: Mapping[Key, Sample], found: Found, step: int, readings: Readings
-    ) -> Callable[[], list[Told]]:
+        self, keys: Sequence[Key], rows: Mapping[Key, Sample], found: SeenByRanks, step: int, readings: Readings
+    ) -> Callable[[], list[NextInterval]]:
         """`_absorb` for rows."""
         intervals, grams = [0] * len(keys), dict[int, Tensor]()
         for k, key in enumerate(keys):
@@ -472,9 +472,9 @@ class Preconditioner:
 
         if grams:
             readings.ask(together(torch._foreach_norm(list(grams.values()), math.inf)), hear)
-        return lambda: [Told(interval) for interval in intervals]
+        return lambda: [NextInterval(interval) for interval in intervals]
 
-    def _means(self, found: Found, reduction: str) -> float:
+    def _means(self, found: SeenByRanks, reduction: str) -> float:
         """How many predictions a sample's loss is the mean of.
 
         The gradients of a mean over p predictions are p times smaller than those of a sum, and the curvature of the
@@ -491,8 +491,8 @@ class Preconditioner:
         return means if means > 0 else 1.0
 
     def _parcels(
-        self, keys: Sequence[Key], measured: Measured, found: Found, scale: float, reduction: str, means: float
-    ) -> list[Parcel]:
+        self, keys: Sequence[Key], measured: Measured, found: SeenByRanks, scale: float, reduction: str, means: float
+    ) -> list[OwnedTensor]:
         """A rank's shares of means over all ranks' samples."""
         if reduction == "mean":
             weigh = measured.samples / self.world.size * means
@@ -510,7 +510,7 @@ class Preconditioner:
             factors.append(1 / found.weights[key] if moment.order == 0 else weigh / scale**2)
         means_of = torch._foreach_mul(values, factors) if values else []
         return [
-            Parcel(value, self.cells[index].holders[name], moment.symmetric)
+            OwnedTensor(value, self.cells[index].holders[name], moment.symmetric)
             for value, (index, name), moment in zip(means_of, keys, moments)
         ]
 

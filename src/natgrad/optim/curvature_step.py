@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from natgrad.optim.search import CurvatureStep, quadratic
+from natgrad.optim.line_search import CurvatureStep, quadratic
 from natgrad.parallel import World
 from natgrad.readings import on_host
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from natgrad.parallel.packing import pack, packed_numel, unpack
-from natgrad.parallel.world import Parcel, World
+from natgrad.parallel.world import OwnedTensor, World
 
 
-def bring(world: World, parcels: Sequence[Parcel], counts: Tensor, kind: str = "other") -> list[Tensor | None]:
+def bring(world: World, parcels: Sequence[OwnedTensor], counts: Tensor, kind: str = "other") -> list[Tensor | None]:
     """Rows of all ranks, rank behind rank, at each parcel's owner, None elsewhere.
 
     counts [parcels, ranks]: how many rows each rank has, the first dimension of its parcels; the others are alike.
@@ -33,7 +33,7 @@ def bring(world: World, parcels: Sequence[Parcel], counts: Tensor, kind: str = "
     return results
 
 
-def _received(world: World, parcels: Sequence[Parcel], same: list[int], numbers: list[list[int]]) -> list[int]:
+def _received(world: World, parcels: Sequence[OwnedTensor], same: list[int], numbers: list[list[int]]) -> list[int]:
     """The bytes that every rank receives from the others, of the parcels `same`."""
     received = [0] * world.size
     for parcel, row in ((parcels[k], numbers[k]) for k in same):
@@ -43,7 +43,7 @@ def _received(world: World, parcels: Sequence[Parcel], same: list[int], numbers:
 
 
 def _exchange(
-    world: World, parcels: Sequence[Parcel], same: list[int], mine: list[int], numbers: list[list[int]]
+    world: World, parcels: Sequence[OwnedTensor], same: list[int], mine: list[int], numbers: list[list[int]]
 ) -> list[Tensor]:
     """Send to every owner what is its own, of the parcels `same`; the stacks of those that are mine."""
     others = [r for r in range(world.size) if r != world.rank]
@@ -58,7 +58,7 @@ def _exchange(
     return [torch.cat([parts[r][place] for r in range(world.size)]) for place in range(len(mine))]
 
 
-def _everywhere(world: World, parcel: Parcel, numbers: list[int], kind: str) -> Tensor:
+def _everywhere(world: World, parcel: OwnedTensor, numbers: list[int], kind: str) -> Tensor:
     """The stack of one parcel's rows on every rank."""
     shape = parcel.tensor.shape[1:]
     lengths = [n * packed_numel(shape, False) for n in numbers]

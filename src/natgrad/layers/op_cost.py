@@ -1,4 +1,4 @@
-"""Work as a planner counts it: operations of one kind, their arithmetic, the memory they touch, how many are launched.
+"""What operations of one kind cost, as a planner counts it: arithmetic, memory that is touched, launches.
 
 Layers state their passes in it, curvatures what measuring, factoring and preconditioning take. What it means in
 seconds is a machine's to say (plan/machine.py).
@@ -22,7 +22,7 @@ BYTE = 10.0
 NUMBER = 4  # bytes: everything here is in single precision
 
 
-class Work(NamedTuple):
+class OpCost(NamedTuple):
     """Some operations of one kind.
 
     flops: multiplications and additions. bytes: read and written. size: the short side of the matrices, by which rates
@@ -36,7 +36,7 @@ class Work(NamedTuple):
     size: float = 1.0
     calls: float = 1.0
 
-    def times(self, count: float) -> Work:
+    def times(self, count: float) -> OpCost:
         """The same, so many times."""
         return self._replace(flops=self.flops * count, bytes=self.bytes * count, calls=self.calls * count)
 
@@ -44,42 +44,42 @@ class Work(NamedTuple):
 class Passes(NamedTuple):
     """What one call of a layer takes: its forward pass, and its backward pass in two parts."""
 
-    forward: tuple[Work, ...]
-    inputs: tuple[Work, ...]
+    forward: tuple[OpCost, ...]
+    inputs: tuple[OpCost, ...]
     """The gradient of its inputs, which a first layer does not need."""
-    weights: tuple[Work, ...]
+    weights: tuple[OpCost, ...]
     """The gradient of its parameters."""
 
 
-def price(works: Iterable[Work]) -> float:
+def price(works: Iterable[OpCost]) -> float:
     """What work counts where no machine is known, in operations of a matrix product: arithmetic or memory."""
     return sum(priced(work) for work in works)
 
 
-def priced(work: Work) -> float:
+def priced(work: OpCost) -> float:
     """`price` of one kind of work."""
     if work.kind not in COMPUTE:
         return PRICES.get(work.kind, BYTE) * work.bytes
     return max(PRICES.get(work.kind, 1.0) * work.flops, BYTE * work.bytes)
 
 
-def product(m: float, k: float, n: float, count: float = 1.0, calls: float = 1.0) -> Work:
+def product(m: float, k: float, n: float, count: float = 1.0, calls: float = 1.0) -> OpCost:
     """`count` products of [m, k] with [k, n]."""
     touched = NUMBER * count * (m * k + k * n + m * n)
-    return Work("gemm", 2 * count * m * k * n, touched, min(m, k, n), calls)
+    return OpCost("gemm", 2 * count * m * k * n, touched, min(m, k, n), calls)
 
 
-def moment_of(rows: float, dimension: float, blocks: float = 1.0) -> Work:
+def moment_of(rows: float, dimension: float, blocks: float = 1.0) -> OpCost:
     """The sum over `rows` of r r^T for each of `blocks`."""
     touched = NUMBER * blocks * (rows * dimension + dimension**2)
-    return Work("gram", 2 * blocks * rows * dimension**2, touched, dimension, 3)
+    return OpCost("gram", 2 * blocks * rows * dimension**2, touched, dimension, 3)
 
 
-def moved(numbers: float, passes: float, kind: Kind = "elementwise", calls: float = 1.0) -> Work:
+def moved(numbers: float, passes: float, kind: Kind = "elementwise", calls: float = 1.0) -> OpCost:
     """So many passes over so many numbers."""
-    return Work(kind, 0.0, NUMBER * numbers * passes, 1.0, calls)
+    return OpCost(kind, 0.0, NUMBER * numbers * passes, 1.0, calls)
 
 
-def launched(calls: float) -> Work:
+def launched(calls: float) -> OpCost:
     """Small operations whose memory does not count."""
-    return Work("elementwise", calls=calls)
+    return OpCost("elementwise", calls=calls)

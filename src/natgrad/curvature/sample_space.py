@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from natgrad.curvature import rowwork
-from natgrad.curvature.base import Cost, Seen
+from natgrad.curvature import per_sample_cost
 from natgrad.curvature.by_rows import ByRows
+from natgrad.curvature.curvature import Cost, Extent
 from natgrad.curvature.legacy import Legacy, mean_field
-from natgrad.curvature.rows import (
+from natgrad.curvature.per_sample import (
     Sample,
     SampleGradients,
     combine,
@@ -38,9 +38,9 @@ from natgrad.curvature.rows import (
     project,
     scaled,
 )
-from natgrad.curvature.sketching import Sketch
-from natgrad.layers.base import Layer, Shape
-from natgrad.layers.work import Work
+from natgrad.curvature.sketch import Sketch
+from natgrad.layers.layer import Layer, Shape
+from natgrad.layers.op_cost import OpCost
 from natgrad.linalg import damped_cholesky, first_cholesky
 
 STORED = ("columns", "left", "right", "tokens", "short_left", "short_right", "sketched", "drawn", "mean")
@@ -58,7 +58,7 @@ class SampleSpace(ByRows):
     legacy: Legacy | None = None
     block: Literal["layer", "network"] = "layer"
     name: str = field(default="per-sample", init=False)
-    telling = 0.0
+    damping_tolerance = 0.0
     stored = STORED
 
     @property
@@ -155,36 +155,36 @@ class SampleSpace(ByRows):
         fisher = self._boost(shape) * columns.T @ columns
         return fisher + damping * torch.eye(shape.numel, dtype=columns.dtype)
 
-    def form(self, layer: Layer, seen: Seen) -> rowwork.Form:
+    def form(self, layer: Layer, seen: Extent) -> per_sample_cost.RowForm:
         """The rows of all ranks."""
-        return rowwork.form_of(self.statistics[0], layer, seen)
+        return per_sample_cost.form_of(self.statistics[0], layer, seen)
 
-    def sketched_to(self, layer: Layer, form: rowwork.Form, places: int) -> int | None:
+    def sketched_to(self, layer: Layer, form: per_sample_cost.RowForm, places: int) -> int | None:
         """To how many numbers the columns are mapped; None where their products are exact."""
         size = None if self.sketch is None else self.sketch.wanted(form.samples)
         short = not form.columns and not form.token_bytes and places == 1
         return None if size is None or size >= layer.shape.numel or short else size
 
-    def measure_work(self, layer: Layer, key: str, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
-        return rowwork.measure_work(self.statistics[0], layer, x, ranks)
+    def measure_work(self, layer: Layer, key: str, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
+        return per_sample_cost.measure_work(self.statistics[0], layer, x, ranks)
 
-    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+    def factor_work(self, layer: Layer, key: str, seen: Extent) -> tuple[OpCost, ...]:
         """The products of all rows, and the factor of them."""
         form = self.form(layer, seen)
-        gram = rowwork.gram_work(layer, form, seen.places, self.sketched_to(layer, form, seen.places))
-        return (*gram, *rowwork.factor_work(form.samples))
+        gram = per_sample_cost.gram_work(layer, form, seen.places, self.sketched_to(layer, form, seen.places))
+        return (*gram, *per_sample_cost.factor_work(form.samples))
 
-    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+    def precondition_work(self, layer: Layer, seen: Extent) -> tuple[OpCost, ...]:
         form = self.form(layer, seen)
-        return rowwork.direction_work(layer, form, self.sketched_to(layer, form, seen.places))
+        return per_sample_cost.direction_work(layer, form, self.sketched_to(layer, form, seen.places))
 
-    def rows_held(self, layer: Layer, seen: Seen) -> int:
+    def rows_held(self, layer: Layer, seen: Extent) -> int:
         form = self.form(layer, seen)
         size = self.sketched_to(layer, form, seen.places)
         drawn = 0 if size is None or self.sketch is None else self.sketch.held(layer.shape.numel, size)
         cut = self.rank is not None and not form.columns and not form.token_bytes and seen.places > self.rank
         more = self.rank * (layer.shape.out + layer.shape.inner) if cut and self.rank and layer.shape.blocks == 1 else 0
-        return rowwork.bytes_held(form, drawn, size) + 4 * form.samples * more
+        return per_sample_cost.bytes_held(form, drawn, size) + 4 * form.samples * more
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         d, n = layer.shape.numel, rows if self.samples is None else min(rows, self.samples)

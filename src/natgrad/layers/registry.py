@@ -13,11 +13,11 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from natgrad.layers.base import Layer, computes_otherwise, layer_of
-from natgrad.layers.loose import Loose
+from natgrad.layers.layer import Layer, computes_otherwise, layer_of
+from natgrad.layers.uncurved import UncurvedParameter
 
 
-class Found(NamedTuple):
+class FoundLayer(NamedTuple):
     """A layer, its name in the model, why it is loose ("" if it is not), and the dimension of samples in its inputs."""
 
     name: str
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 def find_layers(
     model: nn.Module, chosen: Iterable[nn.Parameter] | None = None, batch_dim: int | Mapping[str, int] | None = None
-) -> list[Found]:
+) -> list[FoundLayer]:
     """Every layer of `model` with a parameter to train, in the model's order.
 
     `chosen` limits which parameters train (those of `params=`); by default all that require a gradient. `batch_dim` is
@@ -41,7 +41,7 @@ def find_layers(
         raise ValueError(f"batch_dim={dict(batch_dim)!r}: the model has no module {missing[0]!r}")  # type: ignore[arg-type]
     train = {p for p in (model.parameters() if chosen is None else chosen) if p.requires_grad}
     uses = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
-    found: list[Found] = []
+    found: list[FoundLayer] = []
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
         own = {key: p for key, p in module._parameters.items() if p is not None and p in train}
@@ -49,13 +49,13 @@ def find_layers(
             continue
         layer = _describe(model, name, module, own, uses)
         if isinstance(layer, Layer):
-            found.append(Found(name, layer, "", dim_of(model, name, dims)))
+            found.append(FoundLayer(name, layer, "", dim_of(model, name, dims)))
             seen.update(own.values())
             continue
         for key, parameter in own.items():
             if parameter not in seen:
                 seen.add(parameter)
-                found.append(Found(f"{name}.{key}".lstrip("."), Loose(module, parameter), layer))
+                found.append(FoundLayer(f"{name}.{key}".lstrip("."), UncurvedParameter(module, parameter), layer))
     return found
 
 

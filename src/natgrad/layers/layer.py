@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from natgrad.layers.work import Passes, Work, launched, moment_of, moved, product
+from natgrad.layers.op_cost import OpCost, Passes, launched, moment_of, moved, product
 
 BANDED = 256  # from this dimension on symmetry saves products on CPUs (docs/math.md)
 BANDS = 6
@@ -91,11 +91,11 @@ class Layer(ABC):
         n, s = self.count(x)
         return self.shape.blocks * gram_cost(n * s, self.shape.inner)
 
-    def rows_work(self, x: Tensor, count: int) -> tuple[Work, ...]:
+    def rows_work(self, x: Tensor, count: int) -> tuple[OpCost, ...]:
         """What reading so many rows of an input like x takes (x may be on the meta device)."""
         return moved(count * self.shape.blocks * self.shape.inner, 2, "gather"), launched(6)
 
-    def second_moment_work(self, x: Tensor) -> tuple[Work, ...]:
+    def second_moment_work(self, x: Tensor) -> tuple[OpCost, ...]:
         """What `second_moment` of an input like x takes."""
         n, s = self.count(x)
         return *self.rows_work(x, n * s), moment_of(n * s, self.shape.inner, self.shape.blocks)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer
+from natgrad.layers.layer import Layer
 from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 
@@ -27,7 +27,7 @@ def layerwise(segments: Sequence[Segment], gradients: Sequence[Tensor]) -> list[
     return [segment.precondition(gradient) for segment, gradient in zip(segments, gradients)]
 
 
-Length = Callable[[Sequence[Segment], World], "list[Tensor | float]"]
+StepSize = Callable[[Sequence[Segment], World], "list[Tensor | float]"]
 """length(segments, world) -> for every segment a factor, or one for each of its layers [layers].
 
 See Remembers for lengths that learn.

@@ -25,7 +25,7 @@ TABLE = (  # the loss has grown by more than this, times tau: shrink the multipl
 
 
 @dataclass(frozen=True)
-class Memory:
+class SearchMemory:
     """What NLCG remembers beside vectors: numbers that are the same on every rank."""
 
     steps: float = 0.0
@@ -50,7 +50,7 @@ class Memory:
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     @classmethod
-    def of(cls, values: Tensor) -> Memory:
+    def of(cls, values: Tensor) -> SearchMemory:
         return cls(*values.tolist())
 
 
@@ -84,7 +84,7 @@ class Scheduled:
         if not (isinstance(self.period, int) and self.period >= 1 and 0 < self.tau < math.inf):
             raise ValueError(f"Scheduled(period={self.period}, tau={self.tau}): give a whole number and one above 0")
 
-    def hear(self, memory: Memory, loss: float) -> Memory:
+    def hear(self, memory: SearchMemory, loss: float) -> SearchMemory:
         """The memory after a loss, with the new multiplier and `undone`."""
         first = memory.told == 0
         average = loss if first else 0.7 * memory.average + 0.3 * loss
@@ -97,7 +97,7 @@ class Scheduled:
             return heard
         return replace(self._compare(heard, average, memory.reference, 1.05), reference=average)
 
-    def _compare(self, memory: Memory, now: float, before: float, grow: float) -> Memory:
+    def _compare(self, memory: SearchMemory, now: float, before: float, grow: float) -> SearchMemory:
         if before <= 0:  # a ratio to nothing, or of losses below zero, says nothing
             return memory
         found = answer(now / before, self.tau)

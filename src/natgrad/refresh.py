@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Memory(NamedTuple):
+class History(NamedTuple):
     """What is known of one statistic when it has just been measured again.
 
     `changes` are the relative Frobenius distances to the last and the one before (None where there was none);
@@ -22,7 +22,7 @@ class Memory(NamedTuple):
     samples: int
 
 
-class Told(NamedTuple):
+class NextInterval(NamedTuple):
     """What a holder tells all ranks of a fresh measurement: when to measure again, and by how much it has changed.
 
     `interval` is in steps; 0 says that the measurement could not be used. `change` is the relative Frobenius distance
@@ -38,7 +38,7 @@ class Told(NamedTuple):
         return min(self.interval, 2**52) * (LEVELS + 1) + change if self.interval else 0
 
     @classmethod
-    def unpacked(cls, number: int) -> Told:
+    def unpacked(cls, number: int) -> NextInterval:
         """The inverse of `packed`."""
         interval, change = divmod(number, LEVELS + 1)
         return cls(interval, change / LEVELS)
@@ -53,7 +53,7 @@ class Staleness(ABC):
     looks_back: int = 0
 
     @abstractmethod
-    def next(self, memory: Memory) -> int:
+    def next(self, memory: History) -> int:
         """Steps until the next measurement, at least 1."""
 
 
@@ -67,7 +67,7 @@ class Every(Staleness):
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise ValueError(f"refresh={self.steps!r}: give a whole number of steps, 1 or more")
 
-    def next(self, memory: Memory) -> int:
+    def next(self, memory: History) -> int:
         return self.steps
 
 
@@ -93,7 +93,7 @@ class Adaptive(Staleness):
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"Adaptive(limit={self.limit}): give the longest interval in steps, or None")
 
-    def next(self, memory: Memory) -> int:
+    def next(self, memory: History) -> int:
         tolerance = self.tolerance * max(1.0, self.at / max(memory.samples, 1)) ** 0.5
         like_last, like_before = (c is not None and c < tolerance for c in memory.changes)
         if not like_last:
@@ -136,5 +136,5 @@ class Budget(Staleness):
     def looks_back(self) -> int:  # type: ignore[override]
         return self.rule.looks_back
 
-    def next(self, memory: Memory) -> int:
+    def next(self, memory: History) -> int:
         return self.rule.next(memory)

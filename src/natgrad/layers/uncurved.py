@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from natgrad.layers.base import Layer, Shape, real
+from natgrad.layers.layer import Layer, Shape, real
 
 
-class Loose(Layer):
+class UncurvedParameter(Layer):
     """One parameter of any shape as W[1, 1, numel]. Nothing is watched, so it has no rows.
 
     A complex parameter is twice as many real ones.

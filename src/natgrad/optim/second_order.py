@@ -22,33 +22,33 @@ from torch.optim import Optimizer
 
 from natgrad.budget import Purse
 from natgrad.capture import calm
-from natgrad.cell import Cell
 from natgrad.curvature import Curvature, Identity
-from natgrad.layers import Found, Loose, find_layers
-from natgrad.layers.base import real, real_type
-from natgrad.optim import checks, noise
+from natgrad.curvature_engine import TWICE, Clocks, CurvatureEngine, Step, shortened
+from natgrad.layer_state import LayerState
+from natgrad.layers import FoundLayer, UncurvedParameter, find_layers
+from natgrad.layers.layer import real, real_type
+from natgrad.optim import gradient_noise, validation
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import Census
-from natgrad.optim.change import LastStep, MeasuredChange, PredictedChange
 from natgrad.optim.coverage import Preconditioned, count_preconditioned
+from natgrad.optim.directions import Momentum, Rule, directions_kept, takes_loose
 from natgrad.optim.fallback import Adam, Fallback, Recalls, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.graphs import CudaRecorder, Graphs
-from natgrad.optim.lengths import Keeps, Length, Remembers, layerwise, plain, trust
+from natgrad.optim.kl_clip import KLClip, LastStep, MeasuredChange
 from natgrad.optim.likelihoods import Likelihood, draw_labels
+from natgrad.optim.loss_scale import LossScale, known_scale
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
-from natgrad.optim.rules import Momentum, Rule, directions_kept, takes_loose
-from natgrad.optim.scaling import LossScale, known_scale
 from natgrad.optim.segments import Outlines
-from natgrad.optim.state import carried, exact_copies, whole_by_parameter, whole_state
+from natgrad.optim.state_dict import carried, exact_copies, whole_by_parameter, whole_state
+from natgrad.optim.step_size import Keeps, Remembers, StepSize, layerwise, plain, trust
 from natgrad.optim.update import begin, master, update
 from natgrad.optim.views import Views
 from natgrad.parallel import World, uneven
-from natgrad.preconditioner import TWICE, Clocks, Preconditioner, Step, shortened
 from natgrad.readings import Inputs, Readings
+from natgrad.refresh import Budget, Every, Staleness
 from natgrad.stacks import Storage
-from natgrad.staleness import Budget, Every, Staleness
 
 PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")  # numbers of a group that schedules change
@@ -70,7 +70,7 @@ class SecondOrder(Views, Optimizer):
         *,
         curvature: Blocks,
         rule: Rule,
-        length: Length | Remembers,
+        length: StepSize | Remembers,
         refresh: int | Staleness,
         momentum: float,
         damping: float,
@@ -93,27 +93,27 @@ class SecondOrder(Views, Optimizer):
         world: Any = None,
         graph: bool = False,
     ):
-        model = checks.plain_model(model)
+        model = validation.plain_model(model)
         params = None if params is None else list(params)
-        groups = checks.groups_of(model, params)
-        checks.check_start(lr, model, groups)
-        checks.one_of("reduction", reduction, ("mean", "sum", None))
-        checks.one_of("rescale", rescale, ("always", "shrink", None))
-        checks.one_of("fisher", fisher, ("empirical", "sampled"))
-        checks.one_of("gather", gather, ("weights", "directions"))
-        checks.whole("samples", samples, 1, none=True)
-        checks.whole("max_size", max_size, 1)
-        checks.between("decay", decay, 0, 1)
-        checks.batch_dims(batch_dim)
+        groups = validation.groups_of(model, params)
+        validation.check_start(lr, model, groups)
+        validation.one_of("reduction", reduction, ("mean", "sum", None))
+        validation.one_of("rescale", rescale, ("always", "shrink", None))
+        validation.one_of("fisher", fisher, ("empirical", "sampled"))
+        validation.one_of("gather", gather, ("weights", "directions"))
+        validation.whole("samples", samples, 1, none=True)
+        validation.whole("max_size", max_size, 1)
+        validation.between("decay", decay, 0, 1)
+        validation.batch_dims(batch_dim)
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
-            checks.above(name, 1 if value is None else value, 0)
+            validation.above(name, 1 if value is None else value, 0)
         defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "batch": 0}
-        defaults |= noise.NUMBERS
+        defaults |= gradient_noise.NUMBERS
         defaults |= {"debt": 0.0} if isinstance(refresh, Budget) else {}
         defaults |= dict(length.numbers) if isinstance(length, Remembers) else {}
         super().__init__(groups, defaults)
         for group in self.param_groups:
-            checks.check_group(group)
+            validation.check_group(group)
             begin(group)
         self._places: dict[nn.Parameter, int] = {}
         self.purse: Purse | None = None
@@ -122,7 +122,7 @@ class SecondOrder(Views, Optimizer):
             refresh = refresh.rule
         self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
         self.rule, self.fallback, self.natural = rule, fallback, layerwise
-        self.length: Length | Remembers = length
+        self.length: StepSize | Remembers = length
         self.rescale: Rescale | None = rescale
         self.gather = gather
         self.scaler, self.decay, self.skipped = scaler, decay, 0
@@ -131,14 +131,14 @@ class SecondOrder(Views, Optimizer):
         self.curvature, self.sampled, self.batch_dim = curvature, fisher == "sampled", batch_dim
         self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
         self.world = world if isinstance(world, World) else World(world)
-        self.gradients = Gradients(self.world, max_norm, partial(known_scale, self))
+        self.gradients = Gradients(self.world, max_norm, lambda: known_scale(self.scaler))
         self.graphs: Graphs | None = None
         self.said: set[str] = set()  # warnings that were given
         self.readings, self.inputs = Readings(), Inputs()
         self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
         self._counted: tuple[Clocks, tuple[bool, ...], Preconditioned] | None = None
         self._join_config = uneven.nobody()
-        self._scope = None if params is None else checks.scope_of(params)
+        self._scope = None if params is None else validation.scope_of(params)
         self._model = model
         with calm():
             cells = self._lay_out()
@@ -159,7 +159,7 @@ class SecondOrder(Views, Optimizer):
         """Refuse unknown arguments by the name of the class that was called."""
         kinds = [base for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
         known = {name for base in kinds for name in inspect.signature(base.__init__).parameters}
-        checks.known(cls.__name__, options, known - {"self", "shared", "args", "kwargs", "defaults"})
+        validation.known(cls.__name__, options, known - {"self", "shared", "args", "kwargs", "defaults"})
         return super().__new__(cls)
 
     def _store(self) -> None:
@@ -189,7 +189,7 @@ class SecondOrder(Views, Optimizer):
     def refuse_graphs(self) -> None:
         """Refuse choices with which a step is not the same launches from step to step."""
         kinds = (type(self.length), type(self.rule), type(self.fallback))
-        own = self.length in (plain, trust) or kinds[0] in (PredictedChange, MeasuredChange)
+        own = self.length in (plain, trust) or kinds[0] in (KLClip, MeasuredChange)
         reasons = {
             "rescale": self.rescale is not None,
             'gather="directions"': self.gather == "directions",
@@ -207,24 +207,24 @@ class SecondOrder(Views, Optimizer):
         if hasattr(self, "storage"):
             self.storage.write()
 
-    def _engine(self, cells: Sequence[Cell], predictions: float | None) -> Preconditioner:
+    def _engine(self, cells: Sequence[LayerState], predictions: float | None) -> CurvatureEngine:
         """What measures and inverts the curvature of these cells."""
-        return Preconditioner(cells, self.world, self.seed, self.sampled, self._model, predictions, self.purse)
+        return CurvatureEngine(cells, self.world, self.seed, self.sampled, self._model, predictions, self.purse)
 
-    def _lay_out(self) -> list[Cell]:
+    def _lay_out(self) -> list[LayerState]:
         """Cells for the layers of the model as it is now, with their owners."""
         found = find_layers(self._model, [p for group in self.param_groups for p in group["params"]], self.batch_dim)
-        checks.no_loose(found, self.strict)
+        validation.no_loose(found, self.strict)
         blocks = [self.curvature(f.layer, self.samples, self.max_size) for f in found]
         owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world)
         self.whys = [f.why for f in found]
         self.census = Census(self._model, [p for group in self.param_groups for p in group["params"]], self._scope)
         return [self.make_cell(f, c, *where) for f, c, where in zip(found, blocks, owners)]
 
-    def make_cell(self, found: Found, curvature: Curvature, owner: int, holders: Mapping[str, int]) -> Cell:
+    def make_cell(self, found: FoundLayer, curvature: Curvature, owner: int, holders: Mapping[str, int]) -> LayerState:
         """The cell of a layer that was found."""
         weight = found.layer.parameters[0]
-        return Cell(
+        return LayerState(
             found.name,
             found.layer,
             curvature,
@@ -254,13 +254,13 @@ class SecondOrder(Views, Optimizer):
         """The type in which owners send new weights, where it is not the weights' own."""
         return self.world.weights if self.world.size > 1 and self.gather == "weights" else None
 
-    def fresh_state(self, cell: Cell, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
+    def fresh_state(self, cell: LayerState, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
         """What a rank holds of a cell at the start, by parameter; None: what any rank holds."""
         mine = rank in (None, cell.owner)
         kept = partial(master, narrow=self.narrow) if mine or self.gather == "directions" else lambda p: {}
         states: dict = {p: {"step": torch.tensor(0.0), **kept(p)} for p in cell.layer.parameters}
         cell.allocate(own := states[cell.layer.parameters[0]], rank)
-        loose = isinstance(cell.layer, Loose) and not takes_loose(self.rule)
+        loose = isinstance(cell.layer, UncurvedParameter) and not takes_loose(self.rule)
         if mine and loose:
             self.fallback.allocate(cell.layer, own)
         elif mine:
@@ -283,7 +283,7 @@ class SecondOrder(Views, Optimizer):
         known on several ranks that hold their own gradients, or on one with several forward passes a step; else None.
         """
         self.readings.read()
-        return noise.scale_of({name: self.param_groups[0].get(name, 0.0) for name in noise.NUMBERS})
+        return gradient_noise.scale_of({name: self.param_groups[0].get(name, 0.0) for name in gradient_noise.NUMBERS})
 
     @property
     def last_step(self) -> LastStep | None:
@@ -308,10 +308,10 @@ class SecondOrder(Views, Optimizer):
         """
         if not hasattr(self, "engine"):
             return super().add_param_group(param_group)
-        checked = checks.groups_of(self._model, [param_group])
+        checked = validation.groups_of(self._model, [param_group])
         if not checked:
             raise ValueError("add_param_group: none of its parameters requires a gradient; unfreeze them first")
-        checks.check_group({**self.defaults, **checked[0]})
+        validation.check_group({**self.defaults, **checked[0]})
         before = whole_by_parameter(self)
         own = set(checked[0]["params"])
         for group in self.param_groups:
@@ -351,7 +351,7 @@ class SecondOrder(Views, Optimizer):
 
     @predictions.setter
     def predictions(self, value: float | None) -> None:
-        checks.above("predictions", 1 if value is None else value, 0)
+        validation.above("predictions", 1 if value is None else value, 0)
         self.engine.predictions = value
 
     def sample(self, output: Any, likelihood: Likelihood | str | Callable[[Any], Tensor] | None = None) -> None:
@@ -438,12 +438,14 @@ class SecondOrder(Views, Optimizer):
         if not self.gradients.reduced and self.gradients.overlap is None:  # else traffic counts from reduce()
             self.world.sent.clear()
         for group in self.param_groups:
-            checks.check_group(group)
-        step, scale = self.steps_made + 1, LossScale(self)
+            validation.check_group(group)
+        step, watched = self.steps_made + 1, self.engine.capture.armed
+        left, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale = LossScale(left, found, self.scaler, watched, self.gradients.sent_local, self.readings)
         self.engine.settle(self.readings)
         self._ask()
         with self.engine.timed("messages"):
-            agreed = self.gradients.agree(self.cells, self.engine.capture.armed, scale, self.readings)
+            agreed = self.gradients.agree(self.cells, watched, scale, self.readings)
         if agreed is None:
             self.skipped += 1
             self.engine.capture.discard()
@@ -483,10 +485,10 @@ class SecondOrder(Views, Optimizer):
         half = half and (half[0] / scale**2, half[1])
         self.gradients.squares(gradients, half, samples, self.readings, partial(self._learn_noise, samples))
 
-    def _learn_noise(self, samples: float, found: noise.Squares) -> None:
-        numbers = {name: self.param_groups[0].get(name, value) for name, value in noise.NUMBERS.items()}
+    def _learn_noise(self, samples: float, found: gradient_noise.Squares) -> None:
+        numbers = {name: self.param_groups[0].get(name, value) for name, value in gradient_noise.NUMBERS.items()}
         for group in self.param_groups:
-            group.update(noise.learn(numbers, found, samples))
+            group.update(gradient_noise.learn(numbers, found, samples))
 
     def hear_length(self, values: Tensor) -> None:
         """What the length has learned by the last step. Warn once if steps have long been shortened so much that the
@@ -575,9 +577,9 @@ class SecondOrder(Views, Optimizer):
         told = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
         if self.strict:
             raise ValueError(f"strict=True, but {told}")
-        checks.warn(f"{told}; so without curvature ({self.fallback.name})")
+        validation.warn(f"{told}; so without curvature ({self.fallback.name})")
         self.settle()
-        cells: list[Cell] = []
+        cells: list[LayerState] = []
         kept: list[str] = []
         origins: list[int] = []
         for k, (cell, why) in enumerate(zip(self.cells, self.whys)):
@@ -588,7 +590,9 @@ class SecondOrder(Views, Optimizer):
                 continue
             for parameter in cell.layer.parameters:
                 key = next(n for n, p in cell.layer.module.named_parameters() if p is parameter)
-                found = Found(f"{cell.name}.{key}".lstrip("."), Loose(cell.layer.module, parameter), whys[k])
+                found = FoundLayer(
+                    f"{cell.name}.{key}".lstrip("."), UncurvedParameter(cell.layer.module, parameter), whys[k]
+                )
                 loose = self.make_cell(found, Identity(), cell.owner, {})
                 step = self.state[parameter]["step"]
                 self.state[parameter] = self.fresh_state(loose, self.world.rank)[parameter]
@@ -605,7 +609,7 @@ class SecondOrder(Views, Optimizer):
         """A warning, once for what it is about."""
         if (about or message) not in self.said:
             self.said.add(about or message)
-            checks.warn(message)
+            validation.warn(message)
 
     def _say_coverage(self) -> None:
         """Warn if more than half of the weights have no curvature."""
@@ -616,7 +620,7 @@ class SecondOrder(Views, Optimizer):
     @property
     def fallback_is_all(self) -> bool:
         """Whether no layer is meant to have curvature."""
-        return all(not c.statistics for c in self.cells if not isinstance(c.layer, Loose))
+        return all(not c.statistics for c in self.cells if not isinstance(c.layer, UncurvedParameter))
 
     def rebuild(self) -> None:
         """Look at the model again, after parameters were added, replaced or moved, or a half frozen layer was unfrozen.
@@ -632,7 +636,7 @@ class SecondOrder(Views, Optimizer):
         with calm(*{p.device for p in self._model.parameters()}):
             steps, predictions = self.steps_made, self.engine.predictions
             self.engine.capture.disarm()
-            checks.regroup(self._model, self.param_groups, self._scope)
+            validation.regroup(self._model, self.param_groups, self._scope)
             self._places = {}
             cells = self._lay_out()
             fresh: dict[nn.Parameter, dict[str, Any]] = {}

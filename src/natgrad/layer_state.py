@@ -12,7 +12,7 @@ when they load a checkpoint; clocks and dampings are read and written as `number
                 with what X has become or another damping; 0: there is no inverse yet
     X_clock     [next step, interval, previous interval, refreshes], on every rank; a next step of 0 is at once
     X_budget    under a Budget, on every rank: the relative change of the last measurement, and what measuring takes on
-                every rank, taking in and factoring at the holder (in operations, layers/work.py)
+                every rank, taking in and factoring at the holder (in operations, layers/op_cost.py)
     passes      under a Budget, on every rank: operations of a sample's forward and backward passes through the layer,
                 and those for the gradient of its inputs
 
@@ -33,14 +33,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Curvature, Statistic
 from natgrad.curvature.by_rows import ByRows
-from natgrad.curvature.rows import Rows, Sample, scaled
+from natgrad.curvature.curvature import Curvature, Statistic
+from natgrad.curvature.per_sample import Rows, Sample, scaled
 from natgrad.generators import generator_on
-from natgrad.layers.base import Layer, at_least_single
+from natgrad.layers.layer import Layer, at_least_single
 from natgrad.linalg import mean_eigenvalue
-from natgrad.staleness import Memory, Staleness, Told
-from natgrad.triangles import Form, SymmetricSlabs, halves, slabs
+from natgrad.refresh import History, NextInterval, Staleness
+from natgrad.triangles import PackedForm, SymmetricSlabs, halves, slabs
 
 DORMANT = 2**62  # a clock that waits until its layer is used
 NARROW = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
@@ -57,7 +57,7 @@ class Held(NamedTuple):
 
 
 @dataclass(eq=False)
-class Cell:
+class LayerState:
     """A layer, its curvature, its owner and the rank that holds each statistic.
 
     `state` finds the dictionary of the layer's weight; `numbers`, from the storage, are its clocks and dampings.
@@ -123,9 +123,9 @@ class Cell:
             yield Held(inverse, self._kept_shape(inverse, self.curvature.inverse_shape(shape)), dtype, self.owner)
 
     @cached_property
-    def forms(self) -> dict[str, Form]:
+    def forms(self) -> dict[str, PackedForm]:
         """How statistics, their values before and their inverses are packed, where they are."""
-        found: dict[str, Form] = {}
+        found: dict[str, PackedForm] = {}
         for moment in self.statistics:
             if isinstance(moment, Rows):
                 continue
@@ -218,7 +218,7 @@ class Cell:
         state |= {f"{key}_{name}": value for name, value in kept.items()}
         state[key], state[f"{key}_inverse"] = gram, torch.zeros_like(gram)
         _, interval, previous, _ = self.clock(key)
-        return gram, self.staleness().next(Memory((None, None), interval, previous, len(gram[0])))
+        return gram, self.staleness().next(History((None, None), interval, previous, len(gram[0])))
 
     def due(self, step: int) -> tuple[Statistic, ...]:
         """The statistics to be measured in this step."""
@@ -235,12 +235,12 @@ class Cell:
         refreshes = self.clock(key)[3]
         return min(self.decay, refreshes / (refreshes + 1)) if refreshes else 0.0
 
-    def next_interval(self, key: str, changes: Sequence[float | None], samples: int) -> Told:
+    def next_interval(self, key: str, changes: Sequence[float | None], samples: int) -> NextInterval:
         """When to measure next, given by how much this measurement differs from past values."""
         _, interval, previous, _ = self.clock(key)
         told = [*changes, None, None]
-        steps = self.staleness().next(Memory((told[0], told[1]), interval, previous, samples))
-        return Told(steps, 1.0 if told[0] is None else told[0])
+        steps = self.staleness().next(History((told[0], told[1]), interval, previous, samples))
+        return NextInterval(steps, 1.0 if told[0] is None else told[0])
 
     def waited(self, key: str, step: int) -> int:
         """For how many steps a statistic has been due and was put off."""
@@ -287,7 +287,9 @@ class Cell:
         return [k for k in self.keys if k in fresh or self._far(damping, self.numbers[f"{k}_damping"])]
 
     def _far(self, damping: float, used: float) -> bool:
-        return used <= 0 or (abs(damping / used - 1) > self.curvature.telling and not self.curvature.redamps)
+        return used <= 0 or (
+            abs(damping / used - 1) > self.curvature.damping_tolerance and not self.curvature.damps_at_apply
+        )
 
     def trace(self, key: str) -> Tensor:
         """The mean eigenvalue of a statistic's blocks [b], at its holder."""

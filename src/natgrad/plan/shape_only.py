@@ -17,7 +17,7 @@ from natgrad.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Given(Source):
+class ShapeOnlySource(Source):
     """Inputs of which only the shape is known."""
 
     size: tuple[int, ...] = (3, 224, 224)
@@ -75,7 +75,7 @@ def asked(arguments: list[str]) -> tuple[str, Recipe, int, list[str]]:
         raise ValueError("natgrad plan RECIPE, or natgrad plan --model package.module:function --input 3,224,224")
     imported(target)
     size = numbers("--input", shape or "3,224,224")
-    recipe = Recipe(Given(size), Imported(target), SpNgd(), batch=1024)
+    recipe = Recipe(ShapeOnlySource(size), Imported(target), SpNgd(), batch=1024)
     return target, recipe, 0 if tokens is None else numbers("--tokens", tokens)[0], rest
 
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from natgrad.curvature.base import Draw, Statistic
-from natgrad.layers.base import Layer, Shape
+from natgrad.curvature.curvature import Draw, Statistic
+from natgrad.layers.layer import Layer, Shape
 from natgrad.layers.norm import Norm
 
 Sample = dict[str, Tensor]
 AT_ONCE = 2**24  # numbers of a temporary: more would be felt; patches: an eighth, in a fifth less time
 
 
-class Kept(NamedTuple):
+class KeptSamples(NamedTuple):
     """What the backward pass needs of an input: the chosen samples of it (None: all) and the call's samples, places."""
 
     inputs: Any
@@ -67,14 +67,14 @@ class SampleGradients(Rows):
         afford = max(1, self.budget // (4 * numbers(layer, places)))
         return afford if self.samples is None else min(self.samples, afford)
 
-    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Kept:
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> KeptSamples:
         samples, places = layer.count(x)
         chosen = draw(samples, self.most(layer, places) or samples)
         if isinstance(layer, Norm):  # all samples: their gradients are few numbers, in the statistics of all
-            return Kept(layer.keep(x, None, output), chosen, samples, places)
-        return Kept(x if chosen is None else x.index_select(0, chosen), chosen, samples, places)
+            return KeptSamples(layer.keep(x, None, output), chosen, samples, places)
+        return KeptSamples(x if chosen is None else x.index_select(0, chosen), chosen, samples, places)
 
-    def after(self, layer: Layer, kept: Kept, dy: Tensor, draw: Draw) -> Sample:
+    def after(self, layer: Layer, kept: KeptSamples, dy: Tensor, draw: Draw) -> Sample:
         x, chosen, samples, _ = kept
         if isinstance(layer, Norm):
             units = layer.unit_gradients(x, dy, None).flatten(1)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from natgrad.layers import Found
+from natgrad.layers import FoundLayer
 from natgrad.parallel import sharded_by
 
 
@@ -155,7 +155,7 @@ def check_start(lr: Any, model: nn.Module, groups: list) -> None:
         )
 
 
-def no_loose(found: Iterable[Found], strict: bool) -> None:
+def no_loose(found: Iterable[FoundLayer], strict: bool) -> None:
     """With `strict`, every parameter must have curvature."""
     loose = [f"{f.name} ({f.why})" for f in found if f.why]
     if strict and loose:

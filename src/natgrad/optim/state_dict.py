@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.cell import Cell
-from natgrad.parallel import Parcel
+from natgrad.layer_state import LayerState
+from natgrad.parallel import OwnedTensor
 
 if TYPE_CHECKING:
-    from natgrad.optim.base import SecondOrder
+    from natgrad.optim.second_order import SecondOrder
 
 
 def check_state(
-    saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict[str, Any]], cells: Mapping[Any, Cell]
+    saved: Mapping[str, Any],
+    groups: Sequence[dict],
+    state: Mapping[Any, dict[str, Any]],
+    cells: Mapping[Any, LayerState],
 ) -> dict[nn.Parameter, dict[str, Any]]:
-    """The saved state by parameter, in the form in which the parameters' cells keep it (`Cell.packed`).
+    """The saved state by parameter, in the form in which the parameters' cells keep it (`LayerState.packed`).
 
     Refuses a state of another model, or a part of one, before anything is changed.
     """
@@ -51,7 +54,7 @@ def check_state(
     return found
 
 
-def converted(theirs: Mapping[str, Any], mine: Mapping[str, Any], cell: Cell | None) -> dict[str, Any]:
+def converted(theirs: Mapping[str, Any], mine: Mapping[str, Any], cell: LayerState | None) -> dict[str, Any]:
     """A parameter's saved state in the form of this version.
 
     Earlier ones saved squares of symmetric matrices, and the last direction of parameters without curvature where
@@ -153,7 +156,7 @@ def whole_by_parameter(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, A
             for key, value in fresh.items():
                 if cell.place_of(key) == optimizer.world.rank:
                     value.copy_(optimizer.state[parameter][key])
-                parcels.append(Parcel(value, cell.place_of(key)))
+                parcels.append(OwnedTensor(value, cell.place_of(key)))
     parcels += rows_of(optimizer, whole)
     optimizer.world.gather(parcels)
     return whole
@@ -174,7 +177,7 @@ def squares(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[str, Any]:
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
-def rows_of(optimizer: SecondOrder, whole: dict[nn.Parameter, dict[str, Any]]) -> list[Parcel]:
+def rows_of(optimizer: SecondOrder, whole: dict[nn.Parameter, dict[str, Any]]) -> list[OwnedTensor]:
     """Room in `whole` for everybody's rows, whose shapes one small message tells, filled where they are."""
     cells = [cell for cell in optimizer.cells if cell.by_rows]
     names = sorted(cells[0].row_names) if cells else []
@@ -194,7 +197,7 @@ def rows_of(optimizer: SecondOrder, whole: dict[nn.Parameter, dict[str, Any]]) -
             mine = cell.state().get(name)
             value = torch.zeros(shape[:dimensions], dtype=DTYPES[dtype], device=weight.device)
             whole[weight][name] = value if mine is None else value.copy_(mine)
-            parcels.append(Parcel(whole[weight][name], cell.owner))
+            parcels.append(OwnedTensor(whole[weight][name], cell.owner))
     return parcels
 
 

@@ -22,8 +22,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from natgrad.layers.base import Layer, Shape
-from natgrad.layers.work import Work
+from natgrad.layers.layer import Layer, Shape
+from natgrad.layers.op_cost import OpCost
 
 EXACT_ROWS = 16_384  # up to so many rows the output moment is one cheap pass (docs/math.md)
 LEAST_ROWS = 4_096
@@ -58,7 +58,7 @@ class Cost(NamedTuple):
         return sum(self.factors.values()) + self.precondition
 
 
-class Seen(NamedTuple):
+class Extent(NamedTuple):
     """What a layer sees in one step of all ranks: samples, and places of each."""
 
     samples: int
@@ -89,7 +89,7 @@ class Statistic(ABC):
         """The part of a call that did not see the first `before` samples of those that are measured."""
         return torch.cat([part.new_zeros(before, *part.shape[1:]), part])
 
-    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+    def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
         """What measuring one call on x that gave y takes on one of `ranks` ranks. Both may be on the meta device."""
         raise NotImplementedError(f"{type(self).__name__} does not say what measuring takes")
 
@@ -105,7 +105,7 @@ class Moment(Statistic):
     def shape(self, layer: Layer) -> tuple[int, ...]:
         """The statistic's fixed shape."""
 
-    def behind(self, layer: Layer, samples: int, predictions: int) -> int:
+    def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
         """How many samples the statistic of a step is worth: two measurements differ by as much as theirs.
 
         samples: of the step. predictions: all that their losses are means of, such as the characters of texts; what is
@@ -127,13 +127,13 @@ class Moment(Statistic):
 class Curvature(ABC):
     """How one layer's Fisher looks: pure formulas over its statistics. Subclasses are frozen dataclasses.
 
-    `redamps`: an inverse serves every damping, which acts in `precondition` instead of `factor`.
+    `damps_at_apply`: an inverse serves every damping, which acts in `precondition` instead of `factor`.
     """
 
     name: str
     statistics: tuple[Any, ...]  # Moments, or one Rows
-    redamps = False
-    telling = 0.1  # a relative change of damping above this makes the inverses due
+    damps_at_apply = False
+    damping_tolerance = 0.1  # a relative change of damping above this makes the inverses due
     joint = False  # layers are inverted together, elsewhere
     multiplies = False  # `precondition` does nothing with inverses but `@`, so it may be given SymmetricSlabs
 
@@ -158,8 +158,10 @@ class Curvature(ABC):
 
     @abstractmethod
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
-        """The damped natural gradient [b, o, i] of a gradient [b, o, i]. Unless the curvature `redamps`, the damping
-        is in the inverses already. Where the curvature `multiplies`, large symmetric inverses come as SymmetricSlabs.
+        """The damped natural gradient [b, o, i] of a gradient [b, o, i].
+
+        Unless the curvature `damps_at_apply`, the damping is in the inverses already. Where the curvature `multiplies`,
+        large symmetric inverses come as SymmetricSlabs.
         """
 
     @abstractmethod
@@ -170,7 +172,7 @@ class Curvature(ABC):
     def cost(self, layer: Layer, rows: int) -> Cost:
         """What a refresh over `rows` rows and a step cost."""
 
-    def measure_work(self, layer: Layer, key: str, x: Tensor, y: Tensor, ranks: int) -> tuple[Work, ...]:
+    def measure_work(self, layer: Layer, key: str, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
         """What measuring one statistic in one call on x that gave y takes on one of `ranks` ranks.
 
         A statistic that does not say counts with its part of `cost`.
@@ -178,19 +180,19 @@ class Curvature(ABC):
         statistic = next(s for s in self.statistics if s.key == key)
         if type(statistic).work is Statistic.work:
             rows = layer.count(x)[0] * layer.count(x)[1]
-            return (Work("gemm", 2 * self.cost(layer, rows).measure / len(self.statistics), 0.0, layer.shape.out),)
+            return (OpCost("gemm", 2 * self.cost(layer, rows).measure / len(self.statistics), 0.0, layer.shape.out),)
         return statistic.work(layer, x, y, ranks)
 
-    def factor_work(self, layer: Layer, key: str, seen: Seen) -> tuple[Work, ...]:
+    def factor_work(self, layer: Layer, key: str, seen: Extent) -> tuple[OpCost, ...]:
         """What `factor` takes for one statistic, at its holder."""
         side = (multiplications := self.cost(layer, seen.samples).factors[key]) ** (1 / 3)
-        return (Work("inverse", 2 * multiplications, 0.0, side, 6),)
+        return (OpCost("inverse", 2 * multiplications, 0.0, side, 6),)
 
-    def precondition_work(self, layer: Layer, seen: Seen) -> tuple[Work, ...]:
+    def precondition_work(self, layer: Layer, seen: Extent) -> tuple[OpCost, ...]:
         """What `precondition` takes, at the owner."""
-        return (Work("gemm", 2 * self.cost(layer, seen.samples).precondition, 0.0, layer.shape.out, 2),)
+        return (OpCost("gemm", 2 * self.cost(layer, seen.samples).precondition, 0.0, layer.shape.out, 2),)
 
-    def rows_held(self, layer: Layer, seen: Seen) -> int:
+    def rows_held(self, layer: Layer, seen: Extent) -> int:
         """Bytes that the owner holds of what was measured, beside statistics of a fixed shape and their inverses."""
         return 0
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from natgrad.layers.base import Layer, real_type
-from natgrad.optim.lengths import Natural, rate_of
+from natgrad.layers.layer import Layer, real_type
 from natgrad.optim.segments import Segment
+from natgrad.optim.step_size import Natural, rate_of
 from natgrad.parallel import World
 
 Coefficient = Callable[[float, float, float, float], float]

@@ -11,7 +11,7 @@ from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 
 
-class Part:
+class FlatShard:
     """Segments on one device and of one type; `g` their gradients, and their kept vectors by key, all flat.
 
     Where there is one segment its kept vectors are the state's own; of several they are copies until `keep`.
@@ -46,12 +46,12 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def parts_of(segments: Sequence[Segment], gradients: Sequence[Tensor], keys: Iterable[str]) -> list[Part]:
+def parts_of(segments: Sequence[Segment], gradients: Sequence[Tensor], keys: Iterable[str]) -> list[FlatShard]:
     """The segments by device and type."""
     keys, kinds = list(keys), {}
     for k, gradient in enumerate(gradients):
         kinds.setdefault((gradient.device, gradient.dtype), []).append(k)
-    return [Part(ks, [segments[k] for k in ks], [gradients[k] for k in ks], keys) for ks in kinds.values()]
+    return [FlatShard(ks, [segments[k] for k in ks], [gradients[k] for k in ks], keys) for ks in kinds.values()]
 
 
 def total(world: World, count: int, rows: Iterable[Sequence[Tensor]], device: torch.device) -> list[Tensor]:

@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from natgrad.layers import Layer, Loose
-from natgrad.layers.base import real_type
+from natgrad.layers import Layer, UncurvedParameter
+from natgrad.layers.layer import real_type
 from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 
@@ -33,7 +33,7 @@ class LastStep(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PredictedChange:
+class KLClip:
     """All layers together shortened so that lr^2 d^T F d, twice the change of the output (KL), is at most `limit`.
 
     The KL clip of Ba, Grosse and Martens (2017, section 5.3) takes d . g for d^T F d, which holds for one natural
@@ -49,7 +49,7 @@ class PredictedChange:
 
     def __post_init__(self):
         if not self.limit > 0:
-            raise ValueError(f"PredictedChange(limit={self.limit}): give a change above 0")
+            raise ValueError(f"KLClip(limit={self.limit}): give a change above 0")
 
     def allocate(self, layer: Layer, state: dict) -> None:
         """Make room for the sum of gradients of one layer."""
@@ -63,7 +63,7 @@ class PredictedChange:
         change = torch.zeros_like(numbers["change"])
         for segment in segments:
             change += segment.sums((segment.direction, summed(segment), segment.lr**2)).sum().to(change.device)
-        world.over_owners([change], "scalars")
+        world.sum_over_owners([change], "scalars")
         factor = shortened(change, self.limit)
         bound = torch.full_like(change, self.limit)
         numbers.update(change=change.abs() * factor.square(), bound=bound, factor=factor)
@@ -85,7 +85,7 @@ class MeasuredChange:
     Parameters without curvature have a length and no prediction: their step is a share of their weight's norm, as the
     learning rate says. They are shortened so that s . (g' - g) of theirs stays below `limit` too.
 
-    Three dot products a layer more than for a plain length; no pass and no message more than for PredictedChange.
+    Three dot products a layer more than for a plain length; no pass and no message more than for KLClip.
     """
 
     limit: float = 0.25
@@ -94,7 +94,7 @@ class MeasuredChange:
     most: float = 0.1
     memory: float = 0.8
     numbers: ClassVar[Mapping[str, float]] = {
-        **PredictedChange.numbers,
+        **KLClip.numbers,
         "ratio": 1.0,
         "loose": 1.0,
         "shown": 0.0,
@@ -117,7 +117,7 @@ class MeasuredChange:
 
     def allocate(self, layer: Layer, state: dict) -> None:
         """Make room for the sum of gradients of one layer, and for what its last step was."""
-        if not isinstance(layer, Loose):
+        if not isinstance(layer, UncurvedParameter):
             allocate_sum(layer, state)
         state["went"] = torch.zeros(3, dtype=torch.float64)  # length along the direction, prediction, slope
 
@@ -136,7 +136,7 @@ class MeasuredChange:
             shown = met * length / -segment.terms - before
             sums = torch.stack([shown, foreseen, predictions]).sum(1).to(told.device)
             told[0 if foretold(segment) else 1] += sums  # shown, foreseen, and the prediction of this step
-        world.over_owners([told], "scalars")
+        world.sum_over_owners([told], "scalars")
         self._learn(numbers, told[:, :2])
         change, change_loose = told[:, 2].unbind()
         bound = (self.limit / numbers["ratio"]).clamp(self.least, self.most)
@@ -197,5 +197,5 @@ def shortened(change: Tensor, bound: Tensor | float) -> Tensor:
     return (bound / change.abs().clamp_min(TINY)).sqrt().clamp_max(1)
 
 
-predicted_change = PredictedChange()
+kl_clip = KLClip()
 measured_change = MeasuredChange()

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 import torch
 
 from natgrad.capture import Key, Measured
-from natgrad.cell import Cell
-from natgrad.curvature.rows import Sample, conform, count, places_of, scaled
-from natgrad.parallel import Parcel, World, bring
+from natgrad.curvature.per_sample import Sample, conform, count, places_of, scaled
+from natgrad.layer_state import LayerState
+from natgrad.parallel import OwnedTensor, World, bring
 
 FORMS = ("columns", "left", "right", "tokens", "mean")
 
 
 def bring_rows(
-    cells: Sequence[Cell],
+    cells: Sequence[LayerState],
     world: World,
     keys: Sequence[Key],
     measured: Measured,
@@ -50,7 +50,7 @@ def bring_rows(
     counts[:, world.rank] = torch.tensor([len(rows["mean"]) for rows in alike])
     world.sum([counts], "scalars")
     sent = [(place, *item) for place, rows in enumerate(alike) for item in narrowed(rows, world.wire).items()]
-    parcels = [Parcel(value, cells[keys[place][0]].owner) for place, _, value in sent]
+    parcels = [OwnedTensor(value, cells[keys[place][0]].owner) for place, _, value in sent]
     received = bring(world, parcels, counts[[place for place, *_ in sent]], "statistics")
     result: dict[Key, Sample] = {}
     for (place, name, _), value in zip(sent, received):
@@ -93,7 +93,7 @@ def usual_rows(measured: Measured) -> Sample:
     return next((r for r in measured.rows.values() if count(r) == counts.most_common(1)[0][0]), {})
 
 
-def _alike(cell: Cell, rows: Sample | None, form: list[int], weigh: float, wider: float, usual: Sample) -> Sample:
+def _alike(cell: LayerState, rows: Sample | None, form: list[int], weigh: float, wider: float, usual: Sample) -> Sample:
     """Rows of one rank in the form that all have agreed on, with `mean`, what the gradient has of each.
 
     The samples of a rank that did not call the layer have gradients of zero, and count as such.
