@@ -108,13 +108,13 @@ class Crossings(TorchDispatchMode):
 
 
 class OnHost(torch.Generator):
-    """A generator that says it is where it was asked for: the meta device has none."""
+    """A generator that says it is on the meta device, which has none, wherever a device was asked for."""
 
     device: Any = None
 
-    def __new__(cls, device: Any = "cpu") -> OnHost:
+    def __new__(cls, device: Any = None) -> OnHost:
         made = super().__new__(cls)
-        made.device = torch.device(device)
+        made.device = torch.device("cpu" if device is None else "meta")
         return made
 
 

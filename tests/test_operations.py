@@ -62,20 +62,28 @@ def test_a_refresh_of_many_layers_adds_little_to_what_its_hooks_issue():
     assert (many - few) / 40 < 3  # operations for each of 40 more layers: the checksums' sums
 
 
-NET = Net(lambda: deep(3), lambda: torch.randn(8, 4))
+NETS = {
+    "linear": Net(lambda: deep(3), lambda: torch.randn(8, 4)),
+    "convolutions": Net(  # read at some of their places
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 14**2, 3)),
+        lambda: torch.randn(32, 2, 16, 16),
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}], ids=["", "clipped"])
-def test_a_step_waits_for_the_device_once(kind, options):
-    assert waits(NET, lambda m: made(kind, m, lr=1e-3, refresh=NEVER, **options)) == 1
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_a_step_waits_for_the_device_once(kind, options, net):
+    assert waits(net, lambda m: made(kind, m, lr=1e-3, refresh=NEVER, **options)) == 1
 
 
 @pytest.mark.parametrize("kind", [k for k in OPTIMIZERS if k is not natgrad.NLCG], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}, {"refresh": natgrad.Adaptive()}], ids=["", "clipped", "a"])
-def test_a_step_that_measures_waits_twice(kind, options):
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_a_step_that_measures_waits_twice(kind, options, net):
     options = {"refresh": 1, **options}
-    assert waits(NET, lambda m: made(kind, m, lr=1e-3, **options)) == 2
+    assert waits(net, lambda m: made(kind, m, lr=1e-3, **options)) == 2
 
 
 def test_reads_of_the_device_are_seen():
