@@ -223,8 +223,11 @@ class NLCG(SecondOrder):
         told = to_device([0.0, float(self._loss is not None)], device)
         if self._loss is not None:
             told[0] = torch.as_tensor(self._loss).sum()
-        told[0] += self._penalty().to(device) * (size if self.world.owners else 1)
-        told /= size
+        penalty = self._penalty()
+        if penalty is not None:
+            told[0] += penalty.to(device) * (size if self.world.owners else 1)
+        if size > 1:
+            told /= size
         self.world.sum([told], "scalars")
 
         def hear(numbers: Tensor) -> None:
@@ -233,8 +236,8 @@ class NLCG(SecondOrder):
 
         self.readings.ask(told, hear)
 
-    def _penalty(self) -> Tensor:
-        """The sum of weight_decay |w|^2 / 2 over the parameters that this rank owns."""
+    def _penalty(self) -> Tensor | None:
+        """The sum of weight_decay |w|^2 / 2 over the parameters that this rank owns; None: nothing decays."""
         weighed = [
             (decay, promote(p.detach()))
             for k in (k for mine in self.storage.mine for k in mine)
@@ -242,7 +245,7 @@ class NLCG(SecondOrder):
             if (decay := self.group_of(p)["weight_decay"])
         ]
         if not weighed:
-            return torch.zeros((), dtype=torch.float64, device=self.storage.device)
+            return None
         norms = together(torch._foreach_norm([p for _, p in weighed]))
         return to_device([decay / 2 for decay, _ in weighed], norms.device) @ norms.square()
 
