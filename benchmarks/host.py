@@ -24,7 +24,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from record import Record, read
@@ -33,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import natgrad
 from natgrad.models import ImageResNet, Mlp, Transformer
+from natgrad.plan.simulated import Device, is_view
 
 RESULTS = Path(__file__).parent / "results" / "host-cpu.json"
 NEVER = 10**9
@@ -78,65 +78,18 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Crossings(TorchDispatchMode):
-    """Counts how often the host asks a device for values, with the meta device in the device's place.
-
-    Whatever comes to the host from there is zero. Inside, a step does on meta tensors what it does on a GPU's.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own, name = dict(kwargs or {}), function.overloadpacket.__name__
-        own |= {"generator": None} if "generator" in own else {}  # the meta device draws nothing
-        from_device = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
-        if from_device and name == "_to_copy" and torch.device(own.get("device") or "meta").type == "cpu":
-            self.count += 1
-            return torch.zeros(args[0].shape, dtype=own.get("dtype") or args[0].dtype)
-        if from_device and name in ("_local_scalar_dense", "is_nonzero"):
-            self.count += 1
-            return 0.0
-        if name == "bincount":  # has no meta kernel
-            return torch.zeros(args[2], device="meta")
-        if name == "equal" and any(isinstance(one, Tensor) and one.is_meta for one in args):
-            self.count += 1
-            return False
-        if name == "copy_" and not args[0].is_meta and args[1].is_meta:
-            self.count += 1
-            return args[0].zero_()
-        return function(*args, **own)
-
-
-class OnHost(torch.Generator):
-    """A generator that says it is on the meta device, which has none, wherever a device was asked for."""
-
-    device: Any = None
-
-    def __new__(cls, device: Any = None) -> OnHost:
-        made = super().__new__(cls)
-        made.device = torch.device("cpu" if device is None else "meta")
-        return made
-
-
 def waits(net: Net, build: Callable[[nn.Module], torch.optim.Optimizer], warm: int = 3) -> int:
     """How often one step, hooks included, waits for the device, after some steps."""
     torch.manual_seed(0)
-    with warnings.catch_warnings(), mock.patch("torch.Generator", OnHost), Crossings() as crossings:
+    with warnings.catch_warnings(), Device() as device:
         warnings.simplefilter("ignore")  # on meta tensors nothing is seen of the loss
         contender = Contender(net, build, "meta")
         x = net.inputs().to("meta")
         for _ in range(warm):
             contender.finish(contender.descend(x))
-        before = crossings.count
+        before = device.reads
         contender.finish(contender.descend(x))
-        return crossings.count - before
-
-
-def is_view(function: Any) -> bool:
-    """Whether an operation only looks at memory that is there: nothing is launched for it."""
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        return device.reads - before
 
 
 class Contender:

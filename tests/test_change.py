@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import golden
 import natgrad
 from helpers import OPTIMIZERS, Mixed, backward, clone, made, mlp, points, train, weights
+from natgrad.inversion import Inversion
 from natgrad.optim.second_order import SAYS_NOTHING
 
 
@@ -233,3 +234,45 @@ def test_sums_of_pieces_are_those_of_layers(monkeypatch):
     opt.length = Looking()
     train(opt, model, [points(8, k, torch.float64) for k in range(2)])
     assert seen == [5, 5]  # of 25 and 18 numbers
+
+
+def test_a_step_that_was_refused_loses_nothing_of_the_one_before():
+    """What a step has found out reaches the host with the next one, also where an error came in between."""
+    data = [points(16, k) for k in range(6)]
+    (plain, model) = (mlp(), mlp())
+    model.load_state_dict(plain.state_dict())
+    one, other = (natgrad.SPNGD(m, lr=0.3, refresh=2) for m in (plain, model))
+    train(one, plain, data)
+    train(other, model, data[:3])
+    backward(model, data[3])
+    other.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr=-1"):
+        other.step()
+    other.param_groups[0]["lr"] = 0.3
+    other.step()
+    other.zero_grad()
+    train(other, model, data[4:])
+    assert torch.equal(weights(model), weights(plain))
+    assert other.last_step == one.last_step
+
+
+def test_a_step_that_fails_while_it_measures_leaves_a_usable_optimizer(monkeypatch):
+    """As an allocation that fails does."""
+    model = mlp()
+    opt = natgrad.SPNGD(model, lr=0.1, refresh=1)
+    train(opt, model, [points(16, 0)])
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    backward(model, points(16, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Inversion, "invert", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step()
+    opt.zero_grad()
+    before = weights(model)
+    train(opt, model, [points(16, k) for k in range(2, 6)])
+    assert torch.isfinite(weights(model)).all()
+    assert not torch.equal(weights(model), before)
+    assert opt.refreshed > 0

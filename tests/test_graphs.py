@@ -209,3 +209,13 @@ def test_graphs_need_a_gpu():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         natgrad.KFAC(Mixed(), lr=0.1, graph=False)
+
+
+def test_parameters_that_join_are_looked_at_too():
+    """A recorded step would take their learning rate for a constant."""
+    model = Forked()
+    model.branches[1].requires_grad_(False)
+    opt = recorded(natgrad.SPNGD(model, lr=0.1))
+    model.branches[1].to(torch.bfloat16).requires_grad_(True)
+    with pytest.raises(ValueError, match="graph=True cannot record a step with parameters in half precision"):
+        opt.add_param_group({"params": list(model.branches[1].parameters())})

@@ -281,6 +281,15 @@ class CurvatureEngine:
         nothing = {index for index, key in plan if not found.saw((index, key))}
         return Step({index: found.called[index] for index in sorted(nothing)}, found.astray)
 
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """If a step ends with an error inside, nothing is left of it for `conclude`."""
+        try:
+            yield
+        except BaseException:
+            self._taken = self._work = None
+            raise
+
     @property
     def unfinished(self) -> bool:
         """Whether `conclude` has something to do in this step, the same on every rank."""

@@ -129,10 +129,10 @@ class Inversion:
         if not attempts:
             return
 
-        def hear(failed: Tensor) -> None:
-            self.failed = [attempt for bad, (_, attempt) in zip(failed.tolist(), attempts) if bad]
+        def hear(sound: Tensor) -> None:
+            self.failed = [attempt for good, (_, attempt) in zip(sound.tolist(), attempts) if not good]
 
-        readings.ask(together([~good for good, _ in attempts]), hear)
+        readings.ask(together([good for good, _ in attempts]), hear)
 
     def mend(self) -> int:
         """Make again, with more damping, what could not be inverted. Returns how many retries that took."""

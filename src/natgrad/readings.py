@@ -6,7 +6,8 @@ whoever wants to know a number asks for it and hears it at the next read; a step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Readings:
 
     def __init__(self) -> None:
         self._asked: list[tuple[Tensor, Hear]] = []
-        self.count = 0  # times that the host has waited
+        self._reads = 0
 
     def ask(self, numbers: Tensor, hear: Hear) -> None:
         """At the next read, `hear` is called with these numbers [m] in double precision on the host."""
@@ -31,16 +32,22 @@ class Readings:
         asked, self._asked = self._asked, []
         return asked
 
-    def drop(self) -> None:
-        """A step has come to nothing: nobody hears what was asked."""
-        self._asked.clear()
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """If what is done inside ends with an error, nobody hears what was asked in it. What was asked before stays."""
+        before, reads = len(self._asked), self._reads
+        try:
+            yield
+        except BaseException:
+            del self._asked[before if reads == self._reads else 0 :]
+            raise
 
     def read(self) -> None:
         """Wait once; all who have asked hear their numbers in the order in which they asked."""
         asked = self.taken()
         if not asked:
             return
-        self.count += 1
+        self._reads += 1
         for (_, hear), values in zip(asked, on_host([numbers for numbers, _ in asked])):
             hear(values)
 

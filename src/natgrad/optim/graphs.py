@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -123,30 +123,24 @@ class Graphs:
         program.fixed = [to_device(source(), device).clone() for source, device in program.sources]
         inputs.begin(program.fixed)
         before = self.readings.taken()
-        inside = self.recorder.record()
-        program.pieces.append(inside.__enter__())
+        pieces = list[Callable[[], None]]()
+        with ExitStack() as recording:
 
-        def message(send: Callable[[], None]) -> None:
-            nonlocal inside
-            inside.__exit__(None, None, None)
-            program.pieces[-1]()
-            send()
-            program.pieces.append(send)
-            inside = self.recorder.record()
-            program.pieces.append(inside.__enter__())
+            def message(send: Callable[[], None]) -> None:
+                recording.close()
+                pieces[-1]()
+                send()
+                pieces.extend([send, recording.enter_context(self.recorder.record())])
 
-        self.world.sends = message
-        try:
-            work()
-        except BaseException:
-            program.pieces.clear()
-            inside.__exit__(None, None, None)
-            raise
-        finally:
-            self.world.sends = None
-            inputs.begin()
-        inside.__exit__(None, None, None)
-        program.pieces[-1]()
+            pieces.append(recording.enter_context(self.recorder.record()))
+            self.world.sends = message
+            try:
+                work()
+            finally:
+                self.world.sends = None
+                inputs.begin()
+        pieces[-1]()
+        program.pieces = pieces
         program.asked = self.readings.taken()
         for numbers, hear in (*before, *program.asked):
             self.readings.ask(numbers, hear)

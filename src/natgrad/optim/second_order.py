@@ -168,9 +168,10 @@ class SecondOrder(Views, Optimizer):
         self._places = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
         place = self._places.__getitem__
         fixed = self.graphs is not None
-        if self.graphs is not None:
-            self.graphs.forget()
         self.storage = Storage(self.cells, self.state, place, self.world.rank, self.readings, fixed)
+        if self.graphs is not None:
+            self.refuse_graphs()
+            self.graphs.forget()
         self.engine.storage = self.storage
         self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))
         self._groups = [place(cell.layer.parameters[0]) for cell in self.cells]
@@ -183,7 +184,6 @@ class SecondOrder(Views, Optimizer):
                 f"graph=True: the parameters are on {', '.join(sorted(devices))}, and CUDA graphs need a GPU; leave it "
                 "out, or move the model first"
             )
-        self.refuse_graphs()
         return Graphs(CudaRecorder(), self.readings, self.world)
 
     def refuse_graphs(self) -> None:
@@ -422,11 +422,8 @@ class SecondOrder(Views, Optimizer):
 
     def _update(self, away: bool = False) -> None:
         """The step itself, from gradients to new weights. `away`: this rank has run out of batches (Join)."""
-        try:
+        with self.readings.whole(), self.engine.whole_step():
             self._stages(away)
-        except BaseException:
-            self.readings.drop()
-            raise
 
     def _stages(self, away: bool) -> None:
         self.world.check()

@@ -34,7 +34,9 @@ FEW = 2**14
 
 
 class Device(TorchDispatchMode):
-    """Inside, meta tensors are those of a device. `operations` counts what the host has launched so far.
+    """Inside, meta tensors are those of a device.
+
+    `operations` counts what the host has launched so far, `reads` how often it has waited for numbers of the device.
 
     Numbers that the host has sent there are known, and so is what is made of known numbers alone; of all others the
     host reads READ, counts of 1 and conditions that are true. What a read decides is then what happens in training in
@@ -43,7 +45,7 @@ class Device(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
+        self.operations = self.reads = 0
         self._counts = True
         self._known: Any = WeakTensorKeyDictionary()  # few numbers, as tensors of the host
 
@@ -67,11 +69,14 @@ class Device(TorchDispatchMode):
             if name == "_to_copy" and isinstance(found, Tensor) and found.is_meta and found.numel() <= FEW:
                 self._known[found] = args[0].to(found.dtype, copy=True)
             return found
+        copied = name == "copy_" and not args[0].is_meta
+        away = name == "_to_copy" and torch.device(kwargs.get("device") or META).type != "meta"
+        self.reads += name in READS or copied or away
         if name in READS:
             return False if name == "equal" else self._value(args[0]).item()
-        if name == "_to_copy" and kwargs.get("device", META).type != "meta":
+        if away:
             return self._value(args[0]).to(kwargs.get("dtype") or args[0].dtype, copy=True)
-        if name == "copy_" and not args[0].is_meta:
+        if copied:
             return args[0].copy_(self._value(args[1]))
         found = self._run(function, name, args, kwargs, tensors)
         self._learn(function, name, args, kwargs, tensors, found)
