@@ -197,7 +197,7 @@ def in_words(found: dict[str, Any], name: str) -> list[str]:
     lines = [
         f"On {found['ranks']:,} ranks an average step of {name} takes {over(found['now'])} "
         f"({1e3 * found['now']:.1f} ms; SGD {1e3 * base:.1f}, {1e3 * found['sgd behind']:.1f} if its gradients travel "
-        "behind its backward pass)."
+        "during its backward pass)."
     ]
     if found["holds"]:
         most = ", ".join(
