@@ -80,7 +80,9 @@ def test_a_step_waits_for_the_device_once(kind, options, net):
 
 
 @pytest.mark.parametrize("kind", [k for k in OPTIMIZERS if k is not natgrad.NLCG], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("options", [{}, {"max_norm": 0.1}, {"refresh": natgrad.Adaptive(1e-3)}], ids=["", "clipped", "adaptive"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_norm": 0.1}, {"refresh": natgrad.Adaptive(1e-3)}], ids=["", "clipped", "adaptive"]
+)
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 def test_a_step_that_measures_waits_twice(kind, options, net):
     options = {"refresh": 1, **options}
