@@ -231,7 +231,7 @@ def test_sums_of_pieces_are_those_of_layers(monkeypatch):
                     torch.testing.assert_close(told[:, k], torch.stack([own.sum(), (own * other).sum()]))
             return super().lengths(segments, world, numbers)
 
-    opt.length = Looking()
+    opt.method.length = Looking()
     train(opt, model, [points(8, k, torch.float64) for k in range(2)])
     assert seen == [5, 5]  # of 25 and 18 numbers
 

@@ -10,7 +10,7 @@ import torch
 
 from checkpoints import go_on, recipe_with, saved
 from natgrad.models import CifarResNet
-from natgrad.optim.state_dict import held
+from natgrad.optim.state_dict import DistributedState
 from natgrad.parallel import World, run_threads
 from natgrad.train import checkpoint
 from natgrad.train.loop import prepare
@@ -157,15 +157,17 @@ def test_a_checkpoint_with_squares_is_read(tmp_path, splits, monkeypatch):
     job = prepare(recipe_with(SpNgd(lr=0.1)), World(), splits)
     go_on(job, 2)
 
-    def squared(optimizer):
-        cells = {cell.layer.parameters[0]: cell for cell in optimizer.cells}
-        parts = held(optimizer)
+    held = DistributedState.held
+
+    def squared(state):
+        cells = {cell.layer.parameters[0]: cell for cell in state.cells}
+        parts = held(state)
         for parameter, cell in cells.items():
             parts[parameter] = {key: cell.square(key, value) for key, value in parts[parameter].items()}
         return parts
 
     with monkeypatch.context() as patch:
-        patch.setattr("natgrad.train.state.held", squared)
+        patch.setattr(DistributedState, "held", squared)
         patch.setattr(checkpoint, "FORMAT", 1)
         saved(job, tmp_path)
     table = checkpoint.contents(tmp_path / "step-00000002")

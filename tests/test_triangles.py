@@ -15,7 +15,6 @@ from natgrad import layer_state, triangles
 from natgrad.curvature import Kronecker
 from natgrad.optim import LayerBlocks
 from natgrad.optim.fallback import Adam
-from natgrad.optim.state_dict import squares
 from natgrad.parallel import run_threads
 from natgrad.triangles import SymmetricSlabs, halves, slabs
 
@@ -172,7 +171,7 @@ def test_states_with_squares_load_and_go_on_to_the_last_bit(small, kind):
     single = [tuple(t.float() if t.is_floating_point() else t for t in Net.batch(16, k)) for k in range(6)]
     train(opt, model, single[:3])
     saved = opt.state_dict()
-    whole = squares(opt, saved)
+    whole = opt.distributed_state.squares(saved)
     sides = [v.shape[1:] for s in whole["state"].values() for k, v in s.items() if k in ("A", "A_inverse")]
     assert sides
     assert all(len(side) == 2 and side[0] == side[1] for side in sides)

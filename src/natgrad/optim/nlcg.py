@@ -93,7 +93,6 @@ class NLCG(SecondOrder):
             lambda numbers, hear: self.readings.ask(numbers, hear),
             lambda: self.storage.device,
         )
-        self.probe = self._probe if isinstance(step, CurvatureStep) else None
         self._forward: Callable[[], Tensor] | None = None
         self._loss: Any = None
         self._heard: float | None = None  # of all ranks, this step's
@@ -112,6 +111,7 @@ class NLCG(SecondOrder):
             **{**OF_CURVATURE, **shared},
         )
         self._model = validation.plain_model(model)
+        self.method.probe = self._probe if isinstance(step, CurvatureStep) else None
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -255,7 +255,7 @@ class NLCG(SecondOrder):
             return
         before, memory = self._memory(), self.memory  # that of this step now: the length needs its slope
         decays = [self.group_of(p)["weight_decay"] for p in parts]
-        how = self.reduction == "sum", self.engine.predictions
+        how = self.method.reduction == "sum", self.engine.predictions
         try:
             factor = minimum(self.search, self._model, self._forward, parts, decays, -memory.slope, self.world, *how)
         except Exception:

@@ -1,7 +1,8 @@
 """SecondOrder: the torch.optim.Optimizer of which every method here is a choice on five axes.
 
-One step:  hooks have measured what is stale -> gradients and moments go to their owners (`_gradients`, `refresh`)
--> owners average, factor and precondition -> the rule -> owners update -> new weights go to everyone (`_update`).
+One step:  hooks have measured what is stale -> gradients and moments go to their owners (`Gradients`,
+`CurvatureEngine.refresh`) -> owners average and factor (`factor`), precondition and follow the rule (`Aim`), update
+their weights -> new weights go to everyone (`Update`).
 Everything moves one way. With nothing stale, nothing but gradients and weights travel.
 """
 
@@ -23,28 +24,29 @@ from torch.optim import Optimizer
 from natgrad.budget import Purse
 from natgrad.capture import calm
 from natgrad.curvature import Curvature, Identity
-from natgrad.curvature_engine import TWICE, Clocks, CurvatureEngine, Step, shortened
+from natgrad.curvature_engine import TWICE, Assumed, Clocks, CurvatureEngine, Step, shortened
 from natgrad.layer_state import LayerState
 from natgrad.layers import FoundLayer, UncurvedParameter, find_layers
-from natgrad.layers.layer import real, real_type
+from natgrad.layers.layer import real
 from natgrad.optim import gradient_noise, validation
+from natgrad.optim.aim import Aim
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import Census
-from natgrad.optim.coverage import Preconditioned, count_preconditioned
-from natgrad.optim.directions import Momentum, Rule, directions_kept, takes_loose
-from natgrad.optim.fallback import Adam, Fallback, Recalls, adam
+from natgrad.optim.coverage import CoverageTable, Preconditioned, count_preconditioned, coverage
+from natgrad.optim.directions import Rule, takes_loose
+from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.graphs import CudaRecorder, Graphs
-from natgrad.optim.kl_clip import KLClip, LastStep, MeasuredChange
+from natgrad.optim.kl_clip import LastStep
 from natgrad.optim.likelihoods import Likelihood, draw_labels
 from natgrad.optim.loss_scale import LossScale, known_scale
+from natgrad.optim.method import Method
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.segments import Outlines
-from natgrad.optim.state_dict import carried, exact_copies, whole_by_parameter, whole_state
-from natgrad.optim.step_size import Keeps, Remembers, StepSize, layerwise, plain, trust
-from natgrad.optim.update import begin, master, update
-from natgrad.optim.views import Views
+from natgrad.optim.state_dict import DistributedState, carried
+from natgrad.optim.step_size import Remembers, StepSize
+from natgrad.optim.update import Update, begin, master
 from natgrad.parallel import World, uneven
 from natgrad.readings import Inputs, Readings
 from natgrad.refresh import Budget, Every, Staleness
@@ -60,8 +62,11 @@ NOT_SAMPLED = "its output does not enter the prediction that sample() was given,
 HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
 
 
-class SecondOrder(Views, Optimizer):
+class SecondOrder(Optimizer):
     """Trains every trainable parameter of `model`. See SPNGD and KFAC for what the arguments mean."""
+
+    preconditioned = Preconditioned(0, 0, 0, 0)
+    """How many layers and weights the last step preconditioned by their own curvature."""
 
     def __init__(
         self,
@@ -121,12 +126,9 @@ class SecondOrder(Views, Optimizer):
             self.purse = Purse(refresh, lambda: self.param_groups, fisher == "sampled")
             refresh = refresh.rule
         self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
-        self.rule, self.fallback, self.natural = rule, fallback, layerwise
-        self.length: StepSize | Remembers = length
-        self.rescale: Rescale | None = rescale
-        self.gather = gather
-        self.scaler, self.decay, self.skipped = scaler, decay, 0
-        self.reduction: Literal["mean", "sum"] = reduction or "mean"
+        self.method = Method(rule, length, fallback, gather, rescale, reduction or "mean")
+        self.scaler, self.decay = scaler, decay
+        self.skipped = 0  # steps given up because a gradient was not finite
         self.strict, self.seed, self.samples, self.max_size = strict, seed, samples, max_size
         self.curvature, self.sampled, self.batch_dim = curvature, fisher == "sampled", batch_dim
         self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
@@ -134,7 +136,7 @@ class SecondOrder(Views, Optimizer):
         self.gradients = Gradients(self.world, max_norm, lambda: known_scale(self.scaler))
         self.graphs: Graphs | None = None
         self.said: set[str] = set()  # warnings that were given
-        self.readings, self.inputs = Readings(), Inputs()
+        self.readings = Readings()
         self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
         self._counted: tuple[Clocks, tuple[bool, ...], Preconditioned] | None = None
         self._join_config = uneven.nobody()
@@ -173,7 +175,9 @@ class SecondOrder(Views, Optimizer):
             self.refuse_graphs()
             self.graphs.forget()
         self.engine.storage = self.storage
-        self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.rule))
+        self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.method.rule))
+        aim = Aim(self.method, self.engine, self.outlines, Inputs(), self._hear_length)
+        self.update = Update(aim, lambda: self.state, self.graphs, self.narrow)
         self._groups = [place(cell.layer.parameters[0]) for cell in self.cells]
 
     def _graphs(self) -> Graphs:
@@ -188,13 +192,8 @@ class SecondOrder(Views, Optimizer):
 
     def refuse_graphs(self) -> None:
         """Refuse choices with which a step is not the same launches from step to step."""
-        kinds = (type(self.length), type(self.rule), type(self.fallback))
-        own = self.length in (plain, trust) or kinds[0] in (KLClip, MeasuredChange)
-        reasons = {
-            "rescale": self.rescale is not None,
-            'gather="directions"': self.gather == "directions",
+        reasons = self.method.unrecordable() | {
             "parameters in half precision, or World(weights=)": self.storage.masters,
-            "a rule, length or fallback of your own": not own or kinds[1:] != (Momentum, Adam),
             "curvature in the space of samples": any(cell.by_rows for cell in self.cells),
         }
         for reason, holds in reasons.items():
@@ -252,28 +251,65 @@ class SecondOrder(Views, Optimizer):
     @property
     def narrow(self) -> torch.dtype | None:
         """The type in which owners send new weights, where it is not the weights' own."""
-        return self.world.weights if self.world.size > 1 and self.gather == "weights" else None
+        return self.world.weights if self.world.size > 1 and self.method.gather == "weights" else None
 
     def fresh_state(self, cell: LayerState, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
         """What a rank holds of a cell at the start, by parameter; None: what any rank holds."""
         mine = rank in (None, cell.owner)
-        kept = partial(master, narrow=self.narrow) if mine or self.gather == "directions" else lambda p: {}
+        kept = partial(master, narrow=self.narrow) if mine or self.method.gather == "directions" else lambda p: {}
         states: dict = {p: {"step": torch.tensor(0.0), **kept(p)} for p in cell.layer.parameters}
         cell.allocate(own := states[cell.layer.parameters[0]], rank)
-        loose = isinstance(cell.layer, UncurvedParameter) and not takes_loose(self.rule)
-        if mine and loose:
-            self.fallback.allocate(cell.layer, own)
-        elif mine:
-            self.rule.allocate(cell.layer, own)
-        looks_back = isinstance(self.length, Remembers) and self.length.looks_back
-        if mine and isinstance(self.length, Keeps) and (looks_back or not loose):
-            self.length.allocate(cell.layer, own)
-        if mine and looks_back and loose and isinstance(self.fallback, Recalls):
-            own["stretch"] = torch.zeros((), dtype=torch.float64)  # by this the last direction was multiplied
-        elif mine and looks_back and (loose or directions_kept(self.rule) is None):
-            weight = cell.layer.parameters[0]
-            own["last"] = torch.zeros(cell.layer.shape, dtype=real_type(weight), device=weight.device)
+        if mine:
+            self.method.allocate(cell.layer, own)
         return states
+
+    @property
+    def distributed_state(self) -> DistributedState:
+        """The state, up to date, of which this rank holds a part."""
+        self.settle()
+        return DistributedState(
+            self.cells, self.state, self.param_groups, self.world, self.fresh_state, self.engine.local
+        )
+
+    @property
+    def cells(self) -> list[LayerState]:
+        """The layers in the model's order."""
+        return self.engine.cells
+
+    @property
+    def assumed(self) -> Assumed | None:
+        """What was assumed about the last step that measured: its samples, and the predictions of each. None before."""
+        return self.engine.assumed
+
+    def coverage(self) -> CoverageTable:
+        """A row for every layer: its curvature, why, its size and cost. Printed, it is a table."""
+        return coverage(self.cells, self.whys, self.method.fallback.name, *self.method.vectors())
+
+    def intervals(self) -> dict[str, int]:
+        """The present refresh interval of every statistic, by layer and statistic."""
+        return {f"{c.name}.{m.key}": c.clock(m.key)[1] for c in self.cells for m in c.statistics}
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes of payload in the last step by kind: gradients, statistics, weights, scalars."""
+        return dict(self.world.sent)
+
+    @property
+    def refreshed(self) -> float:
+        """The share of all statistics that was measured in the last step."""
+        return self.engine.share
+
+    @property
+    def spent(self) -> float | None:
+        """What measuring and factoring took in the last step as a share of its passes, counted in operations.
+
+        First measurements do not count. None without a Budget.
+        """
+        return None if self.purse is None else self.purse.spent
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds on this rank's clock by stage, over all steps."""
+        return self.engine.seconds
 
     @property
     def noise_scale(self) -> float | None:
@@ -312,7 +348,7 @@ class SecondOrder(Views, Optimizer):
         if not checked:
             raise ValueError("add_param_group: none of its parameters requires a gradient; unfreeze them first")
         validation.check_group({**self.defaults, **checked[0]})
-        before = whole_by_parameter(self)
+        before = self.distributed_state.whole()
         own = set(checked[0]["params"])
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if p not in own]
@@ -380,7 +416,7 @@ class SecondOrder(Views, Optimizer):
                 loss = closure()
         uneven.begin(self)
         with calm(*{p.device for p in self._first_parameters()}):
-            self._update()
+            self._make_step()
         return loss
 
     def join_hook(self, **_: Any) -> Any:
@@ -402,7 +438,7 @@ class SecondOrder(Views, Optimizer):
         """Take part in a step of the ranks that still have batches, with the settings of theirs."""
         self.zero_grad()
         with calm(*{p.device for p in self._first_parameters()}):
-            self._update(away=True)
+            self._make_step(away=True)
 
     def _agree_with_joined(self, away: bool) -> None:
         """In a Join context: how many ranks still have batches, and what they have set."""
@@ -420,7 +456,7 @@ class SecondOrder(Views, Optimizer):
         """One parameter of each group, for their devices."""
         return [group["params"][0] for group in self.param_groups]
 
-    def _update(self, away: bool = False) -> None:
+    def _make_step(self, away: bool = False) -> None:
         """The step itself, from gradients to new weights. `away`: this rank has run out of batches (Join)."""
         with self.readings.whole(), self.engine.whole_step():
             self._stages(away)
@@ -447,7 +483,7 @@ class SecondOrder(Views, Optimizer):
             self.skipped += 1
             self.engine.capture.discard()
             return
-        found = self.engine.refresh(step, scale.seen, self.reduction, self.readings)
+        found = self.engine.refresh(step, scale.seen, self.method.reduction, self.readings)
         self.engine.factor([self.param_groups[place]["damping"] for place in self._groups], self.readings)
         if self.engine.unfinished:
             self.readings.read()
@@ -457,7 +493,7 @@ class SecondOrder(Views, Optimizer):
             gradients = self.gradients.to_owners(self.storage, present, scale.now)
         self.preconditioned = self._count(present)
         self._hear_noise(self.storage.present(gradients, present), scale.seen)
-        update(self, present, gradients)
+        self.update(present, gradients)
         if self.census.unfrozen():
             self._take_in(scale.now)
         self.storage.count_step()
@@ -487,13 +523,13 @@ class SecondOrder(Views, Optimizer):
         for group in self.param_groups:
             group.update(gradient_noise.learn(numbers, found, samples))
 
-    def hear_length(self, values: Tensor) -> None:
+    def _hear_length(self, values: Tensor) -> None:
         """What the length has learned by the last step. Warn once if steps have long been shortened so much that the
         learning rate says nothing.
         """
-        assert isinstance(self.length, Remembers)
+        assert isinstance(self.method.length, Remembers)
         for group in self.param_groups:
-            group.update(zip(self.length.numbers, values.tolist()))
+            group.update(zip(self.method.length.numbers, values.tolist()))
         own = self.param_groups[0]
         self.factors.append(max(own["factor"], 1e-30))
         if len(self.factors) == self.factors.maxlen:
@@ -510,7 +546,7 @@ class SecondOrder(Views, Optimizer):
     def _take_in(self, scale: float) -> None:
         """Lay out anew for parameters that were unfrozen. In this step, not measured, they follow their gradients."""
         trained = {p for group in self.param_groups for p in group["params"]}
-        self._rebuild(whole_by_parameter(self))
+        self._rebuild(self.distributed_state.whole())
         fresh = {k for k, cell in enumerate(self.cells) if trained.isdisjoint(cell.layer.parameters)}
         here = torch.tensor(
             [
@@ -520,7 +556,7 @@ class SecondOrder(Views, Optimizer):
         )
         self.world.max([here], "scalars")
         present = [bool(h) for h in here]
-        update(self, present, self.gradients.to_owners(self.storage, present, scale), fresh)
+        self.update(present, self.gradients.to_owners(self.storage, present, scale), fresh)
 
     def _look_after(self, found: Step, present: list[bool], halves: Sequence[bool], step: int) -> list[bool]:
         """Layers that cannot go on with their curvature become loose; those not in use wait. Returns `present` anew."""
@@ -574,7 +610,7 @@ class SecondOrder(Views, Optimizer):
         told = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
         if self.strict:
             raise ValueError(f"strict=True, but {told}")
-        validation.warn(f"{told}; so without curvature ({self.fallback.name})")
+        validation.warn(f"{told}; so without curvature ({self.method.fallback.name})")
         self.settle()
         cells: list[LayerState] = []
         kept: list[str] = []
@@ -625,7 +661,7 @@ class SecondOrder(Views, Optimizer):
         Parameters that were trained before keep their state; new ones join the first group (or, with `params=`, the
         group in which they were given). All ranks must call it. A parameter that was unfrozen is taken in by itself.
         """
-        self._rebuild(whole_by_parameter(self))
+        self._rebuild(self.distributed_state.whole())
 
     @torch.no_grad()
     def _rebuild(self, before: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
@@ -653,32 +689,30 @@ class SecondOrder(Views, Optimizer):
                 setattr(self.engine, name, getattr(old, name))
             self.engine.replace(cells)
             self._store()
-            self._forget()
+            self.method.forget()
             self.world.start([real(t.detach()) for t in (*self._model.parameters(), *self._model.buffers())])
         self.gradients.begin_early(cells)
         self.engine.arm(steps + 1)
 
-    def _forget(self) -> None:
-        """Drop whatever was made of a state that is no longer this one."""
-        forget = getattr(self.natural, "forget", None)
-        if forget is not None:
-            forget()
-
     def gather_state_dict(self) -> dict[str, Any]:
         """The whole state on every rank, to be loaded by any number of ranks. All ranks must call it."""
         saved = self.state_dict()
-        saved["state"] = whole_state(self)
+        saved["state"] = self.distributed_state.numbered()
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` or `gather_state_dict` gave; values keep their precision, this rank keeps its part."""
         self.readings.read()
-        fresh = exact_copies(self, state_dict)
+        saved = self.distributed_state.saved(state_dict)
+        never = self.distributed_state.loosened(saved)
+        if never:
+            self.loosen(dict.fromkeys(never, "in the run that was saved it had been found to have no curvature"))
+        fresh = self.distributed_state.copies(saved)
         super().load_state_dict({**state_dict, "state": {}})  # torch's copies would only be dropped
         self.state.clear()
         self.state.update(fresh)
         self.storage.sync(self.state)
-        self._forget()
+        self.method.forget()
         self.gradients.loaded = True
         lost = [cell.name for cell in self.cells if not cell.by_rows and cell.lost(self.world.rank)]
         if lost:

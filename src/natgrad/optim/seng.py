@@ -121,10 +121,10 @@ class SENG(SecondOrder):
             self.engine.replace(self.cells)
             self.engine.arm(1)
         if block == "network":
-            self.natural = Network(self.world, lambda: self.cells, self.group_of)
+            self.method.natural = Network(self.world, lambda: self.cells, self.group_of)
         elif legacy is not None and legacy.local:
             self.engine.local = True
-            self.natural = self._averaged
+            self.method.natural = self._averaged
 
     def _averaged(self, segments: Sequence[Segment], gradients: Sequence[Tensor]) -> list[Tensor]:
         """The mean over ranks of directions by their own samples."""

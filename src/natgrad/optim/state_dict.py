@@ -2,56 +2,201 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.layer_state import LayerState
-from natgrad.parallel import OwnedTensor
+from natgrad.parallel import OwnedTensor, World
 
-if TYPE_CHECKING:
-    from natgrad.optim.second_order import SecondOrder
+DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
-def check_state(
-    saved: Mapping[str, Any],
-    groups: Sequence[dict],
-    state: Mapping[Any, dict[str, Any]],
-    cells: Mapping[Any, LayerState],
-) -> dict[nn.Parameter, dict[str, Any]]:
-    """The saved state by parameter, in the form in which the parameters' cells keep it (`LayerState.packed`).
+class DistributedState:
+    """The state of an optimizer of which every rank holds a part.
 
-    Refuses a state of another model, or a part of one, before anything is changed.
+    Args:
+        cells: the layers of all ranks.
+        state: this rank's part, by parameter.
+        groups: the optimizer's param_groups.
+        world: the ranks.
+        fresh: a new state of a layer by parameter, as a rank holds it; None: as any of them does.
+        local: whether each rank goes by rows of its own.
+
     """
-    if not {"state", "param_groups"} <= saved.keys():
-        raise ValueError(f"not an optimizer's state_dict: it has {sorted(map(str, saved))}, not state and param_groups")
-    sizes = [len(g["params"]) for g in saved["param_groups"]], [len(g["params"]) for g in groups]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"this state_dict is of another model or other groups: it has groups of {sizes[0]} parameters, "
-            f"this optimizer of {sizes[1]}"
-        )
-    found: dict[nn.Parameter, dict[str, Any]] = {}
-    for parameter, mine, theirs in pairs(saved, groups, state):
-        if was_loosened(mine, theirs):
-            found[parameter] = theirs
-            continue
-        theirs = found[parameter] = converted(theirs, mine, cells.get(parameter))
-        missing = sorted(key for key in mine if key not in theirs and not dispensable(key))
-        if missing:
+
+    def __init__(
+        self,
+        cells: Sequence[LayerState],
+        state: Mapping[Any, dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
+        world: World,
+        fresh: Callable[[LayerState, int | None], dict[nn.Parameter, dict[str, Any]]],
+        local: bool,
+    ):
+        self.cells, self.state, self.groups, self.world = cells, state, groups, world
+        self.fresh, self.local = fresh, local
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+
+    def saved(self, saved: Mapping[str, Any]) -> dict[nn.Parameter, dict[str, Any]]:
+        """A saved state by parameter, in the form in which the parameters' layers keep it (`LayerState.packed`).
+
+        Raises:
+            ValueError: the state is of another model, or a part of one.
+
+        """
+        if not {"state", "param_groups"} <= saved.keys():
             raise ValueError(
-                f"this state_dict lacks {', '.join(missing)} of a parameter of shape {tuple(parameter.shape)}: it is "
-                "of another optimizer, or one rank's part (save gather_state_dict() to load on other ranks)"
+                f"not an optimizer's state_dict: it has {sorted(map(str, saved))}, not state and param_groups"
             )
-        for key, value in mine.items():
-            if key in theirs and isinstance(value, Tensor) and value.shape != theirs[key].shape:
+        sizes = [len(g["params"]) for g in saved["param_groups"]], [len(g["params"]) for g in self.groups]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"this state_dict is of another model or other groups: it has groups of {sizes[0]} parameters, "
+                f"this optimizer of {sizes[1]}"
+            )
+        found: dict[nn.Parameter, dict[str, Any]] = {}
+        cells = {parameter: cell for cell in self.cells for parameter in cell.layer.parameters}
+        fixed = self.without_rows()
+        for parameter, theirs in self._pairs(saved):
+            mine = fixed.get(parameter, {})
+            if was_loosened(mine, theirs):
+                found[parameter] = dict(theirs)
+                continue
+            theirs = found[parameter] = converted(theirs, mine, cells.get(parameter))
+            missing = sorted(key for key in mine if key not in theirs and not dispensable(key))
+            if missing:
                 raise ValueError(
-                    f"this state_dict is of another model: its {key} has shape {tuple(theirs[key].shape)}, "
-                    f"here it is {tuple(value.shape)}"
+                    f"this state_dict lacks {', '.join(missing)} of a parameter of shape {tuple(parameter.shape)}: it "
+                    "is of another optimizer, or one rank's part (save gather_state_dict() to load on other ranks)"
                 )
-    return found
+            for key, value in mine.items():
+                if key in theirs and isinstance(value, Tensor) and value.shape != theirs[key].shape:
+                    raise ValueError(
+                        f"this state_dict is of another model: its {key} has shape {tuple(theirs[key].shape)}, "
+                        f"here it is {tuple(value.shape)}"
+                    )
+        return found
+
+    def _pairs(self, saved: Mapping[str, Any]) -> Iterator[tuple[nn.Parameter, Mapping[str, Any]]]:
+        """(parameter, its saved state) for every parameter."""
+        ids = [k for g in saved["param_groups"] for k in g["params"]]
+        for parameter, k in zip(self.parameters, ids):
+            yield parameter, saved["state"].get(k, {})
+
+    def loosened(self, theirs: Mapping[nn.Parameter, Mapping[str, Any]]) -> list[int]:
+        """The places of layers that had lost their curvature in the run that was saved."""
+        weights = [cell.layer.parameters[0] for cell in self.cells]
+        return [k for k, w in enumerate(weights) if w in theirs and was_loosened(self.state[w], theirs[w])]
+
+    def copies(self, theirs: Mapping[nn.Parameter, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+        """New tensors of this rank with the values of `saved()`, each in the type and on the device it has here.
+
+        torch's own loading casts everything to the parameter's type, which would round curvature in bf16 models and
+        turn clocks into floats.
+        """
+        found = {
+            parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in mine.items()}
+            for parameter, mine in self.without_rows().items()
+        }
+        for cell in self.cells:
+            weight = cell.layer.parameters[0]
+            if cell.by_rows and cell.owner == self.world.rank:
+                own = {key: value for key, value in theirs[weight].items() if key in cell.row_names}
+                found[weight] |= {key: value.detach().to(weight.device, copy=True) for key, value in own.items()}
+        return found
+
+    def without_rows(self) -> dict[Any, dict[str, Any]]:
+        """What this rank holds, without what has the shape of the last measurement."""
+        rows: dict[Any, frozenset[str]] = {cell.layer.parameters[0]: cell.row_names for cell in self.cells}
+        return {
+            parameter: {key: value for key, value in state.items() if key not in rows.get(parameter, ())}
+            for parameter, state in self.state.items()
+        }
+
+    def whole(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """Every parameter's state as its owner holds it, on every rank. All ranks must call it."""
+        whole: dict[nn.Parameter, dict[str, Any]] = {}
+        parcels = []
+        for cell in self.cells:
+            for parameter, fresh in self.fresh(cell, None).items():
+                whole[parameter] = fresh
+                for key, value in fresh.items():
+                    if cell.place_of(key) == self.world.rank:
+                        value.copy_(self.state[parameter][key])
+                    parcels.append(OwnedTensor(value, cell.place_of(key)))
+        parcels += self._rows(whole)
+        self.world.gather(parcels)
+        return whole
+
+    def numbered(self) -> dict[int, dict[str, Any]]:
+        """`whole` by the number of each parameter, as torch saves it. All ranks must call it."""
+        whole = self.whole()
+        return {k: whole[p] for k, p in enumerate(self.parameters)}
+
+    def _rows(self, whole: dict[nn.Parameter, dict[str, Any]]) -> list[OwnedTensor]:
+        """Room in `whole` for everybody's rows, whose shapes one small message tells, filled where they are."""
+        cells = [cell for cell in self.cells if cell.by_rows]
+        names = sorted(cells[0].row_names) if cells else []
+        forms = torch.zeros(len(cells), len(names), 6, dtype=torch.int64)
+        for cell, form in zip(cells, forms):
+            for name, entry in zip(names, form):
+                value = cell.state().get(name)
+                if value is not None:
+                    entry[: 2 + value.dim()] = torch.tensor([value.dim(), DTYPES.index(value.dtype), *value.shape])
+        self.world.max([forms], "scalars")
+        parcels = []
+        for cell, form in zip(cells, forms.tolist()):
+            weight = cell.layer.parameters[0]
+            for name, (dimensions, dtype, *shape) in zip(names, form):
+                if dimensions == 0:
+                    continue
+                mine = cell.state().get(name)
+                value = torch.zeros(shape[:dimensions], dtype=DTYPES[dtype], device=weight.device)
+                whole[weight][name] = value if mine is None else value.copy_(mine)
+                parcels.append(OwnedTensor(whole[weight][name], cell.owner))
+        return parcels
+
+    def squares(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A state_dict with symmetric matrices as squares [b, n, n]; `load_state_dict` takes it too."""
+        cells = {cell.layer.parameters[0]: cell for cell in self.cells}
+        state = dict(saved["state"])
+        ids = [k for group in saved["param_groups"] for k in group["params"]]
+        for parameter, k in zip(self.parameters, ids):
+            if parameter in cells and k in state:
+                state[k] = {key: cells[parameter].square(key, value) for key, value in state[k].items()}
+        return {**saved, "state": state}
+
+    def held(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """What this rank is to write down: of all ranks together every tensor once."""
+        rank, parts = self.world.rank, {}
+        elsewhere = self.apart()
+        for cell in self.cells:
+            for parameter in cell.layer.parameters:
+                state = {k: v for k, v in self.state[parameter].items() if k not in elsewhere.get(parameter, ())}
+                places = {key: cell.place_of(key) if self.world.owners else 0 for key in state}
+                parts[parameter] = {key: value for key, value in state.items() if places[key] == rank}
+        return parts
+
+    def apart(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """What is another one on every rank: rows, where each rank goes by its own."""
+        if not self.local:
+            return {}
+        rows = {cell.layer.parameters[0]: cell.row_names for cell in self.cells}
+        return {p: {k: v for k, v in self.state[p].items() if k in names} for p, names in rows.items()}
+
+    def wanted(self, written: Mapping[nn.Parameter, Collection[str]]) -> dict[nn.Parameter, set[str]]:
+        """The keys that this rank needs of what was written by any number of ranks, to go on from there."""
+        keys: dict[nn.Parameter, set[str]] = {}
+        fixed = self.without_rows()
+        for cell in self.cells:
+            for parameter in cell.layer.parameters:
+                there = set(written.get(parameter, ()))
+                mine = fixed[parameter].keys() | (cell.row_names if cell.owner == self.world.rank else set())
+                keys[parameter] = there if was_loosened(fixed[parameter], dict.fromkeys(there)) else there & mine
+        return keys
 
 
 def converted(theirs: Mapping[str, Any], mine: Mapping[str, Any], cell: LayerState | None) -> dict[str, Any]:
@@ -71,14 +216,6 @@ def dispensable(key: str) -> bool:
     return key in ("master", "passes") or key.endswith("_budget")
 
 
-def pairs(saved: Mapping[str, Any], groups: Sequence[dict], state: Mapping[Any, dict]):
-    """(parameter, its state here, its saved state) for every parameter."""
-    ids = [k for g in saved["param_groups"] for k in g["params"]]
-    parameters = [p for g in groups for p in g["params"]]
-    for parameter, k in zip(parameters, ids):
-        yield parameter, state.get(parameter, {}), saved["state"].get(k, {})
-
-
 def was_loosened(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether the saved layer had been found never to be called: it has no clocks, but the fallback's state (or,
     where another rank owns it, nothing but its steps).
@@ -86,41 +223,6 @@ def was_loosened(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     clocks = [key for key in mine if key.endswith("_clock")]
     loose = theirs.keys() <= {"step", "master", "scalars"} or any(key.startswith(("adam_", "nlcg_")) for key in theirs)
     return bool(clocks) and "step" in theirs and not any(key in theirs for key in clocks) and loose
-
-
-def exact_copies(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
-    """New state tensors of this rank with the saved values, each in the type and on the device it has here.
-
-    torch's own loading casts everything to the parameter's type, which would round curvature in bf16 models and turn
-    clocks into floats. Refuses what cannot be loaded before anything is changed.
-    """
-    groups = optimizer.param_groups
-    fixed = without_rows(optimizer)
-    cells = {parameter: cell for cell in optimizer.cells for parameter in cell.layer.parameters}
-    theirs = check_state(saved, groups, fixed, cells)
-    weights = [cell.layer.parameters[0] for cell in optimizer.cells]
-    never = [k for k, w in enumerate(weights) if w in theirs and was_loosened(optimizer.state[w], theirs[w])]
-    if never:
-        optimizer.loosen(dict.fromkeys(never, "in the run that was saved it had been found to have no curvature"))
-    copies = {
-        parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in mine.items()}
-        for parameter, mine in without_rows(optimizer).items()
-    }
-    for cell in optimizer.cells:  # some of them loosened by now
-        weight = cell.layer.parameters[0]
-        if cell.by_rows and cell.owner == optimizer.world.rank:
-            own = {key: value for key, value in theirs[weight].items() if key in cell.row_names}
-            copies[weight] |= {key: value.detach().to(weight.device, copy=True) for key, value in own.items()}
-    return copies
-
-
-def without_rows(optimizer: SecondOrder) -> dict[Any, dict[str, Any]]:
-    """The optimizer's state without what has the shape of the last measurement."""
-    rows: dict[Any, frozenset[str]] = {cell.layer.parameters[0]: cell.row_names for cell in optimizer.cells}
-    return {
-        parameter: {key: value for key, value in state.items() if key not in rows.get(parameter, ())}
-        for parameter, state in optimizer.state.items()
-    }
 
 
 def carried(fresh: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,97 +239,3 @@ def _like(value: Any, mine: Any) -> Any:
     if isinstance(value, Tensor) and isinstance(mine, Tensor):
         return value.detach().to(device=mine.device, dtype=mine.dtype, copy=True)
     return value
-
-
-def whole_state(optimizer: SecondOrder) -> dict[int, dict[str, Any]]:
-    """Every parameter's state as its owner holds it, on every rank, by number. All ranks must call it."""
-    whole = whole_by_parameter(optimizer)
-    return {k: whole[p] for k, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-
-
-def whole_by_parameter(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, Any]]:
-    """`whole_state` by parameter."""
-    optimizer.settle()
-    whole: dict[nn.Parameter, dict[str, Any]] = {}
-    parcels = []
-    for cell in optimizer.cells:
-        for parameter, fresh in optimizer.fresh_state(cell, None).items():
-            whole[parameter] = fresh
-            for key, value in fresh.items():
-                if cell.place_of(key) == optimizer.world.rank:
-                    value.copy_(optimizer.state[parameter][key])
-                parcels.append(OwnedTensor(value, cell.place_of(key)))
-    parcels += rows_of(optimizer, whole)
-    optimizer.world.gather(parcels)
-    return whole
-
-
-def squares(optimizer: SecondOrder, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A state_dict of this optimizer with symmetric matrices as squares [b, n, n]; `load_state_dict` takes it too."""
-    cells = {cell.layer.parameters[0]: cell for cell in optimizer.cells}
-    ids = [k for group in saved["param_groups"] for k in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = dict(saved["state"])
-    for parameter, k in zip(parameters, ids):
-        if parameter in cells and k in state:
-            state[k] = {key: cells[parameter].square(key, value) for key, value in state[k].items()}
-    return {**saved, "state": state}
-
-
-DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
-
-
-def rows_of(optimizer: SecondOrder, whole: dict[nn.Parameter, dict[str, Any]]) -> list[OwnedTensor]:
-    """Room in `whole` for everybody's rows, whose shapes one small message tells, filled where they are."""
-    cells = [cell for cell in optimizer.cells if cell.by_rows]
-    names = sorted(cells[0].row_names) if cells else []
-    forms = torch.zeros(len(cells), len(names), 6, dtype=torch.int64)
-    for cell, form in zip(cells, forms):
-        for name, entry in zip(names, form):
-            value = cell.state().get(name)
-            if value is not None:
-                entry[: 2 + value.dim()] = torch.tensor([value.dim(), DTYPES.index(value.dtype), *value.shape])
-    optimizer.world.max([forms], "scalars")
-    parcels = []
-    for cell, form in zip(cells, forms.tolist()):
-        weight = cell.layer.parameters[0]
-        for name, (dimensions, dtype, *shape) in zip(names, form):
-            if dimensions == 0:
-                continue
-            mine = cell.state().get(name)
-            value = torch.zeros(shape[:dimensions], dtype=DTYPES[dtype], device=weight.device)
-            whole[weight][name] = value if mine is None else value.copy_(mine)
-            parcels.append(OwnedTensor(whole[weight][name], cell.owner))
-    return parcels
-
-
-def held(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """The state that this rank is to write down: of all ranks together every tensor once."""
-    rank, parts = optimizer.world.rank, {}
-    elsewhere = apart(optimizer)
-    for cell in optimizer.cells:
-        for parameter in cell.layer.parameters:
-            state = {k: v for k, v in optimizer.state[parameter].items() if k not in elsewhere.get(parameter, ())}
-            places = {key: cell.place_of(key) if optimizer.world.owners else 0 for key in state}
-            parts[parameter] = {key: value for key, value in state.items() if places[key] == rank}
-    return parts
-
-
-def apart(optimizer: SecondOrder) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """The state that is another one on every rank: rows, where each rank goes by its own."""
-    if not optimizer.engine.local:
-        return {}
-    rows = {cell.layer.parameters[0]: cell.row_names for cell in optimizer.cells}
-    return {p: {k: v for k, v in optimizer.state[p].items() if k in names} for p, names in rows.items()}
-
-
-def wanted(optimizer: SecondOrder, written: Mapping[nn.Parameter, Collection[str]]) -> dict[nn.Parameter, set[str]]:
-    """The keys that this rank needs of what was written by any number of ranks, to go on from there."""
-    keys: dict[nn.Parameter, set[str]] = {}
-    fixed = without_rows(optimizer)
-    for cell in optimizer.cells:
-        for parameter in cell.layer.parameters:
-            there = set(written.get(parameter, ()))
-            mine = fixed[parameter].keys() | (cell.row_names if cell.owner == optimizer.world.rank else set())
-            keys[parameter] = there if was_loosened(fixed[parameter], dict.fromkeys(there)) else there & mine
-    return keys

@@ -182,7 +182,7 @@ class Account:
         by_rank = [self._owner(one, fresh, launches) for one in owned(self.rehearsal, self.parts.seen)]
         busiest = max(range(len(by_rank)), key=lambda rank: sum(one.seconds for one in by_rank[rank].values()))
         found = by_rank[busiest]
-        if self.rehearsal.second.probe is not None:  # a step along the curvature passes forward twice more
+        if self.rehearsal.second.method.probe is not None:  # a step along the curvature passes forward twice more
             found["update"] += self._spent(self.parts.forward()).times(2)
             found["update"] += self._spent([moved(self.parameters, 10)], launches=0)
         return found, self._dearest(busiest) if fresh else ""

@@ -105,7 +105,7 @@ def owned(rehearsal: Rehearsal, seen: Mapping[str, Extent]) -> list[Owned]:
     optimizer = rehearsal.second
     if optimizer is None:
         return found
-    conjugate = isinstance(optimizer.rule, Conjugate)
+    conjugate = isinstance(optimizer.method.rule, Conjugate)
     for cell in optimizer.cells:
         what = seen.get(cell.name, Extent(0, 0))
         mine = found[cell.owner]
@@ -119,7 +119,7 @@ def owned(rehearsal: Rehearsal, seen: Mapping[str, Extent]) -> list[Owned]:
             mine.precondition += cell.curvature.precondition_work(cell.layer, what)
         passes = CONJUGATE if conjugate else ADAM if isinstance(cell.layer, UncurvedParameter) else MOMENTUM
         mine.precondition.append(moved(numel, passes))
-        everyone = optimizer.gather == "directions"
+        everyone = optimizer.method.gather == "directions"
         for rank in found if everyone else [mine]:
             rank.update.append(moved(numel, 3))
     world = rehearsal.world

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from natgrad.data.mixup import RunningMixup
 from natgrad.optim import SecondOrder
-from natgrad.optim.state_dict import apart, held, wanted
 from natgrad.train import checkpoint
 from natgrad.train.loop import Job
 from natgrad.train.nested import pack, unpack
@@ -46,8 +45,8 @@ def state_of(job: Job) -> tuple[Tensors, dict[str, Any]]:
     own = dict(_own(job))
     if isinstance(job.optimizer, SecondOrder):
         values["skipped"] = job.optimizer.skipped
-        names = _names(job)
-        for place, states in (("", held(job.optimizer)), (f"rank-{job.world.rank}/", apart(job.optimizer))):
+        names, parts = _names(job), job.optimizer.distributed_state
+        for place, states in (("", parts.held()), (f"rank-{job.world.rank}/", parts.apart())):
             for parameter, state in states.items():
                 own |= {f"{place}optimizer/{names[parameter]}/{key}": value for key, value in state.items()}
     else:
@@ -203,7 +202,7 @@ def _second_order_state(
             written = re.fullmatch(f"{prefix}optimizer/(.+)/([^/]+)", name)
             if written and written[1] in by_name:
                 there[by_name[written[1]]][written[2]] = name
-    keys = wanted(optimizer, there)
+    keys = optimizer.distributed_state.wanted(there)
     loaded = checkpoint.load(
         path, {there[p][key]: table[there[p][key]] for p, chosen in keys.items() for key in chosen}
     )

@@ -1,0 +1,117 @@
+"""Aim: from mean gradients to directions and lengths, at the layers' owner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from natgrad.curvature_engine import CurvatureEngine
+from natgrad.optim.directions import directions_kept
+from natgrad.optim.fallback import Recalls
+from natgrad.optim.method import Method
+from natgrad.optim.segments import Outlines, Segment
+from natgrad.optim.step_size import Remembers, trust_ratios
+from natgrad.readings import Inputs
+
+
+class Aim:
+    """Finds the step of the layers that this rank owns.
+
+    hear: is told, at the next read, what the length has learned.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        engine: CurvatureEngine,
+        outlines: Outlines,
+        inputs: Inputs,
+        hear: Callable[[Tensor], None],
+    ):
+        self.method, self.engine, self.outlines, self.inputs, self.hear = method, engine, outlines, inputs, hear
+        self.storage, self.world = outlines.storage, engine.world
+
+    def segments(self, places: Iterable[int], vectors: Sequence[Tensor | None], bare: bool) -> list[Segment]:
+        """The segments of the layers at these places that this rank owns, with their gradients."""
+        storage, kept = self.storage, directions_kept(self.method.rule)
+        segments = []
+        rates: dict[torch.device, Sequence[Tensor]] = {}
+        for outlines, layout, mine, vector in zip(self.outlines.of(places), storage.layouts, storage.mine, vectors):
+            device = layout.kind[1]
+            if outlines and device not in rates:
+                told = self.inputs.get(lambda: [group["lr"] for group in self.outlines.groups()], device)
+                rates[device] = told.unbind()
+            for outline in outlines:
+                assert vector is not None
+                begin = outline.start - layout.start[mine[0]]
+                gradient, fresh = vector[begin : begin + outline.numel], frozenset(self.engine.whole)
+                segment = Segment(outline, gradient, self.inputs, rates[device], fresh)
+                if self.method.reduction == "sum":
+                    segment.terms = max(segment.group["batch"] / self.world.size, 1.0)
+                segment.curved = outline.curved and not bare
+                segment.past = segment.state.get("last", segment.state.get(kept) if kept else None)
+                segments.append(segment)
+        return segments
+
+    def __call__(self, segments: Sequence[Segment], bare: bool) -> list[Tensor | float]:
+        """Fill in all directions; return the factors by which they are to be multiplied.
+
+        bare: none of the segments has a curvature, and nobody learns from them.
+        """
+        length, curved = self.method.length, [segment for segment in segments if segment.curved]
+        learns = isinstance(length, Remembers)
+        judged = list(segments) if learns and length.looks_back else curved
+        if learns and not bare:
+            for segment in judged if length.looks_back else ():
+                if segment.past is None and not segment.curved:
+                    segment.past = self._recalled(segment)
+            length.look_back(judged)
+        if not bare:
+            self.method.rule(curved, self.method.natural, self.world)
+        for segment in segments:
+            if not segment.curved:
+                self._stretch(segment, bare)
+        if bare:
+            return [1.0] * len(segments)
+        if not learns:
+            found = dict(zip(map(id, curved), length(curved, self.world)))
+            return [found.get(id(segment), 1.0) for segment in segments]
+        numbers = self._learned(length)
+        found = dict(zip(map(id, judged), length.lengths(judged, self.world, numbers)))
+        self.storage.readings.ask(torch.stack([numbers[name] for name in length.numbers]), self.hear)
+        return [found.get(id(segment), 1.0) for segment in segments]
+
+    def _learned(self, length: Remembers) -> dict[str, Tensor]:
+        """What a length remembers, on the device."""
+
+        def now() -> list[float]:
+            return [self.outlines.groups()[0].get(name, value) for name, value in length.numbers.items()]
+
+        return dict(zip(length.numbers, self.inputs.get(now, self.storage.device).unbind()))
+
+    def _stretch(self, segment: Segment, bare: bool) -> None:
+        """The fallback's direction, or the gradient's, as long as the weight."""
+        direction = segment.gradient if bare else self.method.fallback.direction(segment)
+        segment.direction = segment.add_weights(direction)
+        ratios = trust_ratios(segment)
+        segment.direction = segment.direction * segment.spread(ratios)
+        if "stretch" in segment.state and not bare:
+            segment.state["stretch"] = ratios
+
+    def _recalled(self, segment: Segment) -> Tensor | None:
+        """The last direction of parameters without curvature [n], made again from what the fallback keeps.
+
+        It was d = r (a + c w): r the trust ratio of `_stretch`, a the fallback's direction, c the weight decay. The
+        step has made w - s d of the weights w, so d = r (a + c (w - s d)) / (1 - r c s). Where somebody else has
+        changed the weights since, the decay is that of what they have become.
+        """
+        if not isinstance(self.method.fallback, Recalls):
+            return None
+        ratios, direction = segment.state["stretch"], self.method.fallback.again(segment)
+        decay = segment.group.get("weight_decay_last", segment.group["weight_decay"])
+        if decay:
+            direction = segment.add_weights(direction, decay)
+            ratios = ratios / (1 - decay * ratios * segment.state["went"][:, 0])
+        return direction * segment.spread(ratios.to(direction))
