@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.data import Cifar100
+from natgrad_lab.data import Cifar100
 
 CLASSES = 100
 

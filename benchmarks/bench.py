@@ -24,12 +24,12 @@ from typing import Any
 
 from record import git
 
-from natgrad.report.compare_curves import curves
-from natgrad.report.compare_plots import scaling
-from natgrad.report.compare_read import KINDS, Comparison, read_comparison
-from natgrad.report.compare_table import findings, headings, rows, verdicts
-from natgrad.report.style import look
-from natgrad.train.log import write_json
+from natgrad_lab.report.compare_curves import curves
+from natgrad_lab.report.compare_plots import scaling
+from natgrad_lab.report.compare_read import KINDS, Comparison, read_comparison
+from natgrad_lab.report.compare_table import findings, headings, rows, verdicts
+from natgrad_lab.report.style import look
+from natgrad_lab.train.log import write_json
 
 HERE = Path(__file__).resolve().parent
 COMPARISONS = {
@@ -60,7 +60,7 @@ def comparison(name: str, minutes: int, data: str | None) -> Part:
     """A comparison's part, with a profile for CPUs; two runs at a time, or one on two ranks."""
     images = name.startswith("cifar")
     where = ("--data.path", data) if images and data else ()
-    words = ("-m", "natgrad", "compare", *COMPARISONS[name], *where, "--out", str(folder_of(name)))
+    words = ("-m", "natgrad_lab", "compare", *COMPARISONS[name], *where, "--out", str(folder_of(name)))
     return Part(name, words, minutes, images)
 
 

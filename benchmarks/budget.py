@@ -22,17 +22,17 @@ import torch
 from record import Record, read
 
 from natgrad.budget import Bill, Item, holder_work
-from natgrad.data import Splits
 from natgrad.layers.op_cost import price
-from natgrad.models import ImageResNet
 from natgrad.parallel import World
-from natgrad.plan.machines import named
-from natgrad.plan.scaling import Network, Planner
-from natgrad.train.compare.protocol import samples_of
-from natgrad.train.compare.tasks import Batch, Task, find_task
-from natgrad.train.compare.trials import learning
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import SpNgd
+from natgrad_lab.compare.protocol import samples_of
+from natgrad_lab.compare.tasks import Batch, Task, find_task
+from natgrad_lab.compare.trials import learning
+from natgrad_lab.data import Splits
+from natgrad_lab.models import ImageResNet
+from natgrad_lab.plan.machines import named
+from natgrad_lab.plan.scaling import Network, Planner
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import SpNgd
 
 RESULTS = Path(__file__).parent / "results" / "budget.json"
 ALL = 1e6

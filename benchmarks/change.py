@@ -25,14 +25,14 @@ from record import Record
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from natgrad.data import Splits
 from natgrad.optim import SecondOrder
 from natgrad.parallel import World
-from natgrad.schedules import Cosine
-from natgrad.train.compare.tasks import find_task
-from natgrad.train.loop import Job, logits_of, parts, prepare
-from natgrad.train.malloc import keep_freed_memory
-from natgrad.train.optimizers import SpNgd
+from natgrad_lab.compare.tasks import find_task
+from natgrad_lab.data import Splits
+from natgrad_lab.schedules import Cosine
+from natgrad_lab.train.loop import Job, logits_of, parts, prepare
+from natgrad_lab.train.malloc import keep_freed_memory
+from natgrad_lab.train.optimizers import SpNgd
 
 RESULTS = Path(__file__).parent / "results" / "change.json"
 PREDICTED = SpNgd(lr=0.1, length="kl_clip")

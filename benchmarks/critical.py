@@ -34,16 +34,16 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from record import git, machine, read
 
 import natgrad
-from natgrad.data import Splits
 from natgrad.parallel import World
-from natgrad.report.style import look
-from natgrad.schedules import Constant, WarmUp
-from natgrad.train.compare.tasks import find_task
-from natgrad.train.log import write_json
-from natgrad.train.loop import Job, prepare, steps
-from natgrad.train.malloc import keep_freed_memory
-from natgrad.train.optimizers import AdamW, Lars, Muon, Settings, Sgd, Soap, SpNgd
-from natgrad.train.recipe import described
+from natgrad_lab.compare.tasks import find_task
+from natgrad_lab.data import Splits
+from natgrad_lab.report.style import look
+from natgrad_lab.schedules import Constant, WarmUp
+from natgrad_lab.train.log import write_json
+from natgrad_lab.train.loop import Job, prepare, steps
+from natgrad_lab.train.malloc import keep_freed_memory
+from natgrad_lab.train.optimizers import AdamW, Lars, Muon, Settings, Sgd, Soap, SpNgd
+from natgrad_lab.train.recipe import described
 
 RESULTS = Path(__file__).parent / "results" / "critical.json"
 PLOT = Path(__file__).parents[1] / "docs" / "critical.svg"

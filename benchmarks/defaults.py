@@ -24,12 +24,12 @@ from typing import Any
 
 from record import Record
 
-from natgrad.train.compare.contenders import Contender
-from natgrad.train.compare.space import Choice
-from natgrad.train.compare.tasks import Batch, find_task
-from natgrad.train.compare.trials import Trial, remember, remembered
-from natgrad.train.compare.work import Workers
-from natgrad.train.optimizers import KFac, Settings, SpNgd
+from natgrad_lab.compare.contenders import Contender
+from natgrad_lab.compare.space import Choice
+from natgrad_lab.compare.tasks import Batch, find_task
+from natgrad_lab.compare.trials import Trial, remember, remembered
+from natgrad_lab.compare.workers import Workers
+from natgrad_lab.train.optimizers import KFac, Settings, SpNgd
 
 SEEDS = (100,)
 FRESH = (101, 102)

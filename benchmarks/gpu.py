@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import natgrad
-from natgrad.data import Cifar100
+from natgrad_lab.data import Cifar100
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8.0

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import natgrad
-from natgrad.models import ImageResNet, Transformer
 from natgrad.parallel import World
-from natgrad.train.optimizers import Muon
+from natgrad_lab.models import ImageResNet, Transformer
+from natgrad_lab.train.optimizers import Muon
 
 NEVER = 10**9
 SHARE = 0.05  # of a step that measuring and factoring may take under a budget

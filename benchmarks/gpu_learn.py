@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from natgrad.data import Cifar100, Images, Source, Splits
-from natgrad.data.augment import CropFlip
-from natgrad.data.cifar import MEAN, STD
-from natgrad.models import CifarResNet
 from natgrad.parallel import World
-from natgrad.schedules import Cosine, WarmUp
-from natgrad.train.loop import Job, Step, prepare, steps
-from natgrad.train.optimizers import Settings, Sgd, SpNgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import Cifar100, Images, Source, Splits
+from natgrad_lab.data.augment import CropFlip
+from natgrad_lab.data.cifar import MEAN, STD
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.schedules import Cosine, WarmUp
+from natgrad_lab.train.loop import Job, Step, prepare, steps
+from natgrad_lab.train.optimizers import Settings, Sgd, SpNgd
+from natgrad_lab.train.recipe import Recipe
 
 DECAY = 5e-4
 RATE = 3.2 / 16_384  # SGD's, for each image of the batch

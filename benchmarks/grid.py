@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from natgrad.train.optimizers import Settings
+from natgrad_lab.train.optimizers import Settings
 
 
 @dataclass(frozen=True)

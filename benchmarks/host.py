@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import natgrad
-from natgrad.models import ImageResNet, Mlp, Transformer
-from natgrad.plan.simulated import Device, is_view
+from natgrad_lab.models import ImageResNet, Mlp, Transformer
+from natgrad_lab.plan.simulated import Device, is_view
 
 RESULTS = Path(__file__).parent / "results" / "host-cpu.json"
 NEVER = 10**9

@@ -31,7 +31,7 @@ RUN = (
 
 
 def command(out: Path, ranks: int, *more: str) -> list[str]:
-    return [sys.executable, "-m", "natgrad", "train", *RUN, "--ranks", str(ranks), "--out", str(out), *more]
+    return [sys.executable, "-m", "natgrad_lab", "train", *RUN, "--ranks", str(ranks), "--out", str(out), *more]
 
 
 def start(words: list[str]) -> subprocess.Popen[bytes]:

@@ -17,7 +17,7 @@ from typing import Any
 from grid import Contender
 from study import Study, main, merit
 
-from natgrad.train.optimizers import SpNgd
+from natgrad_lab.train.optimizers import SpNgd
 
 EARLY, FRESH = 100, (1, 2, 3, 4, 5)  # seeds
 STEPS = {"digits": 200, "cifar100-small": 80}

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.curvature.curvature import Extent
-from natgrad.models import CifarResNet, ImageResNet, Transformer
 from natgrad.optim import SecondOrder
 from natgrad.parallel import World
-from natgrad.train.optimizers import AdamW, Muon, Sgd, Soap
+from natgrad_lab.models import CifarResNet, ImageResNet, Transformer
+from natgrad_lab.train.optimizers import AdamW, Muon, Sgd, Soap
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 RANKS = (1, 8, 64)

@@ -26,11 +26,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import natgrad
-from natgrad.data import Digits, Splits
-from natgrad.models import CifarResNet, Mlp
 from natgrad.parallel import World
-from natgrad.schedules import Constant, Piecewise, RootWarmUp
-from natgrad.train.evaluate import estimate_norms, evaluate
+from natgrad_lab.data import Digits, Splits
+from natgrad_lab.models import CifarResNet, Mlp
+from natgrad_lab.schedules import Constant, Piecewise, RootWarmUp
+from natgrad_lab.train.evaluate import estimate_norms, evaluate
 
 SCHEDULES = {
     "authors": RootWarmUp(Piecewise((0.51, 0.765), (1.0, 0.1, 0.01)), length=0.125, start=0.001),

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import natgrad
-from natgrad.models import CifarResNet
+from natgrad_lab.models import CifarResNet
 
 NEVER = 10**9
 BLOCK = 20  # default steps between two blocks of SGD

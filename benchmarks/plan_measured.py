@@ -26,12 +26,12 @@ import torch
 from record import git, machine
 from torch.nn.functional import cross_entropy
 
-from natgrad.models import CifarResNet
 from natgrad.parallel import World, join, leave
-from natgrad.plan.machine import Machine
-from natgrad.plan.machines import named
-from natgrad.plan.scaling import Network, Planner
-from natgrad.train.optimizers import KFac, Nlcg, Seng, Settings, Sgd, SpNgd
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.plan.machine import Machine
+from natgrad_lab.plan.machines import named
+from natgrad_lab.plan.scaling import Network, Planner
+from natgrad_lab.train.optimizers import KFac, Nlcg, Seng, Settings, Sgd, SpNgd
 
 BATCH, ROUNDS, RANKS, CORES = 128, 12, (1, 2, 4), 2
 REFRESH = 2  # of those that measure: every other step
@@ -110,7 +110,7 @@ def calibrate() -> Machine:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "machine.json"
         began = time.perf_counter()
-        command = [sys.executable, "-m", "natgrad", "plan", "--calibrate", str(path), "--ranks", "2"]
+        command = [sys.executable, "-m", "natgrad_lab", "plan", "--calibrate", str(path), "--ranks", "2"]
         subprocess.run(command, check=True)
         print(f"calibrated in {time.perf_counter() - began:.0f} s")
         return named(str(path))

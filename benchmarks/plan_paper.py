@@ -26,13 +26,13 @@ from natgrad.layer_state import LayerState
 from natgrad.layers.op_cost import OpCost, moment_of, moved
 from natgrad.optim import SPNGD
 from natgrad.parallel import World
-from natgrad.plan.links import seconds
-from natgrad.plan.machine import Machine
-from natgrad.plan.machines import SIZES, named
-from natgrad.plan.scaling import Planner
-from natgrad.plan.stages import Account
-from natgrad.plan.work import owned
-from natgrad.train.optimizers import SpNgd
+from natgrad_lab.plan.device_work import owned
+from natgrad_lab.plan.links import seconds
+from natgrad_lab.plan.machine import Machine
+from natgrad_lab.plan.machines import SIZES, named
+from natgrad_lab.plan.scaling import Planner
+from natgrad_lab.plan.stages import Account
+from natgrad_lab.train.optimizers import SpNgd
 
 GPUS = tuple(2**k for k in range(11))
 PUBLISHED = {

@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plan_paper import GPUS, PUBLISHED, Assumed, calibrated, errors, total, variants
 
-from natgrad.models.imagenet import ImageResNet
-from natgrad.plan.machines import named
-from natgrad.plan.scaling import Network, Planner
-from natgrad.report.style import COLOURS, look
+from natgrad_lab.models.imagenet import ImageResNet
+from natgrad_lab.plan.machines import named
+from natgrad_lab.plan.scaling import Network, Planner
+from natgrad_lab.report.style import COLOURS, look
 
 RESULTS = Path(__file__).parent / "results" / "plan-published.json"
 PLOT = Path(__file__).parents[1] / "docs" / "plan-published.svg"

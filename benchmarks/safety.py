@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from record import Record, read
 
-from natgrad.data import Splits
 from natgrad.parallel import World
-from natgrad.schedules import Constant
-from natgrad.train.compare.contenders import CONTENDERS
-from natgrad.train.compare.protocol import samples_of
-from natgrad.train.compare.tasks import Batch, Task, find_task
-from natgrad.train.loop import prepare, steps
-from natgrad.train.malloc import keep_freed_memory
+from natgrad_lab.compare.contenders import CONTENDERS
+from natgrad_lab.compare.protocol import samples_of
+from natgrad_lab.compare.tasks import Batch, Task, find_task
+from natgrad_lab.data import Splits
+from natgrad_lab.schedules import Constant
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.malloc import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "safety.json"
 CASES: dict[str, tuple[Batch, ...]] = {

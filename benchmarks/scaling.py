@@ -25,9 +25,9 @@ from record import Record
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from natgrad.models import CifarResNet
 from natgrad.parallel import World
-from natgrad.train.optimizers import KFac, Nlcg, Seng, Sgd, SpNgd
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.train.optimizers import KFac, Nlcg, Seng, Sgd, SpNgd
 
 BATCH, STEPS, WARM = 256, 16, 4
 RANKS = (1, 2, 4)

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import natgrad
-from natgrad.data import Digits, Sampler
-from natgrad.models import Mlp
-from natgrad.models.base import he_normal
 from natgrad.parallel import World
-from natgrad.train import machine
-from natgrad.train.log import write_json
+from natgrad_lab.data import Digits, Sampler
+from natgrad_lab.models import Mlp
+from natgrad_lab.models.architecture import he_normal
+from natgrad_lab.train import environment
+from natgrad_lab.train.log import write_json
 
 TARGETS = (0.3, 0.1, 0.03)
 JUDGED = 1  # which target a setting is chosen by
@@ -196,7 +196,7 @@ def main() -> None:
     torch.set_num_threads(1)
     path = told.out / "seng.json"
     if not told.show:
-        about = machine.describe(World(), torch.device("cpu"))
+        about = environment.describe(World(), torch.device("cpu"))
         result: dict[str, Any] = {"about": {**about, "command": "python benchmarks/seng.py"}}
         result |= {"targets": TARGETS, "tuning_seeds": TUNING, "seeds": FRESH, "limit": LIMIT, "tasks": {}}
         for name in MODELS:

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from natgrad.data import Cifar100, Digits, Images, Source, Splits, hold_out
-from natgrad.data.augment import flip, pad_crop
-from natgrad.models import CifarResNet
 from natgrad.parallel import World
-from natgrad.train import machine
-from natgrad.train.compare.trials import finite
-from natgrad.train.log import write_json
-from natgrad.train.loop import Job, prepare, steps
-from natgrad.train.optimizers import Settings
-from natgrad.train.recipe import Recipe, described
+from natgrad_lab.compare.trials import finite
+from natgrad_lab.data import Cifar100, Digits, Images, Source, Splits, hold_out
+from natgrad_lab.data.augment import flip, pad_crop
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.train import environment
+from natgrad_lab.train.log import write_json
+from natgrad_lab.train.loop import Job, prepare, steps
+from natgrad_lab.train.optimizers import Settings
+from natgrad_lab.train.recipe import Recipe, described
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES, LEARN, VALIDATE = 10, 150, 100  # of CIFAR-100's: the first labels, and images of each
@@ -189,7 +189,7 @@ def merit(trial: dict[str, Any]) -> float:
 
 def about(script: str) -> dict[str, Any]:
     """The machine, the versions, the commit, and the command without anybody's paths."""
-    record = machine.describe(World(), torch.device("cpu"))
+    record = environment.describe(World(), torch.device("cpu"))
     return {**record, "command": f"python benchmarks/{script} --data PATH"}
 
 

@@ -24,4 +24,4 @@ exec torchrun \
     --rdzv-backend c10d \
     --rdzv-endpoint "$FIRST:$PORT" \
     --rdzv-id "$RUN" \
-    -m natgrad train "$@" --auto-resume
+    -m natgrad_lab train "$@" --auto-resume

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import torch
 
-from natgrad.data import Digits, Regularisation
-from natgrad.models import CifarResNet
-from natgrad.schedules import Exponential
-from natgrad.train import checkpoint
-from natgrad.train.loop import steps
-from natgrad.train.optimizers import AdamW, KFac, Nlcg, Seng, Sgd, SpNgd
-from natgrad.train.recipe import Recipe
-from natgrad.train.saver import Saver
+from natgrad_lab.data import Digits, Regularisation
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.schedules import Exponential
+from natgrad_lab.train import checkpoint
+from natgrad_lab.train.loop import steps
+from natgrad_lab.train.optimizers import AdamW, KFac, Nlcg, Seng, Sgd, SpNgd
+from natgrad_lab.train.recipe import Recipe
+from natgrad_lab.train.saver import Saver
 
 CONV = Recipe(
     Digits(),

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from natgrad.data import Digits
+from natgrad_lab.data import Digits
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)

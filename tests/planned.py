@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from helpers import clone, quiet
-from natgrad.models import CifarResNet
 from natgrad.parallel import run_threads
-from natgrad.plan.machines import named
-from natgrad.plan.scaling import Network, Planner
-from natgrad.train.optimizers import AdamW, KFac, Nlcg, Seng, Sgd, SpNgd
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.plan.machines import named
+from natgrad_lab.plan.scaling import Network, Planner
+from natgrad_lab.train.optimizers import AdamW, KFac, Nlcg, Seng, Sgd, SpNgd
 
 NET, SHAPE, CLASSES, BATCH = CifarResNet(8, (8, 16, 16)), (3, 16, 16), 10, 64
 STRONG = Nlcg(lr=1.0, preconditioner="kronecker", beta="polak_ribiere", step="curvature", refresh=1)

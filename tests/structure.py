@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKBENCH = ("data", "models", "plan", "recipes", "report", "train")
-"""Folders of the package that are not the library."""
+PACKAGES = ("natgrad", "natgrad_lab")
+"""The library and its workbench."""
 
 
 def modules(source: Path) -> dict[str, Path]:
@@ -83,13 +83,13 @@ def import_graph(source: Path) -> dict[str, set[str]]:
     return graph
 
 
-def library(source: Path) -> dict[str, Path]:
-    """The modules of the library itself."""
-    return {
-        name: path
+def inside(source: Path, package: str) -> list[Path]:
+    """The files of one package that have a name of their own."""
+    return [
+        path
         for name, path in modules(source).items()
-        if path.name not in ("__init__.py", "__main__.py") and path.relative_to(source).parts[1] not in WORKBENCH
-    }
+        if name.split(".")[0] == package and path.name not in ("__init__.py", "__main__.py")
+    ]
 
 
 def homonyms(files: Iterable[Path], root: Path) -> list[str]:
@@ -123,7 +123,8 @@ def missing(pages: Iterable[Path], files: Iterable[Path]) -> list[str]:
 
 def main() -> int:
     offences = [f"import cycle: {' -> '.join(circle)}" for circle in cycles(import_graph(ROOT / "src"))]
-    offences += homonyms(library(ROOT / "src").values(), ROOT)
+    for package in PACKAGES:
+        offences += homonyms(inside(ROOT / "src", package), ROOT)
     ours = [path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
     offences += missing([*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ours)
     for line in offences:

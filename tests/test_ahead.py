@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from natgrad.data import ImageSet, read_ahead
-from natgrad.data.pictures import Pictures
-from natgrad.models import Mlp
 from natgrad.parallel import World
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import Sgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import ImageSet, read_ahead
+from natgrad_lab.data.pictures import Pictures
+from natgrad_lab.models import Mlp
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import Sgd
+from natgrad_lab.train.recipe import Recipe
 from pictures import write_images
 from test_gloo import free_port
 
@@ -146,7 +146,7 @@ def test_workers_end_when_a_run_is_over(folder):
 
 KILLED = """
 import itertools, os, sys, time, torch
-from natgrad.data import ImageSet, read_ahead
+from natgrad_lab.data import ImageSet, read_ahead
 if __name__ == "__main__":
     train = ImageSet(sys.argv[1], size=8, in_memory=False, workers=2).load().train
     ahead = read_ahead(train, itertools.repeat(torch.arange(80)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from natgrad.data import Cifar10, ImageSet, hold_out, pictures
+from natgrad_lab.data import Cifar10, ImageSet, hold_out, pictures
 from pictures import write_images
 from test_cifar import write_cifar
 

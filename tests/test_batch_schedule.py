@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natgrad.data import Digits
-from natgrad.models import Mlp
 from natgrad.parallel import World
-from natgrad.schedules import Constant, Piecewise, Polynomial, WarmUp
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import Sgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import Digits
+from natgrad_lab.models import Mlp
+from natgrad_lab.schedules import Constant, Piecewise, Polynomial, WarmUp
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import Sgd
+from natgrad_lab.train.recipe import Recipe
 
 GROWING = Piecewise((0.25, 0.75), (1.0, 2.0, 4.0))
 RECIPE = Recipe(Digits(), Mlp((4,)), Sgd(lr=0.1), Polynomial(1.0), batch=300, epochs=4, batch_schedule=GROWING)

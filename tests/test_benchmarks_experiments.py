@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from natgrad.train.optimizers import Sgd, SpNgd
+from natgrad_lab.train.optimizers import Sgd, SpNgd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import natgrad
 from helpers import quiet
-from natgrad.models import Mlp
 from natgrad.parallel import World, run_threads
+from natgrad_lab.models import Mlp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

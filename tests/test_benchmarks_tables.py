@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from natgrad.report.compare_read import comparison_of
-from natgrad.train.compare.tasks import find_task
+from natgrad_lab.compare.tasks import find_task
+from natgrad_lab.report.compare_read import comparison_of
 from test_report_compare import results as compared
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

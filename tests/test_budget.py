@@ -21,10 +21,10 @@ from natgrad.budget import LEAST, Purse, Spending
 from natgrad.curvature import Curvature
 from natgrad.layer_state import LayerState
 from natgrad.layers.op_cost import price
-from natgrad.models import CifarResNet
 from natgrad.parallel import World, run_threads
 from natgrad.refresh import Adaptive, Budget, Every, NextInterval, Staleness
-from natgrad.train.optimizers import SpNgd
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.train.optimizers import SpNgd
 from planned import planner
 
 GENEROUS = 1e6

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from checkpoints import go_on, recipe_with, saved
-from natgrad.models import CifarResNet
 from natgrad.optim.state_dict import DistributedState
 from natgrad.parallel import World, run_threads
-from natgrad.train import checkpoint
-from natgrad.train.loop import prepare
-from natgrad.train.optimizers import AdamW, Sgd, SpNgd
-from natgrad.train.state import restore
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.train import checkpoint
+from natgrad_lab.train.loop import prepare
+from natgrad_lab.train.optimizers import AdamW, Sgd, SpNgd
+from natgrad_lab.train.state import restore
 
 
 @pytest.fixture

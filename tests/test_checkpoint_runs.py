@@ -7,13 +7,13 @@ import torch
 from torch.testing import assert_close
 
 from checkpoints import CONV, CURVED, NAMES, SETTINGS, go_on, recipe_with, saved, weights
-from natgrad.data import Regularisation
-from natgrad.models import Mlp
 from natgrad.parallel import run_threads
-from natgrad.train import checkpoint
-from natgrad.train.loop import prepare
-from natgrad.train.optimizers import SpNgd
-from natgrad.train.state import restore
+from natgrad_lab.data import Regularisation
+from natgrad_lab.models import Mlp
+from natgrad_lab.train import checkpoint
+from natgrad_lab.train.loop import prepare
+from natgrad_lab.train.optimizers import SpNgd
+from natgrad_lab.train.state import restore
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

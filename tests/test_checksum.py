@@ -15,7 +15,7 @@ from natgrad.capture import EVERY, FIRST
 from natgrad.checksum import Checksum
 from natgrad.curvature.per_sample import explicit
 from natgrad.layers import UncurvedParameter, layer_of
-from natgrad.models import CifarResNet, Mlp, PreActResNet, Transformer, Vgg16
+from natgrad_lab.models import CifarResNet, Mlp, PreActResNet, Transformer, Vgg16
 
 every_layer = pytest.mark.parametrize(("build", "data"), [(b, d) for _, b, d in CASES], ids=NAMES)
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from natgrad.data import Cifar10, Cifar100, Images
-from natgrad.data.augment import CropFlip
-from natgrad.data.subsets import shrunk
+from natgrad_lab.data import Cifar10, Cifar100, Images
+from natgrad_lab.data.augment import CropFlip
+from natgrad_lab.data.subsets import shrunk
 from pictures import plain
 
 

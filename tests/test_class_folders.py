@@ -2,8 +2,8 @@
 
 import pytest
 
-from natgrad.data import ImageSet
-from natgrad.data.folders import class_folders
+from natgrad_lab.data import ImageSet
+from natgrad_lab.data.folders import class_folders
 from pictures import write_images
 
 

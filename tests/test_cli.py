@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from natgrad.__main__ import main
+from natgrad_lab.__main__ import main
 
 MISTAKES = {
     "a command": (["trian"], "no command 'trian'; choose train"),
@@ -128,7 +128,7 @@ def test_another_number_of_ranks_than_the_launcher_started_is_refused(monkeypatc
 
 def natgrad(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "natgrad", *arguments]
+    command = [sys.executable, "-m", "natgrad_lab", *arguments]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )

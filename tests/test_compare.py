@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from natgrad.data import Digits
-from natgrad.models import Mlp
 from natgrad.parallel import World, run_threads
-from natgrad.train.compare import protocol as rules
-from natgrad.train.compare import run as carry
-from natgrad.train.compare import trials, work
-from natgrad.train.compare.protocol import Protocol, check, plan_of
-from natgrad.train.compare.space import LogUniform
-from natgrad.train.compare.tasks import Profile, Task
-from natgrad.train.compare.trials import Trial, agree, diverged, judged_at, learning, run_trial, some_of, train_loss
-from natgrad.train.log import write_json
-from natgrad.train.loop import prepare
-from natgrad.train.optimizers import Sgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.compare import protocol as rules
+from natgrad_lab.compare import rounds as carry
+from natgrad_lab.compare import trials, workers
+from natgrad_lab.compare.protocol import Protocol, check, plan_of
+from natgrad_lab.compare.space import LogUniform
+from natgrad_lab.compare.tasks import Profile, Task
+from natgrad_lab.compare.trials import Trial, agree, diverged, judged_at, learning, run_trial, some_of, train_loss
+from natgrad_lab.data import Digits
+from natgrad_lab.models import Mlp
+from natgrad_lab.train.log import write_json
+from natgrad_lab.train.loop import prepare
+from natgrad_lab.train.optimizers import Sgd
+from natgrad_lab.train.recipe import Recipe
 
 SMALL = Profile(("Nesterov", "KFAC"), (100, "full"), trials=4, seeds=2, finalists=1)
 TASK = Task(
@@ -78,7 +78,7 @@ def test_final_runs_are_judged_along_the_way_and_record_their_code(made):
 
 def test_a_finished_comparison_is_taken_from_its_files(made, monkeypatch):
     folder, results = made
-    monkeypatch.setattr(work, "run_trial", None)
+    monkeypatch.setattr(workers, "run_trial", None)
     assert made_in(folder)[1]["cells"] == results["cells"]
 
 
@@ -90,7 +90,7 @@ def test_more_optimizers_and_seeds_take_what_is_there(made, monkeypatch, tmp_pat
         asked.append(trial)
         return run_trial(trial, *others)
 
-    monkeypatch.setattr(work, "run_trial", counted)
+    monkeypatch.setattr(workers, "run_trial", counted)
     _, more = made_in(folder, seeds=3, optimizers=("SGD", "Nesterov"))
     known = [trial for trial in asked if trial.contender.name == "Nesterov"]
     assert {(trial.final, trial.seed) for trial in known} == {(True, 3)}
@@ -104,7 +104,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
         count.append(trial)
         return None if len(count) == 6 else run_trial(trial, task, splits, world, stop, tick)
 
-    monkeypatch.setattr(work, "run_trial", interrupted)
+    monkeypatch.setattr(workers, "run_trial", interrupted)
     small = {"optimizers": ("Nesterov",), "batch": (100,)}
     assert made_in(tmp_path, **small)[0] == "interrupted"
     assert not (tmp_path / "results.json").exists()
@@ -148,7 +148,7 @@ def test_two_ranks_choose_alike(tmp_path):
         chosen = []
         plan = plan_of(TASK, protocol)
         one = carry.Work(TASK, protocol, plan, world, carry.Stop())
-        assert work.drive(one.cells(), one.make, one.stopped, lambda outcome: chosen.append(outcome))
+        assert workers.drive(one.cells(), one.make, one.stopped, lambda outcome: chosen.append(outcome))
         return [(outcome.contender.name, [tuned.values for tuned in outcome.tuned]) for outcome in chosen]
 
     first, second = run_threads(2, made_by_rank)
@@ -173,7 +173,7 @@ def test_an_optimizer_that_is_far_behind_gets_one_point_and_the_same_seeds(tmp_p
     said = capsys.readouterr().out
     assert "batch 100: far behind after the first round, one point goes on: SGD" in said
     assert "SGD*" in said
-    monkeypatch.setattr(work, "run_trial", None)
+    monkeypatch.setattr(workers, "run_trial", None)
     assert made_in(tmp_path, STILL, **RACE)[1]["cells"] == results["cells"]
     assert len(list((tmp_path / "trials").iterdir())) == 4 + 4 + (1 + 1) + (2 + 1) + 2 * 2 * 2
 
@@ -198,7 +198,7 @@ def test_two_ranks_find_the_same_one_far_behind(tmp_path):
         found = {}
         one = carry.Work(STILL, protocol, plan_of(STILL, protocol), world, carry.Stop())
         done = lambda outcome: found.update({outcome.contender.name: outcome.far_behind})  # noqa: E731
-        assert work.drive(one.cells(), one.make, one.stopped, done)
+        assert workers.drive(one.cells(), one.make, one.stopped, done)
         return found
 
     assert run_threads(2, made_by_rank) == [{"SGD": True, "KFAC": False}] * 2

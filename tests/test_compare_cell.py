@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from natgrad.train.compare.cell import cell, count_steps
-from natgrad.train.compare.contenders import chosen
-from natgrad.train.compare.protocol import Plan, Rung
-from natgrad.train.compare.race import Standing
-from natgrad.train.compare.tasks import Profile
-from natgrad.train.compare.transfer import Transfer
-from natgrad.train.compare.trials import merit
+from natgrad_lab.compare.cell import cell, count_steps
+from natgrad_lab.compare.contenders import chosen
+from natgrad_lab.compare.protocol import Plan, Rung
+from natgrad_lab.compare.race import Standing
+from natgrad_lab.compare.tasks import Profile
+from natgrad_lab.compare.transfer import Transfer
+from natgrad_lab.compare.trials import merit
 
 SGD = chosen(("SGD",))[0]
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from natgrad.data import Digits
-from natgrad.models import Mlp
-from natgrad.train.compare import protocol as rules
-from natgrad.train.compare.protocol import Protocol, check, plan_of
-from natgrad.train.compare.tasks import Profile, Task, find_task, tasks
-from natgrad.train.optimizers import Sgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.compare import protocol as rules
+from natgrad_lab.compare.protocol import Protocol, check, plan_of
+from natgrad_lab.compare.tasks import Profile, Task, find_task, tasks
+from natgrad_lab.data import Digits
+from natgrad_lab.models import Mlp
+from natgrad_lab.train.optimizers import Sgd
+from natgrad_lab.train.recipe import Recipe
 
 PROFILES = {"small": Profile(("Nesterov", "KFAC"), (100, "full"), trials=4, seeds=2, finalists=1)}
 TASK = Task("tiny", "a test", Recipe(Digits(), Mlp((16,)), Sgd()), ((100, 8),), 4, (0.5,), PROFILES)

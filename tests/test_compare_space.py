@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.schedules import Cosine, Polynomial, WarmUp
-from natgrad.train.compare.contenders import CONTENDERS, SCHEDULE, chosen
-from natgrad.train.compare.space import Choice, LogUniform, edges, points
+from natgrad_lab.compare.contenders import CONTENDERS, SCHEDULE, chosen
+from natgrad_lab.compare.space import Choice, LogUniform, edges, points
+from natgrad_lab.schedules import Cosine, Polynomial, WarmUp
 
 SPACE = {"lr": LogUniform(0.01, 1.0), "momentum": Choice((0.8, 0.9, 0.95))}
 

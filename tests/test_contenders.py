@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers import clone, points
-from natgrad.__main__ import main
-from natgrad.models import CifarResNet, Transformer
 from natgrad.parallel import World, run_threads
-from natgrad.train.optimizers import Dash, Lamb, Lars, Muon, Shampoo, Soap
-from natgrad.train.optimizers.matrices import hidden_matrices
+from natgrad_lab.__main__ import main
+from natgrad_lab.models import CifarResNet, Transformer
+from natgrad_lab.train.optimizers import Dash, Lamb, Lars, Muon, Shampoo, Soap
+from natgrad_lab.train.optimizers.matrices import hidden_matrices
 
 pytest.importorskip("pytorch_optimizer")
 ALL = {

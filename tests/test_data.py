@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.data import Cifar100, Digits, Images, ImageSet, Sampler, Splits, hold_out
-from natgrad.data.augment import crop_and_flip, flip, pad_crop, windows
+from natgrad_lab.data import Cifar100, Digits, Images, ImageSet, Sampler, Splits, hold_out
+from natgrad_lab.data.augment import crop_and_flip, flip, pad_crop, windows
 
 DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from natgrad.data.decoding import UnreadableError, picture
+from natgrad_lab.data.decoding import UnreadableError, picture
 
 
 def file_of(image, form="PNG", **options):

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from natgrad.report.spell import ago, brief, duration, number, size
-from natgrad.train import display
-from natgrad.train.display import Display
-from natgrad.train.evaluate import Score
-from natgrad.train.figures import Figures
-from natgrad.train.log import Journal, RunFolder
-from natgrad.train.loop import Step
+from natgrad_lab.report.number_format import ago, brief, duration, number, size
+from natgrad_lab.train import display
+from natgrad_lab.train.display import Display
+from natgrad_lab.train.evaluate import Score
+from natgrad_lab.train.figures import Figures
+from natgrad_lab.train.log import Journal, RunFolder
+from natgrad_lab.train.loop import Step
 
 STAGES = {"data": 0.01, "network": 0.35, "messages": 0.04, "factor": 0.06, "update": 0.03, "other": 0.001, "own": 0.01}
 

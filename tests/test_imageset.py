@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from natgrad.data import ImageSet
-from natgrad.data.augment import Crop, Zoom
-from natgrad.data.pictures import Pictures
 from natgrad.parallel import World
-from natgrad.train.evaluate import evaluate
+from natgrad_lab.data import ImageSet
+from natgrad_lab.data.augment import Crop, Zoom
+from natgrad_lab.data.pictures import Pictures
+from natgrad_lab.train.evaluate import evaluate
 from pictures import write_images
 
 DATA = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from natgrad.__main__ import main
-from natgrad.models import Architecture, Mlp, UserModel
-from natgrad.recipes import find, title
-from natgrad.recipes.digits import digits_sgd
-from natgrad.schedules import Cosine, Piecewise, WarmUp
-from natgrad.train.arguments import Training, parse
-from natgrad.train.kinds import kinds, swap
-from natgrad.train.loop import build_model
-from natgrad.train.optimizers import Seng, Settings
+from natgrad_lab.__main__ import main
+from natgrad_lab.models import Architecture, Mlp, UserModel
+from natgrad_lab.recipes import find, title
+from natgrad_lab.recipes.digits import digits_sgd
+from natgrad_lab.schedules import Cosine, Piecewise, WarmUp
+from natgrad_lab.train.arguments import Training, parse
+from natgrad_lab.train.loop import build_model
+from natgrad_lab.train.optimizers import Seng, Settings
+from natgrad_lab.train.part_kinds import kinds, swap
 from users import _mine  # noqa: F401
 
 

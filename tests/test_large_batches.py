@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.data import Digits, Images, Regularisation, Splits
-from natgrad.models import Architecture, Mlp
 from natgrad.parallel import World, run_threads
-from natgrad.train import loop
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import KFac, Nlcg, Seng, Sgd, SpNgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import Digits, Images, Regularisation, Splits
+from natgrad_lab.models import Architecture, Mlp
+from natgrad_lab.train import loop
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import KFac, Nlcg, Seng, Sgd, SpNgd
+from natgrad_lab.train.recipe import Recipe
 
 BATCH = 16_384
 OPTIMIZERS = {

@@ -9,10 +9,10 @@ import subprocess
 import pytest
 import torch
 
-from natgrad.train import machine
-from natgrad.train.evaluate import Score
-from natgrad.train.log import Journal, RunFolder
-from natgrad.train.loop import Step
+from natgrad_lab.train import environment
+from natgrad_lab.train.evaluate import Score
+from natgrad_lab.train.log import Journal, RunFolder
+from natgrad_lab.train.loop import Step
 
 ABOUT = {"name": "mine", "steps": 9, "recipe": {"seed": 3}, "machine": {"command": "natgrad train mine"}}
 
@@ -127,25 +127,28 @@ def test_a_full_disk_costs_lines_and_one_warning(tmp_path):
 
 
 def test_memory_is_the_gpus_where_one_is_used(monkeypatch):
-    assert machine.peak_memory() > 1e7
+    assert environment.peak_memory() > 1e7
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12345)
-    assert machine.peak_memory() == 12345
+    assert environment.peak_memory() == 12345
 
 
 def test_a_commit_is_marked_where_the_package_differs_and_nowhere_else(tmp_path, monkeypatch):
-    source, notes = tmp_path / "natgrad" / "train" / "machine.py", tmp_path / "results.json"
-    source.parent.mkdir(parents=True)
-    source.write_text("1")
-    notes.write_text("1")
-    monkeypatch.setattr(machine, "__file__", str(source))
-    assert machine.commit() is None  # outside of git
+    source, notes = tmp_path / "natgrad_lab" / "train" / "environment.py", tmp_path / "results.json"
+    library = tmp_path / "natgrad" / "formula.py"
+    for path in (source, library, notes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    monkeypatch.setattr(environment, "__file__", str(source))
+    assert environment.commit() is None  # outside of git
     name = ["-c", "user.name=x", "-c", "user.email=x@x"]
     for words in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "x"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
-    head = machine.commit()
+    head = environment.commit()
     assert len(head) == 12
     notes.write_text("2")
-    assert machine.commit() == head
-    source.write_text("2")
-    assert machine.commit() == f"{head}-dirty"
+    assert environment.commit() == head
+    for path in (source, library):
+        path.write_text("2")
+        assert environment.commit() == f"{head}-dirty"
+        path.write_text("1")

@@ -9,15 +9,15 @@ from multiprocessing import get_context
 
 import pytest
 
-from natgrad.train.compare.tasks import DIGITS
-from natgrad.train.compare.work import _begin
-from natgrad.train.malloc import told_otherwise
+from natgrad_lab.compare.tasks import DIGITS
+from natgrad_lab.compare.workers import _begin
+from natgrad_lab.train.malloc import told_otherwise
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 MEGABYTES = 200
 COMMAND = """
 import sys
-from natgrad.__main__ import main
+from natgrad_lab.__main__ import main
 from test_malloc import left_over
 sys.argv = ["natgrad"]
 main()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from natgrad.data.mixup import RunningMixup, erase
+from natgrad_lab.data.mixup import RunningMixup, erase
 
 
 def seeded(seed: int = 0) -> torch.Generator:

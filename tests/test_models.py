@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.models import CifarResNet, Mlp, PreActResNet, Vgg16
-from natgrad.models.imagenet import ImageResNet
+from natgrad_lab.models import CifarResNet, Mlp, PreActResNet, Vgg16
+from natgrad_lab.models.imagenet import ImageResNet
 
 
 def parameters(model):
@@ -35,7 +35,7 @@ def test_cifar_resnets_have_their_published_number_of_parameters(depth, count):
 )
 def test_networks_of_imagenet_have_their_published_number_of_parameters(model, classes, count, monkeypatch):
     for module in ("imagenet", "vgg"):
-        monkeypatch.setattr(f"natgrad.models.{module}.he_normal", lambda built: built)  # which takes its time
+        monkeypatch.setattr(f"natgrad_lab.models.{module}.he_normal", lambda built: built)  # which takes its time
     with torch.device("meta"):
         built = model.build((3, 224, 224), classes)
         assert parameters(built) == count
@@ -68,7 +68,7 @@ def test_resnet_18_of_cifar_has_its_published_number_of_parameters():
     ],
 )
 def test_the_kinds_of_vgg_16_have_their_published_number_of_parameters(model, count, monkeypatch):
-    monkeypatch.setattr("natgrad.models.vgg.he_normal", lambda built: built)  # which takes its time
+    monkeypatch.setattr("natgrad_lab.models.vgg.he_normal", lambda built: built)  # which takes its time
     with torch.device("meta"):
         assert parameters(model.build((3, 32, 32), 10)) == count
 

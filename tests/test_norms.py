@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.data import Digits
-from natgrad.models import CifarResNet
 from natgrad.parallel import World, run_threads
-from natgrad.train import loop
-from natgrad.train.evaluate import average_norms
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import Sgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import Digits
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.train import loop
+from natgrad_lab.train.evaluate import average_norms
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import Sgd
+from natgrad_lab.train.recipe import Recipe
 
 RECIPE = Recipe(Digits(), CifarResNet(8, (4, 4, 4)), Sgd(lr=0.1), batch=256, steps=120, norms="average")
 

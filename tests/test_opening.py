@@ -4,8 +4,8 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
-from natgrad.data import Cifar10, ImageSet
-from natgrad.data.opening import Names, kind, open_tables
+from natgrad_lab.data import Cifar10, ImageSet
+from natgrad_lab.data.opening import Names, kind, open_tables
 from pictures import plain, write_images
 
 KINDS = Features(photo=Image(), kind=ClassLabel(names=["ant", "bee", "cow"]), where=Value("int64"))

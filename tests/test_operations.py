@@ -13,8 +13,8 @@ import natgrad
 from helpers import OPTIMIZERS, backward, made, points, train, weights
 from natgrad.layers import UncurvedParameter
 from natgrad.optim.segments import Segment
-from natgrad.plan.simulated import Device
 from natgrad.stacks import likeness
+from natgrad_lab.plan.simulated import Device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from natgrad.data import Digits, Regularisation, Regulariser
-from natgrad.models import CifarResNet, Mlp
 from natgrad.parallel import World, run_threads
-from natgrad.schedules import DampingWarmUp, Piecewise, WarmUp
-from natgrad.train import loop
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import KFac, Sgd, SpNgd
-from natgrad.train.recipe import Recipe, described
+from natgrad_lab.data import Digits, Regularisation, Regulariser
+from natgrad_lab.models import CifarResNet, Mlp
+from natgrad_lab.schedules import DampingWarmUp, Piecewise, WarmUp
+from natgrad_lab.train import loop
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import KFac, Sgd, SpNgd
+from natgrad_lab.train.recipe import Recipe, described
 
 MLP = Recipe(Digits(), Mlp((16,)), Sgd(lr=0.1), batch=101, steps=4, seed=3)
 BOTH = Regularisation(mixup=0.6, erase=0.5)

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from natgrad.layers.op_cost import COMPUTE, OpCost, moved, product
-from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import Message, run_threads
-from natgrad.plan import bench, calibrate_links
-from natgrad.plan.advice import advise, parsed
-from natgrad.plan.calibrate import measured
-from natgrad.plan.calibrate_links import links_of, with_links
-from natgrad.plan.links import one, ring
-from natgrad.plan.machine import KINDS, Link, interpolated, machine_of
-from natgrad.plan.machines import SHEETS, named
-from natgrad.plan.scaling import row
-from natgrad.plan.stages import STAGES
-from natgrad.train.optimizers import KFac, Seng, Sgd, SpNgd
+from natgrad_lab.models.imagenet import ImageResNet
+from natgrad_lab.plan import bench, calibrate_links
+from natgrad_lab.plan.advice import advise, parsed
+from natgrad_lab.plan.calibrate import measured
+from natgrad_lab.plan.calibrate_links import links_of, with_links
+from natgrad_lab.plan.links import one, ring
+from natgrad_lab.plan.machine import KINDS, Link, interpolated, machine_of
+from natgrad_lab.plan.machines import SHEETS, named
+from natgrad_lab.plan.scaling import row
+from natgrad_lab.plan.stages import STAGES
+from natgrad_lab.train.optimizers import KFac, Seng, Sgd, SpNgd
 from planned import SETTINGS, planner
 
 

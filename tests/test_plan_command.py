@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.__main__ import main
-from natgrad.recipes import find
-from natgrad.report.plan import page
-from natgrad.train.arguments import Training, parse
+from natgrad_lab.__main__ import main
+from natgrad_lab.recipes import find
+from natgrad_lab.report.plan import page
+from natgrad_lab.train.arguments import Training, parse
 
 
 def tiny() -> nn.Module:
@@ -102,7 +102,7 @@ BROKEN = {
 def test_a_broken_machine_is_said_to_be_so(name, capsys):
     text, says = BROKEN[name]
     if text is None:
-        from natgrad.plan.machines import named
+        from natgrad_lab.plan.machines import named
 
         text = json.dumps({**named("cpu").described(), "rates": {"conv": [[1, 0]]}})
     Path("m.json").write_text(text)
@@ -174,7 +174,7 @@ def test_help_names_machines_and_recipes(capsys):
 
 @pytest.mark.slow
 def test_one_rank_calibrates_and_the_file_serves(capsys, monkeypatch):
-    from natgrad.plan import bench
+    from natgrad_lab.plan import bench
 
     monkeypatch.setattr(bench, "BUDGET", 0.0)
     assert main(["plan", "--calibrate", "m.json", "--ranks", "1"]) == 0

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel.transport import Alone
-from natgrad.plan.rehearsal import quota
-from natgrad.plan.simulated import SimulatedTransport
 from natgrad.sampling import Sampler
-from natgrad.train.optimizers import Seng, SpNgd
+from natgrad_lab.models.imagenet import ImageResNet
+from natgrad_lab.plan.rehearsal import quota
+from natgrad_lab.plan.simulated import SimulatedTransport
+from natgrad_lab.train.optimizers import Seng, SpNgd
 from planned import BATCH, SETTINGS, planner, real
 
 

@@ -7,16 +7,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from helpers import quiet
-from natgrad.models import CifarResNet
-from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import Message, World
-from natgrad.plan.links import levels, one
-from natgrad.plan.machine import Link, Spent
-from natgrad.plan.machines import named
-from natgrad.plan.remedies import Remedies, in_words, remedies
-from natgrad.plan.simulated import Device
-from natgrad.plan.stages import Ways
-from natgrad.train.optimizers import Sgd, SpNgd
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.models.imagenet import ImageResNet
+from natgrad_lab.plan.links import levels, one
+from natgrad_lab.plan.machine import Link, Spent
+from natgrad_lab.plan.machines import named
+from natgrad_lab.plan.remedies import Remedies, in_words, remedies
+from natgrad_lab.plan.simulated import Device
+from natgrad_lab.plan.stages import Ways
+from natgrad_lab.train.optimizers import Sgd, SpNgd
 from planned import BATCH, CLASSES, NET, SETTINGS, SHAPE, planner
 
 NEVER = 10**6

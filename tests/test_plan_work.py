@@ -9,11 +9,11 @@ from natgrad.curvature import Diagonal, EigenKronecker, Full, Identity, Kronecke
 from natgrad.curvature.curvature import Extent, part_of
 from natgrad.layers import find_layers
 from natgrad.layers.op_cost import COMPUTE
-from natgrad.models import CifarResNet, Mlp, PreActResNet, Vgg16
-from natgrad.models.imagenet import ImageResNet
-from natgrad.plan.machines import named
-from natgrad.plan.trace import on_meta, trace
 from natgrad.sampling import Sampler
+from natgrad_lab.models import CifarResNet, Mlp, PreActResNet, Vgg16
+from natgrad_lab.models.imagenet import ImageResNet
+from natgrad_lab.plan.machines import named
+from natgrad_lab.plan.trace import on_meta, trace
 
 
 class Attending(nn.Module):

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from natgrad import capture
-from natgrad.data import Digits
-from natgrad.models import CifarResNet, Mlp
 from natgrad.parallel import World, run_threads
-from natgrad.train import loop, precision
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import AdamW, KFac, Nlcg, Seng, Sgd, SpNgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import Digits
+from natgrad_lab.models import CifarResNet, Mlp
+from natgrad_lab.train import loop, precision
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import AdamW, KFac, Nlcg, Seng, Sgd, SpNgd
+from natgrad_lab.train.recipe import Recipe
 
 NET = CifarResNet(8, (4, 8, 8))
 RECIPE = Recipe(Digits(), NET, Sgd(lr=0.1, nesterov=True), batch=240, steps=12, seed=3)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from natgrad.train.compare.race import Race, Standing, far_behind
+from natgrad_lab.compare.race import Race, Standing, far_behind
 
 
 def test_progress_is_measured_from_an_even_guess():

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.data import Digits
-from natgrad.models import Architecture
 from natgrad.parallel import World
-from natgrad.train.loop import Clock, build_model, descend, prepare, steps
-from natgrad.train.optimizers import KFac, Seng, Sgd, SpNgd
-from natgrad.train.randomness import mixed, seed_step
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import Digits
+from natgrad_lab.models import Architecture
+from natgrad_lab.train.loop import Clock, build_model, descend, prepare, steps
+from natgrad_lab.train.optimizers import KFac, Seng, Sgd, SpNgd
+from natgrad_lab.train.randomness import mixed, seed_step
+from natgrad_lab.train.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from natgrad.__main__ import main
 from natgrad.parallel import World
-from natgrad.recipes import every, find, in_module
-from natgrad.train.loop import build_model
-from natgrad.train.recipe import Recipe, described
+from natgrad_lab.__main__ import main
+from natgrad_lab.recipes import every, find, in_module
+from natgrad_lab.train.loop import build_model
+from natgrad_lab.train.recipe import Recipe, described
 from pictures import write_images
 
 NAMES = sorted(every())
@@ -62,7 +62,7 @@ def test_two_builds_from_a_seed_are_alike():
 def test_a_function_that_promises_a_recipe_is_one(monkeypatch):
     module = ModuleType("my_recipes")
     code = (
-        "from natgrad.recipes.digits import digits_sgd\nfrom natgrad.train.recipe import Recipe\n"
+        "from natgrad_lab.recipes.digits import digits_sgd\nfrom natgrad_lab.train.recipe import Recipe\n"
         "def mine() -> Recipe: return digits_sgd()\ndef _hidden() -> Recipe: return digits_sgd()\n"
         "def helper() -> int: return 1\n"
     )
@@ -81,11 +81,11 @@ def test_a_misspelt_recipe_is_answered_with_its_neighbours():
 
 
 def test_recipes_of_a_table_are_functions_that_can_be_imported():
-    from natgrad.recipes import cifar100, cifar100_nlcg
+    from natgrad_lab.recipes import cifar100, cifar100_nlcg
 
     recipe = vars(cifar100)["cifar100_resnet20_seng"]
     assert recipe is find("cifar100_resnet20_seng")
-    assert (recipe.__name__, recipe.__module__) == ("cifar100_resnet20_seng", "natgrad.recipes.cifar100")
+    assert (recipe.__name__, recipe.__module__) == ("cifar100_resnet20_seng", "natgrad_lab.recipes.cifar100")
     assert vars(cifar100_nlcg)["cifar100_nlcg_16k"]().batch == 16_384
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from natgrad.parallel import World
-from natgrad.recipes import find
-from natgrad.train.optimizers import RmsProp, Sgd
+from natgrad_lab.recipes import find
+from natgrad_lab.train.optimizers import RmsProp, Sgd
 from test_recipes_nlcg import TABLE
 
 # The release's table: test accuracy in % of NLCG, RMSProp, momentum, SGD

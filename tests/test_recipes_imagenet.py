@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natgrad.data import Regularisation
-from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import World
-from natgrad.recipes import find
-from natgrad.schedules import Constant, Polynomial
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import KFac, SpNgd
+from natgrad_lab.data import Regularisation
+from natgrad_lab.models.imagenet import ImageResNet
+from natgrad_lab.recipes import find
+from natgrad_lab.schedules import Constant, Polynomial
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import KFac, SpNgd
 from pictures import write_images
 
 IMAGES = 1_281_167

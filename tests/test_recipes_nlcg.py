@@ -11,19 +11,19 @@ from torch import nn
 from torch.testing import assert_close
 
 import natgrad
-from natgrad.data import Digits
-from natgrad.data.images import Images
-from natgrad.models import Mlp, PreActResNet
-from natgrad.models.preactivation import PreActBlock
 from natgrad.optim.betas import BETAS
 from natgrad.parallel import World, run_threads
-from natgrad.recipes import find
-from natgrad.schedules import RootWarmUp
-from natgrad.train import loop
-from natgrad.train.average import Average
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import Nlcg
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import Digits
+from natgrad_lab.data.images import Images
+from natgrad_lab.models import Mlp, PreActResNet
+from natgrad_lab.models.preactivation import PreActBlock
+from natgrad_lab.recipes import find
+from natgrad_lab.schedules import RootWarmUp
+from natgrad_lab.train import loop
+from natgrad_lab.train.average import Average
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import Nlcg
+from natgrad_lab.train.recipe import Recipe
 
 # batch: (lr = 0.1 x batch / 256, steps of 200 epochs)
 TABLE = {

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natgrad.data import Cifar10, ImageSet
-from natgrad.models import CifarResNet, Vgg16
-from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import World
-from natgrad.recipes import find
-from natgrad.schedules import Constant
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import Seng
+from natgrad_lab.data import Cifar10, ImageSet
+from natgrad_lab.models import CifarResNet, Vgg16
+from natgrad_lab.models.imagenet import ImageResNet
+from natgrad_lab.recipes import find
+from natgrad_lab.schedules import Constant
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import Seng
 from pictures import write_images
 from test_cifar import write_cifar
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from natgrad.data import Regularisation, Regulariser
-from natgrad.data.mixup import RunningMixup, erase
+from natgrad_lab.data import Regularisation, Regulariser
+from natgrad_lab.data.mixup import RunningMixup, erase
 
 LABELS = torch.tensor([0, 1, 2, 1])
 

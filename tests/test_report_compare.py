@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from natgrad.report import write
-from natgrad.report.compare_page import page
-from natgrad.report.compare_read import comparison_of, read_comparison
-from natgrad.report.compare_table import at_edges, fewer_points, findings, losses, rows, verdicts
-from natgrad.report.compare_terminal import show
+from natgrad_lab.report import write
+from natgrad_lab.report.compare_page import page
+from natgrad_lab.report.compare_read import comparison_of, read_comparison
+from natgrad_lab.report.compare_table import at_edges, fewer_points, findings, losses, rows, verdicts
+from natgrad_lab.report.compare_terminal import show
 
 MACHINE = {
     "command": "natgrad compare digits <&>",

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from natgrad.report import write
-from natgrad.report.run_page import HEADINGS, cells
-from natgrad.report.run_plots import POINTS, intervals, numbers, progress, shade, stages, traffic
-from natgrad.report.runs import differing, read_run, read_runs
+from natgrad_lab.report import write
+from natgrad_lab.report.run_page import HEADINGS, cells
+from natgrad_lab.report.run_plots import POINTS, intervals, numbers, progress, shade, stages, traffic
+from natgrad_lab.report.runs import differing, read_run, read_runs
 
 MACHINE = {"command": "natgrad train <&>", "commit": None, "ranks": 2, "device": "x", "versions": {"torch": "2.13.0"}}
 

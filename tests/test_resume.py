@@ -11,15 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natgrad.data import Digits
-from natgrad.models import Mlp
 from natgrad.parallel import World, run_threads
-from natgrad.train import loop
-from natgrad.train.optimizers import Sgd, SpNgd
-from natgrad.train.recipe import Recipe
-from natgrad.train.resume import check_agreement, choose
-from natgrad.train.run import Options, check, run
-from natgrad.train.together import Lock, everybody, on_first
+from natgrad_lab.data import Digits
+from natgrad_lab.models import Mlp
+from natgrad_lab.train import loop
+from natgrad_lab.train.optimizers import Sgd, SpNgd
+from natgrad_lab.train.ranks import Lock, everybody, on_first
+from natgrad_lab.train.recipe import Recipe
+from natgrad_lab.train.resume import check_agreement, choose
+from natgrad_lab.train.run import Options, check, run
 
 MLP = Recipe(Digits(), Mlp((16,)), SpNgd(lr=0.05), batch=200, epochs=3, evaluate_every=4, seed=3)
 TOTAL = 24

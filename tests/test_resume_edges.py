@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from checkpoints import CONV, go_on, recipe_with, saved
-from natgrad.data import Regularisation
 from natgrad.parallel import World
-from natgrad.train import checkpoint, loop
-from natgrad.train.loop import prepare
-from natgrad.train.optimizers import KFac, Sgd, SpNgd
-from natgrad.train.run import Options, resume_command, run
-from natgrad.train.state import restore
+from natgrad_lab.data import Regularisation
+from natgrad_lab.train import checkpoint, loop
+from natgrad_lab.train.loop import prepare
+from natgrad_lab.train.optimizers import KFac, Sgd, SpNgd
+from natgrad_lab.train.run import Options, resume_command, run
+from natgrad_lab.train.state import restore
 from test_resume import MLP, TOTAL, damage, interrupt_at, options, summary
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from checkpoints import go_on, recipe_with, saved
 from natgrad.parallel import World, run_threads
-from natgrad.train import together
-from natgrad.train.loop import prepare
-from natgrad.train.optimizers import Sgd
-from natgrad.train.resume import choose, compare, restarted
-from natgrad.train.run import run
-from natgrad.train.together import Lock
+from natgrad_lab.train import ranks
+from natgrad_lab.train.loop import prepare
+from natgrad_lab.train.optimizers import Sgd
+from natgrad_lab.train.ranks import Lock
+from natgrad_lab.train.resume import choose, compare, restarted
+from natgrad_lab.train.run import run
 from test_resume import MLP, damage, options
 
 
@@ -51,7 +51,7 @@ def test_hosts_that_count_restarts_differently_agree(monkeypatch):
         def get(self, name, default=None):
             return told.count
 
-    monkeypatch.setattr("natgrad.train.resume.os", types.SimpleNamespace(environ=Environment()))
+    monkeypatch.setattr("natgrad_lab.train.resume.os", types.SimpleNamespace(environ=Environment()))
 
     def work(world, counts):
         told.count = counts[world.rank]
@@ -74,14 +74,14 @@ def test_values_that_differ_are_named():
 def test_a_lock_is_not_taken_on_a_file_that_has_gone(tmp_path, monkeypatch):
     """The one before releases between our opening the file and our locking it: the next one must see ours."""
     (tmp_path / "run").mkdir()
-    first, lock = Lock(tmp_path / "run"), together.fcntl.flock
+    first, lock = Lock(tmp_path / "run"), ranks.fcntl.flock
 
     def late(file, how):
-        monkeypatch.setattr(together.fcntl, "flock", lock)
+        monkeypatch.setattr(ranks.fcntl, "flock", lock)
         first.release()
         lock(file, how)
 
-    monkeypatch.setattr(together.fcntl, "flock", late)
+    monkeypatch.setattr(ranks.fcntl, "flock", late)
     second = Lock(tmp_path / "run")
     with pytest.raises(ValueError, match="another run is writing"):
         Lock(tmp_path / "run")
@@ -89,6 +89,6 @@ def test_a_lock_is_not_taken_on_a_file_that_has_gone(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_not_held_where_there_are_no_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "fcntl", None)
+    monkeypatch.setattr(ranks, "fcntl", None)
     Lock(tmp_path / "run").release()
     assert not (tmp_path / "run").exists()

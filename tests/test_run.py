@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natgrad.data import Digits
-from natgrad.models import Mlp
 from natgrad.parallel import World, run_threads
-from natgrad.train import loop
-from natgrad.train.log import RunFolder, write_json
-from natgrad.train.loop import prepare, steps
-from natgrad.train.optimizers import AdamW, KFac, Sgd, SpNgd
-from natgrad.train.recipe import Recipe
-from natgrad.train.run import Options, check, run
-from natgrad.train.stop import Stop
+from natgrad_lab.data import Digits
+from natgrad_lab.models import Mlp
+from natgrad_lab.train import loop
+from natgrad_lab.train.log import RunFolder, write_json
+from natgrad_lab.train.loop import prepare, steps
+from natgrad_lab.train.optimizers import AdamW, KFac, Sgd, SpNgd
+from natgrad_lab.train.recipe import Recipe
+from natgrad_lab.train.run import Options, check, run
+from natgrad_lab.train.stop import Stop
 
 MLP = Recipe(Digits(), Mlp((16,)), Sgd(lr=0.1), batch=101, steps=4, seed=3)
 OPTIMIZERS = [Sgd(lr=0.1, nesterov=True), AdamW(), SpNgd(lr=0.1), KFac(lr=0.1, refresh=2)]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.data import Sampler
+from natgrad_lab.data import Sampler
 
 
 @st.composite

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.schedules import Constant, Cosine, DampingWarmUp, Exponential, Piecewise, Polynomial, Product, WarmUp
+from natgrad_lab.schedules import Constant, Cosine, DampingWarmUp, Exponential, Piecewise, Polynomial, Product, WarmUp
 
 # batch: power, begin, end, epochs trained, learning rate at the stop over that at the start
 TABLE = {

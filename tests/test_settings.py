@@ -10,8 +10,8 @@ from torch import nn
 import natgrad
 from natgrad.parallel import World
 from natgrad.refresh import Adaptive, Budget
-from natgrad.train.optimizers import KFac, SpNgd
-from natgrad.train.optimizers.curved import COEFFICIENTS, INVERSES, LENGTHS, NORMS, WIRES, how_far
+from natgrad_lab.train.optimizers import KFac, SpNgd
+from natgrad_lab.train.optimizers.curved import COEFFICIENTS, INVERSES, LENGTHS, NORMS, WIRES, how_far
 
 OTHER = {
     "lr": 0.3,

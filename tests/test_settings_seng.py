@@ -10,9 +10,9 @@ from torch import nn
 import natgrad
 from natgrad.optim.directions import Momentum, tied
 from natgrad.parallel import World
-from natgrad.train.optimizers import Seng
-from natgrad.train.optimizers.curved import COEFFICIENTS, LENGTHS, WIRES
-from natgrad.train.optimizers.seng import LEGACY, SKETCHES
+from natgrad_lab.train.optimizers import Seng
+from natgrad_lab.train.optimizers.curved import COEFFICIENTS, LENGTHS, WIRES
+from natgrad_lab.train.optimizers.seng import LEGACY, SKETCHES
 
 OTHER = {
     "lr": 0.3,

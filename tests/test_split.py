@@ -11,10 +11,10 @@ import natgrad
 from helpers import backward, clone, weights
 from multi import share
 from natgrad.curvature import Cost
-from natgrad.models.imagenet import ImageResNet
 from natgrad.optim.owners import place_layers
 from natgrad.parallel import place_parts, run_threads
 from natgrad.parallel.packing import packed_numel
+from natgrad_lab.models.imagenet import ImageResNet
 
 SIZES = (30, 20, 3)
 

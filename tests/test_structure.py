@@ -43,10 +43,10 @@ def test_homonyms_are_found(tmp_path):
             "p/a/step.py": "class One: pass\nclass _Own: pass\n",
             "p/b/step.py": "class _Own: pass\n",
             "p/b/other.py": "class One: pass\n",
-            "p/train/step.py": "class One: pass\n",
+            "q/step.py": "class One: pass\n",
         },
     )
-    found = structure.homonyms(structure.library(tmp_path).values(), tmp_path)
+    found = structure.homonyms(structure.inside(tmp_path, "p"), tmp_path)
     assert found == [
         "two files are called step.py: p/a/step.py, p/b/step.py",
         "two classes are called One: p/a/step.py, p/b/other.py",

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from natgrad.parallel import World
-from natgrad.train.compare.contenders import CONTENDERS
-from natgrad.train.compare.tasks import find_task
-from natgrad.train.loop import build_model, prepare, steps
+from natgrad_lab.compare.contenders import CONTENDERS
+from natgrad_lab.compare.tasks import find_task
+from natgrad_lab.train.loop import build_model, prepare, steps
 from test_cifar import write_cifar
 
 

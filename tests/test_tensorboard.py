@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from natgrad.__main__ import main
-from natgrad.train.evaluate import Score
-from natgrad.train.log import Journal, RunFolder
-from natgrad.train.loop import Step
+from natgrad_lab.__main__ import main
+from natgrad_lab.train.evaluate import Score
+from natgrad_lab.train.log import Journal, RunFolder
+from natgrad_lab.train.loop import Step
 
 pytest.importorskip("tensorboard")
 

@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional as F
 
 import natgrad
-from natgrad.data import hold_out
-from natgrad.data.text import Charlm, Stdlib, Texts, frequent, sources, windows
-from natgrad.models import Transformer
 from natgrad.parallel import World
-from natgrad.train.evaluate import evaluate
-from natgrad.train.loop import loss_of, prepare, steps
-from natgrad.train.optimizers import Nlcg, SpNgd
-from natgrad.train.recipe import Recipe
+from natgrad_lab.data import hold_out
+from natgrad_lab.data.text import Charlm, Stdlib, Texts, frequent, sources, windows
+from natgrad_lab.models import Transformer
+from natgrad_lab.train.evaluate import evaluate
+from natgrad_lab.train.loop import loss_of, prepare, steps
+from natgrad_lab.train.optimizers import Nlcg, SpNgd
+from natgrad_lab.train.recipe import Recipe
 
 SMALL = Transformer(blocks=1, width=16, heads=2)
 

@@ -10,9 +10,9 @@ from helpers import Mixed, backward, clone, quiet, train, weights
 from multi import share
 from natgrad.capture import Measured
 from natgrad.curvature_engine import SeenByRanks
-from natgrad.models.imagenet import ImageResNet
 from natgrad.parallel import OwnedTensor, World, run_threads
 from natgrad.parallel.transport import Alone
+from natgrad_lab.models.imagenet import ImageResNet
 
 
 def counts(model, ranks=2, steps=1, kind=natgrad.SPNGD, **options):

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.data import Digits, Images
-from natgrad.models import CifarResNet, Mlp
 from natgrad.parallel import World, run_threads
-from natgrad.schedules import Cosine, Polynomial
-from natgrad.train import loop
-from natgrad.train.evaluate import estimate_norms, evaluate
-from natgrad.train.loop import loss_of, prepare, steps
-from natgrad.train.machine import describe
-from natgrad.train.optimizers import AdamW, KFac, Seng, Settings, Sgd, SpNgd
-from natgrad.train.recipe import Recipe, described
+from natgrad_lab.data import Digits, Images
+from natgrad_lab.models import CifarResNet, Mlp
+from natgrad_lab.schedules import Cosine, Polynomial
+from natgrad_lab.train import loop
+from natgrad_lab.train.environment import describe
+from natgrad_lab.train.evaluate import estimate_norms, evaluate
+from natgrad_lab.train.loop import loss_of, prepare, steps
+from natgrad_lab.train.optimizers import AdamW, KFac, Seng, Settings, Sgd, SpNgd
+from natgrad_lab.train.recipe import Recipe, described
 
 MLP = Recipe(Digits(), Mlp((16,)), Sgd(lr=0.1), batch=101, steps=4, seed=3)
 OPTIMIZERS = [Sgd(lr=0.1, nesterov=True), AdamW(), SpNgd(lr=0.1), KFac(lr=0.1, refresh=2), Seng(lr=0.2, refresh=2)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.models import UserModel
-from natgrad.recipes.digits import digits_sgd
-from natgrad.train.loop import build_model
+from natgrad_lab.models import UserModel
+from natgrad_lab.recipes.digits import digits_sgd
+from natgrad_lab.train.loop import build_model
 from users import _mine  # noqa: F401
 
 

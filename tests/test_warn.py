@@ -4,9 +4,9 @@ import io
 import sys
 import warnings
 
-from natgrad.train.display import Display
-from natgrad.train.log import Journal, RunFolder
-from natgrad.train.warn import clean, listeners, told_once
+from natgrad_lab.train.display import Display
+from natgrad_lab.train.log import Journal, RunFolder
+from natgrad_lab.train.warn import clean, listeners, told_once
 
 
 class Terminal(io.StringIO):

@@ -7,8 +7,8 @@ import pytest
 MINE = '''
 from dataclasses import dataclass
 from torch import nn
-from natgrad.models import Architecture
-from natgrad.train.optimizers import Sgd
+from natgrad_lab.models import Architecture
+from natgrad_lab.train.optimizers import Sgd
 from beside import widths
 
 def make(num_classes, shape, width=4):
@@ -58,7 +58,7 @@ three = 3
 
 def recipe():
     """My recipe."""
-    from natgrad.recipes.digits import digits_sgd
+    from natgrad_lab.recipes.digits import digits_sgd
     return digits_sgd()
 
 RECIPE = recipe()
