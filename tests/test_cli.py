@@ -19,6 +19,8 @@ MISTAKES = {
     "a recipe": (["train", "digits_spgnd"], "did you mean digits_spngd"),
     "a field": (["train", "digits_sgd", "--optimizr.lr", "1"], "did you mean --optimizer.lr"),
     "a field elsewhere": (["train", "digits_sgd", "--optimizer.damping", "1"], "'--optimizer.damping'"),
+    "a field without its part": (["train", "digits_sgd", "--lr", "0.1"], "'--lr'; did you mean --optimizer.lr"),
+    "a base": (["train", "digits_sgd", "--optimizer", "curved"], "'curved' is no kind of Settings"),
     "a word": (["train", "digits_sgd", "word"], "'word'"),
     "a number": (["train", "digits_sgd", "--batch", "many"], "--batch: invalid literal.*'many'"),
     "no value": (["train", "digits_sgd", "--batch"], "--batch"),
@@ -76,6 +78,41 @@ def test_help_and_lists(capsys):
     said = capsys.readouterr().out
     assert "--optimizer.damping" in said
     assert "split between the two factors" in " ".join(said.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("command", "flag"), [("train", "--resume"), ("coverage", "--batch"), ("plan", "--machine")])
+def test_a_command_explains_itself_before_it_lists_names(command, flag, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert f"usage: natgrad {command} RECIPE" in said
+    assert flag in said
+    assert f"natgrad {command} --list" in said
+    assert "cifar100_momentum_16k" not in said
+
+
+def test_help_of_a_comparison_names_tasks_and_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    said = capsys.readouterr().out
+    assert "cifar100-16" in said
+    assert "--far-behind" in said
+
+
+def test_usage_and_version_load_no_torch():
+    """They answer at once."""
+    for flag, says in (("--help", "natgrad train RECIPE"), ("--version", "natgrad 0.1.0 (torch")):
+        code = f"import sys; from natgrad_lab.__main__ import main; main(['{flag}']); assert 'torch' not in sys.modules"
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert says in told.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    words = f"{sys.executable} -m natgrad_lab train --list | head -2; exit ${{PIPESTATUS[0]}}"
+    told = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (141, "")
+    assert len(told.stdout.splitlines()) == 2
 
 
 def test_any_field_is_set_from_the_command_line(capsys):

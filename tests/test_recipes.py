@@ -1,6 +1,7 @@
 """Recipes: all are found, describe themselves, and build what they name."""
 
 import json
+import pkgutil
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from natgrad.parallel import World
+from natgrad_lab import recipes
 from natgrad_lab.__main__ import main
 from natgrad_lab.recipes import every, find, in_module
 from natgrad_lab.train.loop import build_model
@@ -80,13 +82,18 @@ def test_a_misspelt_recipe_is_answered_with_its_neighbours():
         find("zzz")
 
 
-def test_recipes_of_a_table_are_functions_that_can_be_imported():
+def test_every_module_of_recipes_is_named():
+    found = [entry.name for entry in pkgutil.iter_modules(recipes.__path__) if not entry.name.startswith("_")]
+    assert sorted(found) == list(recipes.MODULES)
+
+
+def test_recipes_of_a_table_are_functions():
     from natgrad_lab.recipes import cifar100, cifar100_nlcg
 
-    recipe = vars(cifar100)["cifar100_resnet20_seng"]
+    recipe = cifar100.RECIPES["cifar100_resnet20_seng"]
     assert recipe is find("cifar100_resnet20_seng")
     assert (recipe.__name__, recipe.__module__) == ("cifar100_resnet20_seng", "natgrad_lab.recipes.cifar100")
-    assert vars(cifar100_nlcg)["cifar100_nlcg_16k"]().batch == 16_384
+    assert cifar100_nlcg.RECIPES["cifar100_nlcg_16k"]().batch == 16_384
 
 
 BESIDE = {

@@ -2,9 +2,11 @@
 
 import inspect
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,8 +19,20 @@ USAGE = """natgrad: second-order training with very large mini-batches
   natgrad coverage RECIPE                                which curvature each layer has, and its cost
   natgrad plan RECIPE [--machine h100] [--ranks 1,64]    what it will cost on other machines
   natgrad report RUN... [--out FILE]                     one HTML page from run folders
+  natgrad --version
 
 Every command answers to --help; so does every recipe."""
+EXAMPLE = "digits_spngd"
+"""The recipe whose fields and defaults stand for those of all in a command's help."""
+WHICH = f"""RECIPE is a name of `natgrad {{command}} --list`, package.module:recipe, or ./file.py:recipe.
+Below are the fields and defaults of {EXAMPLE}; `natgrad {{command}} RECIPE --help` shows those of another recipe."""
+TRAIN = f"""Train a network. {WHICH.format(command="train")}
+
+Results go to runs/RECIPE, or to --out. A run that was stopped goes on with --resume. --ranks N starts N processes here;
+under torchrun each of its processes is a rank. `natgrad report FOLDER` makes a page of the results."""
+COVERAGE = f"""Show which curvature each layer has, why, and what it costs. {WHICH.format(command="coverage")}"""
+COMPARE = """Tune optimizers with equal budgets, train each on fresh seeds, and write a page. TASK is one of these:
+"""
 
 EXTRAS = {
     "tyro": "train",
@@ -33,15 +47,21 @@ EXTRAS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit code. Without arguments it is this process's, which then keeps freed memory."""
-    if arguments is None:
-        from natgrad_lab.train.malloc import keep_freed_memory
-
-        keep_freed_memory()
-        arguments = sys.argv[1:]
     try:
-        return dispatch(arguments)
+        if arguments is None:
+            arguments = sys.argv[1:]
+            if arguments and arguments[0] in COMMANDS:
+                from natgrad_lab.train.malloc import keep_freed_memory
+
+                keep_freed_memory()
+        code = dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
@@ -69,6 +89,9 @@ def dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"natgrad {version('natgrad')} (torch {version('torch')}, Python {platform.python_version()})")
+        return 0
     if arguments[0] not in COMMANDS:
         raise ValueError(f"there is no command {arguments[0]!r}; choose {', '.join(COMMANDS)}")
     return COMMANDS[arguments[0]](arguments[1:])
@@ -85,13 +108,15 @@ def refuse(text: str) -> int:
 
 def train(arguments: list[str]) -> int:
     """Train a recipe, on this process, as a rank of a world, or on ranks started here."""
-    if no_name(arguments):
-        return show_recipes(arguments)
+    if lists(arguments):
+        return show_recipes("train")
     from natgrad_lab.recipes import find, title
     from natgrad_lab.train.arguments import Training, parse
     from natgrad_lab.train.launch import spread
     from natgrad_lab.train.run import check, run
 
+    if explains(arguments):
+        parse(Training(find(EXAMPLE)()), "natgrad train RECIPE", TRAIN, ["--help"])
     name, *rest = arguments
     maker = find(name)
     values = parse(Training(maker()), f"natgrad train {name}", inspect.getdoc(maker) or "", rest)
@@ -112,11 +137,12 @@ def compare(arguments: list[str]) -> int:
     from natgrad_lab.train.arguments import parse
     from natgrad_lab.train.launch import spread
 
-    if no_name(arguments):
-        lines = [f"  {task.name:<15} {task.about} ({', '.join(task.profiles)})" for task in tasks().values()]
-        return show(
-            "natgrad compare TASK [--profile NAME] [--field value ...]; tasks and profiles:\n", lines, arguments
-        )
+    lines = [f"  {task.name:<15} {task.about} ({', '.join(task.profiles)})" for task in tasks().values()]
+    if lists(arguments):
+        print("\n".join(["natgrad compare TASK [--profile NAME] [--field value ...]; tasks and profiles:\n", *lines]))
+        return 0
+    if explains(arguments):
+        parse(Protocol(), "natgrad compare TASK", "\n".join([COMPARE, *lines]), ["--help"])
     name, *rest = arguments
     task = find_task(name)
     protocol = parse(Protocol(), f"natgrad compare {name}", task.about, rest)
@@ -131,12 +157,14 @@ def compare(arguments: list[str]) -> int:
 
 def coverage(arguments: list[str]) -> int:
     """Show layer by layer which curvature a recipe's optimizer uses, and what it costs."""
-    if no_name(arguments):
-        return show_recipes(arguments)
+    if lists(arguments):
+        return show_recipes("coverage")
     from natgrad_lab.recipes import find
     from natgrad_lab.train.arguments import parse
     from natgrad_lab.train.coverage import show_coverage
 
+    if explains(arguments):
+        parse(find(EXAMPLE)(), "natgrad coverage RECIPE", COVERAGE, ["--help"])
     name, *rest = arguments
     show_coverage(name, parse(find(name)(), f"natgrad coverage {name}", "Layers, curvature, cost.", rest))
     return 0
@@ -158,13 +186,12 @@ def plan(arguments: list[str]) -> int:
             return 0
         calibrate(path, World())
         return launch(ranks, ["plan", "--calibrate", str(path)]) if ranks > 1 else 0
-    if no_name(arguments):
-        from natgrad_lab.plan.command import USAGE
+    if lists(arguments):
+        return show_recipes("plan")
+    from natgrad_lab.plan.command import run, show_usage
 
-        print(USAGE)
-        return show_recipes(arguments)
-    from natgrad_lab.plan.command import run
-
+    if explains(arguments):
+        show_usage(EXAMPLE, WHICH.format(command="plan"))
     run(arguments)
     return 0
 
@@ -181,36 +208,36 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
-def no_name(arguments: list[str]) -> bool:
-    """Say whether a command is asked for what it could do, instead of doing it."""
-    return arguments[:1] in ([], ["-h"], ["--help"], ["--list"])
+def lists(arguments: list[str]) -> bool:
+    """Say whether a command's names are asked for. A name that is missing is a mistake."""
+    if not arguments:
+        raise ValueError("a name is missing; --list shows the names, --help the usage")
+    return arguments[0] == "--list"
 
 
-def show_recipes(arguments: list[str]) -> int:
+def explains(arguments: list[str]) -> bool:
+    """Say whether a command's usage is asked for."""
+    return arguments[0] in ("-h", "--help")
+
+
+def show_recipes(command: str) -> int:
     """List all recipes with the first line of their descriptions, those of one file together."""
     from natgrad_lab.recipes import every
 
     known = every()
     wide = max(len(name) for name in known)
-    lines, modules = [], dict.fromkeys(maker.__module__ for maker in known.values())
-    for module in modules:
+    lines = [f"natgrad {command} RECIPE [--field value ...]; RECIPE may also be ./file.py:recipe"]
+    for module in dict.fromkeys(maker.__module__ for maker in known.values()):
         lines += ["", (inspect.getdoc(sys.modules[module]) or module).splitlines()[0]]
         own = sorted((name for name, maker in known.items() if maker.__module__ == module), key=by_size)
         lines += [f"  {name:<{wide}}  {(inspect.getdoc(known[name]) or '').splitlines()[0]}" for name in own]
-    return show("natgrad train RECIPE [--field value ...]; RECIPE may also be ./file.py:recipe", lines, arguments)
+    print("\n".join(lines))
+    return 0
 
 
 def by_size(name: str) -> str:
     """Return what a name is sorted by, so that batches of 512, 1k and 16k follow each other."""
     return re.sub(r"(\d+)(k?)", lambda found: f"{int(found[1]) * (1024 if found[2] else 1):09d}", name)
-
-
-def show(title: str, lines: list[str], arguments: list[str]) -> int:
-    """Print a list that was asked for; a name that is missing is a mistake."""
-    if not arguments:
-        raise ValueError("a name is missing; --list shows the names, --help the usage")
-    print("\n".join([title, *lines]))
-    return 0
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

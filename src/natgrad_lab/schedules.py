@@ -196,3 +196,17 @@ def _share(t: float, begin: float, end: float) -> float:
 def _ordered(begin: float, end: float) -> None:
     if not begin < end:
         raise ValueError(f"a schedule from {begin:g} to {end:g} has no length; its end must come after its begin")
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "Constant": Constant,
+    "Cosine": Cosine,
+    "DampingWarmUp": DampingWarmUp,
+    "Exponential": Exponential,
+    "Piecewise": Piecewise,
+    "Polynomial": Polynomial,
+    "Product": Product,
+    "RootWarmUp": RootWarmUp,
+    "WarmUp": WarmUp,
+}
+"""What --schedule takes."""

@@ -6,8 +6,21 @@ from natgrad_lab.data.imageset import ImageSet
 from natgrad_lab.data.regularisation import Regularisation, Regulariser
 from natgrad_lab.data.sampler import Sampler
 from natgrad_lab.data.sklearn_digits import Digits
+from natgrad_lab.data.text import Charlm, Stdlib
+
+SOURCES: dict[str, type[Source]] = {
+    "Charlm": Charlm,
+    "Cifar10": Cifar10,
+    "Cifar100": Cifar100,
+    "Digits": Digits,
+    "ImageSet": ImageSet,
+    "Stdlib": Stdlib,
+}
+"""What --data takes."""
 
 __all__ = [
+    "SOURCES",
+    "Charlm",
     "Cifar10",
     "Cifar100",
     "Digits",
@@ -18,6 +31,7 @@ __all__ = [
     "Sampler",
     "Source",
     "Splits",
+    "Stdlib",
     "hold_out",
     "read_ahead",
 ]

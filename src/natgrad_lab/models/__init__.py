@@ -9,4 +9,24 @@ from natgrad_lab.models.transformer import Transformer
 from natgrad_lab.models.user import UserModel
 from natgrad_lab.models.vgg import Vgg16
 
-__all__ = ["Architecture", "CifarResNet", "ImageResNet", "Mlp", "PreActResNet", "Transformer", "UserModel", "Vgg16"]
+NETWORKS: dict[str, type[Architecture]] = {
+    "CifarResNet": CifarResNet,
+    "ImageResNet": ImageResNet,
+    "Mlp": Mlp,
+    "PreActResNet": PreActResNet,
+    "Transformer": Transformer,
+    "Vgg16": Vgg16,
+}
+"""What --model takes, beside import paths."""
+
+__all__ = [
+    "NETWORKS",
+    "Architecture",
+    "CifarResNet",
+    "ImageResNet",
+    "Mlp",
+    "PreActResNet",
+    "Transformer",
+    "UserModel",
+    "Vgg16",
+]

@@ -17,14 +17,15 @@ from natgrad_lab.plan.machines import named
 from natgrad_lab.plan.remedies import in_words, remedies
 from natgrad_lab.plan.scaling import Network, Planner, scaled
 from natgrad_lab.plan.shape_only import asked, numbers, taken
+from natgrad_lab.recipes import find
 from natgrad_lab.train.arguments import parse
 from natgrad_lab.train.optimizers import KFac, Nlcg, Seng, Settings, Sgd, SpNgd
 from natgrad_lab.train.recipe import Recipe, described
 
-USAGE = """natgrad plan RECIPE [--field value ...]                    a recipe's fields, and
-  --machine v100-ib|a100|h100|h200|cpu|FILE  --ranks 1,8,64  --per-rank 32  --overhead 5%  --json FILE  --out PAGE
-natgrad plan --model package.module:function --input 3,224,224 [--tokens VOCABULARY] [--batch 1024 ...]
-natgrad plan --calibrate FILE [--ranks N]                 measure this machine, in less than two minutes
+USAGE = """Predict a step's time, messages and memory on other machines. {which}
+
+Another network: natgrad plan --model package.module:function --input 3,224,224 [--tokens VOCABULARY] [--batch 1024].
+This machine as others are described: natgrad plan --calibrate FILE [--ranks N], in less than two minutes.
 """
 
 NAMES: dict[str, type[Settings]] = {"SGD": Sgd, "SP-NGD": SpNgd, "K-FAC": KFac, "SENG": Seng, "NLCG": Nlcg}
@@ -131,6 +132,11 @@ def steps_of(recipe: Recipe, options: PlanOptions) -> Callable[[int], int | None
         return None if images is None else math.ceil(recipe.epochs * images / batch)
 
     return steps
+
+
+def show_usage(example: str, which: str) -> None:
+    """Explain the command by the fields of a recipe, and leave."""
+    parse(Planning(find(example)()), "natgrad plan RECIPE", USAGE.format(which=which), ["--help"])
 
 
 def run(arguments: list[str]) -> None:

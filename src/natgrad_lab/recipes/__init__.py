@@ -1,12 +1,11 @@
-"""One run a function: each module of this folder holds functions that return a Recipe, found here by
-themselves; a module whose name begins with _ holds what several of them share.
+"""One run a function: a module of this folder holds functions that return a Recipe, or a table of them, RECIPES.
 
-A recipe's name is its function's; its docstring states the command, the cost and the result.
+A recipe's name is its function's; its docstring states the command, the cost and the result. A module whose name begins
+with _ holds what several of them share.
 """
 
 import difflib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, get_type_hints
@@ -15,22 +14,36 @@ from natgrad_lab.import_path import is_path, resolve
 from natgrad_lab.train.recipe import Recipe
 
 Maker = Callable[[], Recipe]
+MODULES = (
+    "cifar10",
+    "cifar100",
+    "cifar100_nlcg",
+    "cifar10_seng",
+    "digits",
+    "imagefolder64",
+    "imagenet_kfac",
+    "imagenet_nlcg",
+    "imagenet_seng",
+    "imagenet_sgd",
+    "imagenet_spngd",
+    "imagenet_spngd_d",
+)
+"""Where recipes are."""
 
 
 def every() -> dict[str, Maker]:
     """Return all recipes by name, in the order of their names."""
     found: dict[str, Maker] = {}
-    names = (entry.name for entry in pkgutil.iter_modules(__path__))
-    for module in sorted(name for name in names if not name.startswith("_")):
+    for module in MODULES:
         found |= in_module(f"{__name__}.{module}")
     return dict(sorted(found.items()))
 
 
 def in_module(name: str) -> dict[str, Maker]:
-    """Return a module's public functions that promise a Recipe."""
+    """Return a module's public functions that promise a Recipe, and those of its table."""
     module = import_module(name)
     functions = inspect.getmembers(module, inspect.isfunction)
-    return {
+    return getattr(module, "RECIPES", {}) | {
         name: function
         for name, function in functions
         if function.__module__ == module.__name__

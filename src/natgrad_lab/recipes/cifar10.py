@@ -19,7 +19,6 @@ def _recipe(optimizer: Settings) -> Recipe:
 def _row(kind: str) -> RecipeRow:
     title, optimizer = contenders(0.4)[kind]
     return RecipeRow(
-        f"cifar10_resnet20_{kind}",
         lambda: _recipe(optimizer),
         f"{title} on CIFAR-10, ResNet-20, batch 1,024",
         "30 epochs of 50,000 images; a GPU is advised",
@@ -28,4 +27,13 @@ def _row(kind: str) -> RecipeRow:
     )
 
 
-globals().update(family(__name__, (_row(kind) for kind in contenders(1.0))))
+RECIPES = family(
+    __name__,
+    {
+        "cifar10_resnet20_sgd": _row("sgd"),
+        "cifar10_resnet20_spngd": _row("spngd"),
+        "cifar10_resnet20_kfac": _row("kfac"),
+        "cifar10_resnet20_seng": _row("seng"),
+        "cifar10_resnet20_nlcg": _row("nlcg"),
+    },
+)

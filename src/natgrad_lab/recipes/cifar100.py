@@ -45,7 +45,6 @@ def _row(name: str, kind: str) -> RecipeRow:
     depth, batch, micro, epochs, rate = TABLE[name]
     title, optimizer = contenders(rate)[kind]
     return RecipeRow(
-        f"cifar100_{name}_{kind}",
         lambda: _recipe(depth, batch, micro, epochs, optimizer),
         f"{title} on CIFAR-100, ResNet-{depth}, batch {batch:,}",
         f"{epochs} epochs of 50,000 images; a GPU is advised",
@@ -54,4 +53,18 @@ def _row(name: str, kind: str) -> RecipeRow:
     )
 
 
-globals().update(family(__name__, (_row(name, kind) for name in TABLE for kind in contenders(1.0))))
+RECIPES = family(
+    __name__,
+    {
+        "cifar100_resnet20_sgd": _row("resnet20", "sgd"),
+        "cifar100_resnet20_spngd": _row("resnet20", "spngd"),
+        "cifar100_resnet20_kfac": _row("resnet20", "kfac"),
+        "cifar100_resnet20_seng": _row("resnet20", "seng"),
+        "cifar100_resnet20_nlcg": _row("resnet20", "nlcg"),
+        "cifar100_resnet32_16k_sgd": _row("resnet32_16k", "sgd"),
+        "cifar100_resnet32_16k_spngd": _row("resnet32_16k", "spngd"),
+        "cifar100_resnet32_16k_kfac": _row("resnet32_16k", "kfac"),
+        "cifar100_resnet32_16k_seng": _row("resnet32_16k", "seng"),
+        "cifar100_resnet32_16k_nlcg": _row("resnet32_16k", "nlcg"),
+    },
+)

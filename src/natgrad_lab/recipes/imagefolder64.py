@@ -27,7 +27,6 @@ def _recipe(optimizer: Settings) -> Recipe:
 def _row(kind: str) -> RecipeRow:
     title, optimizer = contenders(0.1)[kind]
     return RecipeRow(
-        f"imagefolder64_{kind}",
         lambda: _recipe(optimizer),
         f"{title} on a folder of images at 64x64, ResNet-18 of width 32, batch 256",
         "20 epochs; of 5,000 images 391 steps",
@@ -36,4 +35,13 @@ def _row(kind: str) -> RecipeRow:
     )
 
 
-globals().update(family(__name__, (_row(kind) for kind in contenders(1.0))))
+RECIPES = family(
+    __name__,
+    {
+        "imagefolder64_sgd": _row("sgd"),
+        "imagefolder64_spngd": _row("spngd"),
+        "imagefolder64_kfac": _row("kfac"),
+        "imagefolder64_seng": _row("seng"),
+        "imagefolder64_nlcg": _row("nlcg"),
+    },
+)

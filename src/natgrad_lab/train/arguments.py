@@ -60,7 +60,9 @@ def parse(default: T, prog: str, description: str, arguments: list[str]) -> T:
 
 def _unknown(argument: str, default: Any, prog: str) -> str:
     known = ["--" + name.replace("_", "-") for name in names(default)]
-    near = difflib.get_close_matches(argument.split("=")[0].replace("_", "-"), known, n=3, cutoff=0.5)
+    word = argument.split("=")[0].replace("_", "-")
+    near = [name for name in known if name.rpartition(".")[2] == word.lstrip("-")]  # --lr is --optimizer.lr
+    near = near or difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"see {prog} --help"
     return f"there is no field {argument!r}; {hint}"
 

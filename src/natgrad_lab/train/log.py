@@ -25,12 +25,13 @@ LOCK = ".lock"
 """Held by the run that writes to a folder; left by one that was killed."""
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuse to write where another run is, unless told to."""
+def check_free(folder: Path, overwrite: bool, stopped: bool = False) -> None:
+    """Refuse to write where another run is, unless told to. stopped: that run can go on from a checkpoint."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {str(folder)!r} is a file; name a folder")
     if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()) and not overwrite:
-        raise ValueError(f"--out {str(folder)!r} is not empty; add --overwrite to replace it, or name another folder")
+        what = "holds a run that was stopped; add --resume to go on with it," if stopped else "is not empty; add"
+        raise ValueError(f"--out {str(folder)!r} {what} --overwrite to replace it, or name another folder")
 
 
 def write_json(path: Path, value: Any) -> None:

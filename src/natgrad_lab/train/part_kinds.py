@@ -6,18 +6,25 @@ kind; for a model, also of whatever makes a torch module (models/user.py). The n
 """
 
 import difflib
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
+from natgrad_lab.data import SOURCES, Source
 from natgrad_lab.import_path import is_path, resolve
-from natgrad_lab.models import Architecture, UserModel
+from natgrad_lab.models import NETWORKS, Architecture, UserModel
 from natgrad_lab.models.user import LIBRARIES
+from natgrad_lab.schedules import SCHEDULES, Schedule
+from natgrad_lab.train.optimizers import OPTIMIZERS, Settings
 
 T = TypeVar("T")
 Path = tuple[str, ...]
+KINDS: dict[type, dict[str, type]] = {
+    Architecture: dict(NETWORKS),
+    Schedule: dict(SCHEDULES),
+    Settings: dict(OPTIMIZERS),
+    Source: dict(SOURCES),
+}
 
 
 def swap(default: T, arguments: list[str]) -> tuple[T, list[str]]:
@@ -52,25 +59,15 @@ def parts(value: Any, prefix: Path = ()) -> Iterator[tuple[Path, type]]:
 
 
 def kinds(declared: type) -> dict[str, type]:
-    """Return a class's kinds by name: all that are defined beside it, and those that anybody has imported."""
-    package = importlib.import_module(declared.__module__.rpartition(".")[0])
-    if package.__name__ != "natgrad_lab":
-        for entry in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{entry.name}")
-    found: dict[str, type] = {}
-    todo = list(declared.__subclasses__())
-    while todo:
-        kind = todo.pop()
-        todo += kind.__subclasses__()
-        found[kind.__name__] = kind
-    return dict(sorted(found.items()))
+    """Return a class's kinds by name."""
+    return KINDS.get(declared, {})
 
 
 def offered(value: Any) -> str:
     """Return what `swap` understands, in words; nothing where it has nothing to do."""
     lines = []
     for path, declared in parts(value):
-        names = [name for name, kind in kinds(declared).items() if kind is not UserModel]
+        names = list(kinds(declared))
         names += ["package.module:function"] * (declared is Architecture)
         lines.append(f"  --{'.'.join(path).replace('_', '-')} {' | '.join(names)}")
     return "\n".join(["Other kinds of its parts, whose own fields can then be set:", *lines]) if lines else ""
@@ -80,7 +77,7 @@ def made(declared: type, kind: str, flag: str) -> Any:
     """Return a new part; ValueError with near misses where nothing has that name."""
     if is_path(kind):
         return _of_path(declared, kind, flag)
-    known = {_plain(name): name for name in kinds(declared) if kinds(declared)[name] is not UserModel}
+    known = {_plain(name): name for name in kinds(declared)}
     name = known.get(_plain(kind))
     if name is None:
         near = [known[one] for one in difflib.get_close_matches(_plain(kind), known, n=3, cutoff=0.5)]

@@ -123,9 +123,15 @@ def _before(steps: list[int]) -> str:
 
 def check_not_given_up(folder: Path) -> None:
     """Say again why a run has ended for good, where a launcher tries it once more."""
+    reason = ending(folder).get("reason")
+    if reason:
+        raise ValueError(reason)
+
+
+def ending(folder: Path) -> dict[str, Any]:
+    """Return how a run ended; nothing where it has not, or where that cannot be read."""
     try:
-        told: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        told = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
-        return
-    if told.get("reason"):
-        raise ValueError(told["reason"])
+        return {}
+    return told if isinstance(told, dict) else {}

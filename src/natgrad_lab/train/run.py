@@ -16,7 +16,15 @@ from natgrad_lab.train.log import Display, Journal, RunFolder, check_free
 from natgrad_lab.train.loop import Job, Step, build_model, prepare, steps
 from natgrad_lab.train.ranks import Lock, everybody, on_first
 from natgrad_lab.train.recipe import Recipe, described
-from natgrad_lab.train.resume import FOLDER, check_agreement, check_not_given_up, choose, restarted, set_later_aside
+from natgrad_lab.train.resume import (
+    FOLDER,
+    check_agreement,
+    check_not_given_up,
+    choose,
+    ending,
+    restarted,
+    set_later_aside,
+)
 from natgrad_lab.train.saver import Saver, write_weights
 from natgrad_lab.train.state import restore, state_of
 from natgrad_lab.train.stop import Stop
@@ -68,7 +76,8 @@ def check(name: str, recipe: Recipe, options: Options) -> None:
         tensorboard.check_installed()
     folder = options.folder(name)
     if not options.resume:
-        check_free(folder, options.overwrite or options.auto_resume)
+        stopped = bool(checkpoint.found(folder / FOLDER)) and ending(folder).get("status") != "finished"
+        check_free(folder, options.overwrite or options.auto_resume, stopped)
     elif not checkpoint.found(folder / FOLDER):
         raise ValueError(f"there is no checkpoint in {str(folder / FOLDER)!r} to resume from; leave --resume out")
     recipe.check()

@@ -1,7 +1,7 @@
 """What a recipe can name as its optimizer: frozen numbers, and how to build the optimizer from them.
 
-A new optimizer is one more class in a file of this folder, or in any module that a recipe imports; the command line
-learns its fields by itself.
+A new optimizer is one more class in a file of this folder and in OPTIMIZERS, or a class anywhere that the command line
+is given by its import path; the command line learns its fields by itself.
 """
 
 from natgrad_lab.train.optimizers.curved import KFac, SpNgd
@@ -12,7 +12,25 @@ from natgrad_lab.train.optimizers.plain import AdamW, RmsProp, Sgd
 from natgrad_lab.train.optimizers.seng import Seng
 from natgrad_lab.train.optimizers.settings import Settings, alone, positive
 
+OPTIMIZERS: dict[str, type[Settings]] = {
+    "AdamW": AdamW,
+    "Dash": Dash,
+    "KFac": KFac,
+    "Lamb": Lamb,
+    "Lars": Lars,
+    "Muon": Muon,
+    "Nlcg": Nlcg,
+    "RmsProp": RmsProp,
+    "Seng": Seng,
+    "Sgd": Sgd,
+    "Shampoo": Shampoo,
+    "Soap": Soap,
+    "SpNgd": SpNgd,
+}
+"""What --optimizer takes."""
+
 __all__ = [
+    "OPTIMIZERS",
     "AdamW",
     "Dash",
     "KFac",
