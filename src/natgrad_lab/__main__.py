@@ -31,7 +31,8 @@ TRAIN = f"""Train a network. {WHICH.format(command="train")}
 Results go to runs/RECIPE, or to --out. A run that was stopped goes on with --resume. --ranks N starts N processes here;
 under torchrun each of its processes is a rank. `natgrad report FOLDER` makes a page of the results."""
 COVERAGE = f"""Show which curvature each layer has, why, and what it costs. {WHICH.format(command="coverage")}"""
-COMPARE = """Tune optimizers with equal budgets, train each on fresh seeds, and write a page. TASK is one of these:
+COMPARE = """Tune optimizers with equal budgets, train each on fresh seeds, and write a page. TASK is a name below,
+package.module:task or ./file.py:task.
 """
 
 EXTRAS = {
@@ -146,7 +147,7 @@ def compare(arguments: list[str]) -> int:
     name, *rest = arguments
     task = find_task(name)
     protocol = parse(Protocol(), f"natgrad compare {name}", task.about, rest)
-    task = task.located(protocol.data.path)
+    task = task.located(protocol.data.path).with_model(protocol.model)
     return spread(
         ["compare", *arguments],
         protocol.ranks,

@@ -50,12 +50,12 @@ def module(name: str) -> ModuleType:
 def file(name: str) -> ModuleType:
     """Import a file; the same file once. Its neighbours can be imported by it, as where Python runs it."""
     path = Path(name).expanduser().resolve()
-    known = str(path)
-    if known in sys.modules:
-        return sys.modules[known]
     if not path.is_file():
         raise ValueError(f"there is no file {name!r}")
     _look_in(str(path.parent))
+    known = _name_of(path)
+    if known in sys.modules:
+        return sys.modules[known]
     spec = importlib.util.spec_from_file_location(known, path)
     assert spec is not None
     assert spec.loader is not None
@@ -67,6 +67,15 @@ def file(name: str) -> ModuleType:
         del sys.modules[known]
         raise
     return made
+
+
+def _name_of(path: Path) -> str:
+    """Return the name by which Python imports a file, in other processes too; its path where that is another module."""
+    if not path.stem.isidentifier():
+        return str(path)
+    found = sys.modules[path.stem].__spec__ if path.stem in sys.modules else importlib.util.find_spec(path.stem)
+    ours = found is not None and found.origin is not None and Path(found.origin).resolve() == path
+    return path.stem if ours else str(path)
 
 
 def _look_in(folder: str) -> None:

@@ -5,12 +5,16 @@ after one of two warm-ups. The first point of every search is the default: the v
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from natgrad.optim import measured_change
+from torch.optim import Optimizer
+
+from natgrad.optim import SecondOrder, measured_change
 from natgrad_lab.compare.space import Choice, LogUniform, Space, edges, points
+from natgrad_lab.import_path import is_path, resolve
 from natgrad_lab.schedules import Cosine, Polynomial, Schedule, WarmUp
 from natgrad_lab.train.optimizers import (
     AdamW,
@@ -26,6 +30,7 @@ from natgrad_lab.train.optimizers import (
     Shampoo,
     Soap,
     SpNgd,
+    anybodys,
 )
 
 Kind = Literal["first-order", "matrix", "natgrad"]
@@ -212,8 +217,43 @@ CONTENDERS = (
 )
 
 
+def anybodys_contender(path: str) -> Contender:
+    """Return what package.module:NAME or ./file.py:NAME stands for: a Contender, settings, or a class of optimizers.
+
+    Settings and classes are tuned in their learning rate alone, over two decades around their own. A class counts among
+    the first-order ones where it does not derive from natgrad's.
+    """
+    found, name = resolve(path), path.rpartition(":")[2]
+    if isinstance(found, Contender):
+        return found
+    if isinstance(found, type) and issubclass(found, Settings):
+        found = found()
+    kind: Kind = "first-order"
+    if isinstance(found, type) and issubclass(found, Optimizer):
+        kind = "natgrad" if issubclass(found, SecondOrder) else kind
+        found = anybodys(path)
+    if not isinstance(found, Settings):
+        raise ValueError(f"{path} is no contender; name a Contender, a class of optimizers, or the settings of one")
+    return Contender(name, kind, found, {"lr": LogUniform(found.lr / 10, found.lr * 10)})
+
+
 def chosen(names: tuple[str, ...]) -> tuple[Contender, ...]:
-    """Return the contenders of these names, written in any case, in the order of the list; all where none is named."""
+    """Return the contenders of these names, written in any case, in the order of the list; all where none is named.
+
+    Anybody's, given by import paths, come last.
+    """
+    others = tuple(anybodys_contender(name) for name in dict.fromkeys(names) if is_path(name))
+    names = tuple(name for name in names if not is_path(name))
+    taken = Counter(one.name.lower() for one in (*CONTENDERS, *others))
+    for one in others:
+        if taken[one.name.lower()] > 1:
+            raise ValueError(f"two optimizers are called {one.name}; give yours another name")
+    if others and not names:
+        return others
+    return _ours(names) + others
+
+
+def _ours(names: tuple[str, ...]) -> tuple[Contender, ...]:
     known = {contender.name.lower(): contender for contender in CONTENDERS}
     for name in names:
         if name.lower() not in known:

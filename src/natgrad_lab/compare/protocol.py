@@ -35,7 +35,9 @@ class Protocol:
     profile: str | None = None
     """How much: a named set of the numbers that are None below; None: the task's first."""
     optimizers: tuple[str, ...] = ()
-    """Who is compared; none named: the profile's."""
+    """Who is compared, by name or import path (./mine.py:MyOptimizer); none named: the profile's."""
+    model: str | None = None
+    """Another network, by name or import path (./mine.py:make); None: the task's."""
     batch: tuple[Batch, ...] = ()
     """Samples in a step, over all ranks, several sizes to be compared at each; none: the profile's."""
     trials: int | None = None

@@ -5,6 +5,7 @@ Everybody gets the same number. A size that is not listed gets steps between its
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,10 @@ from natgrad_lab.compare.contenders import CONTENDERS, Contender, chosen
 from natgrad_lab.compare.space import Space
 from natgrad_lab.data import Cifar100, Digits, ImageSet
 from natgrad_lab.data.text import Charlm, Stdlib
-from natgrad_lab.models import CifarResNet, ImageResNet, Transformer
+from natgrad_lab.import_path import is_path, resolve
+from natgrad_lab.models import Architecture, CifarResNet, ImageResNet, Transformer
 from natgrad_lab.train.optimizers import Sgd
+from natgrad_lab.train.part_kinds import made
 from natgrad_lab.train.recipe import Recipe
 
 Batch = int | Literal["full"]
@@ -104,6 +107,12 @@ class Task:
         if name not in self.profiles:
             raise ValueError(f"there is no profile {name!r} of {self.name}; choose {', '.join(self.profiles)}")
         return self.profiles[name]
+
+    def with_model(self, name: str | None) -> "Task":
+        """Return the task with another network, by name or import path."""
+        if name is None:
+            return self
+        return replace(self, recipe=replace(self.recipe, model=made(Architecture, name, "--model")))
 
     def located(self, path: str | None) -> "Task":
         """Return the task with its data elsewhere."""
@@ -256,7 +265,13 @@ def tasks() -> dict[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """Return a task; raise ValueError with near misses."""
+    """Return a task of ours by name, or anybody's by import path; raise ValueError with near misses."""
+    if is_path(name):
+        found = resolve(name)
+        task = found() if inspect.isfunction(found) else found
+        if not isinstance(task, Task):
+            raise ValueError(f"{name} is no task; name a Task, or a function without arguments that returns one")
+        return task
     known = tasks()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from natgrad_lab.data import Source
-from natgrad_lab.models import Architecture
+from natgrad_lab.import_path import is_path
+from natgrad_lab.models import UserModel
 from natgrad_lab.recipes import find
 from natgrad_lab.train.optimizers import SpNgd
 from natgrad_lab.train.recipe import Recipe
+
+CLASSES = 1000  # of a network that asks, where nobody has said how many (ImageNet's)
 
 
 @dataclass(frozen=True)
@@ -30,25 +31,14 @@ class ShapeOnlySource(Source):
 
 
 @dataclass(frozen=True)
-class Imported(Architecture):
-    """A model of the user's: a function without arguments, as module:function."""
+class AnyOutput(UserModel):
+    """A network of the user's, whatever its output is."""
 
-    target: str = ""
-
-    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
-        return imported(self.target)()
-
-
-def imported(target: str) -> Callable[[], Any]:
-    """The function that `target` names."""
-    module, _, name = target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"model {target!r} is not there: {error}; name it as package.module:function") from error
-    if not callable(found):
-        raise ValueError(f"model {target!r} is {type(found).__name__}, not a function that returns a model")
-    return found
+    def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        model = self.maker(shape)(**self.values(), **self.told(shape, classes or CLASSES))
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{self.source} gave a {type(model).__name__}, not a torch.nn.Module")
+        return model
 
 
 def taken(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -73,9 +63,12 @@ def asked(arguments: list[str]) -> tuple[str, Recipe, int, list[str]]:
     tokens, rest = taken(rest, "--tokens")
     if target is None:
         raise ValueError("natgrad plan RECIPE, or natgrad plan --model package.module:function --input 3,224,224")
-    imported(target)
+    if not is_path(target):
+        raise ValueError(f"--model {target!r} names nothing; write package.module:function or ./file.py:function")
+    model = AnyOutput(target)
+    model.load()
     size = numbers("--input", shape or "3,224,224")
-    recipe = Recipe(ShapeOnlySource(size), Imported(target), SpNgd(), batch=1024)
+    recipe = Recipe(ShapeOnlySource(size), model, SpNgd(), batch=1024)
     return target, recipe, 0 if tokens is None else numbers("--tokens", tokens)[0], rest
 
 

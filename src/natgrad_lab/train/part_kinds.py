@@ -2,7 +2,8 @@
 
 A part is a field that is declared as a class with kinds (Architecture, Settings, Schedule, Source). Where an argument
 names such a field as a whole, what follows is one of its kinds, in any spelling, or the import path of a class of the
-kind; for a model, also of whatever makes a torch module (models/user.py). The new part begins with its own defaults.
+kind; for a model, also of whatever makes a torch module (models/user.py), and for an optimizer, of a
+class with torch.optim's interface (optimizers/anybodys.py). The new part begins with its own defaults.
 """
 
 import difflib
@@ -10,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
+from torch.optim import Optimizer
+
 from natgrad_lab.data import SOURCES, Source
 from natgrad_lab.import_path import is_path, resolve
 from natgrad_lab.models import NETWORKS, Architecture, UserModel
 from natgrad_lab.models.user import LIBRARIES
 from natgrad_lab.schedules import SCHEDULES, Schedule
-from natgrad_lab.train.optimizers import OPTIMIZERS, Settings
+from natgrad_lab.train.optimizers import OPTIMIZERS, Settings, anybodys
 
 T = TypeVar("T")
 Path = tuple[str, ...]
@@ -68,7 +71,9 @@ def offered(value: Any) -> str:
     lines = []
     for path, declared in parts(value):
         names = list(kinds(declared))
-        names += ["package.module:function"] * (declared is Architecture)
+        names += ["package.module:function"] * (declared is Architecture) + ["package.module:Class"] * (
+            declared is Settings
+        )
         lines.append(f"  --{'.'.join(path).replace('_', '-')} {' | '.join(names)}")
     return "\n".join(["Other kinds of its parts, whose own fields can then be set:", *lines]) if lines else ""
 
@@ -98,6 +103,8 @@ def _of_path(declared: type, kind: str, flag: str) -> Any:
         return found
     if declared is Architecture:
         return UserModel(kind)
+    if declared is Settings and isinstance(found, type) and issubclass(found, Optimizer):
+        return anybodys(kind)
     raise ValueError(f"{flag} {kind} is no kind of {declared.__name__}; choose {', '.join(kinds(declared))}")
 
 

@@ -4,6 +4,7 @@ A new optimizer is one more class in a file of this folder and in OPTIMIZERS, or
 is given by its import path; the command line learns its fields by itself.
 """
 
+from natgrad_lab.train.optimizers.anybodys import Anybodys, anybodys
 from natgrad_lab.train.optimizers.curved import KFac, SpNgd
 from natgrad_lab.train.optimizers.layerwise import Lamb, Lars
 from natgrad_lab.train.optimizers.matrices import Dash, Muon, Shampoo, Soap
@@ -32,6 +33,7 @@ OPTIMIZERS: dict[str, type[Settings]] = {
 __all__ = [
     "OPTIMIZERS",
     "AdamW",
+    "Anybodys",
     "Dash",
     "KFac",
     "Lamb",
@@ -46,5 +48,6 @@ __all__ = [
     "Soap",
     "SpNgd",
     "alone",
+    "anybodys",
     "positive",
 ]
