@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from natgrad_lab.data import Cifar10, Cifar100, Images
+from natgrad_lab.data import Cifar10, Cifar100, Images, decoded_cache
 from natgrad_lab.data.augment import CropFlip
+from natgrad_lab.data.pictures import Decoder
 from natgrad_lab.data.subsets import shrunk
-from pictures import plain
+from pictures import plain, write_images
 
 
 def write_cifar(folder: Path, labels=("label",), counts=(20, 10)):
@@ -102,3 +103,47 @@ def test_a_small_problem_that_cannot_be_is_refused(wrong):
     name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=rf"{name}={value} must be .*set --data\.{name.replace('_', '-')}"):
         Cifar100(**wrong)
+
+
+def test_class_folders_are_refused_by_name(tmp_path):
+    write_images(tmp_path, classes=("cat", "cow"), count=2)
+    with pytest.raises(ValueError, match=r"holds class folders of pictures, not CIFAR-100; add --data ImageSet"):
+        Cifar100(str(tmp_path)).load()
+
+
+def test_a_second_start_decodes_nothing(tmp_path, monkeypatch):
+    """And other files, sizes and broken caches decode anew."""
+    monkeypatch.setattr(decoded_cache, "LEAST", 5)
+    monkeypatch.setenv("NATGRAD_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    data.mkdir()
+    write_cifar(data)
+    first, decoded = Cifar10(str(data)).load(), []
+    real = Decoder.__getitems__
+    monkeypatch.setattr(Decoder, "__getitems__", lambda self, places: decoded.append(places) or real(self, places))
+    again = Cifar10(str(data)).load()
+    assert decoded == []
+    assert torch.equal(again.train.images, first.train.images)
+    assert torch.equal(again.train.labels, first.train.labels)
+    kept = sorted((tmp_path / "cache").iterdir())
+    assert len(kept) == 2
+    kept[0].write_bytes(b"no pixels")
+    third = Cifar10(str(data)).load()
+    assert decoded
+    assert torch.equal(third.test.images, first.test.images)
+    decoded.clear()
+    write_cifar(data, counts=(21, 10))
+    assert len(Cifar10(str(data)).load().train) == 21
+    assert decoded
+    decoded.clear()
+    monkeypatch.setenv("NATGRAD_CACHE", "")
+    Cifar10(str(data)).load()
+    assert decoded
+
+
+def test_a_disk_that_is_full_keeps_nothing_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoded_cache, "LEAST", 5)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NATGRAD_CACHE", str(tmp_path / "file"))
+    write_cifar(tmp_path)
+    assert len(Cifar10(str(tmp_path)).load().train) == 20

@@ -208,3 +208,24 @@ def test_ctrl_c_leaves_a_readable_folder(ranks, tmp_path):
     assert wrong == ""
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
+
+
+def test_a_resume_that_cannot_be_is_refused_before_data_are_read(monkeypatch, capsys):
+    words = ["train", "digits_sgd", "--steps", "2", "--out", "here"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"finished after 2 steps in 0:\d\d of training, 0:\d\d in all", said)
+    monkeypatch.setattr("natgrad_lab.data.Digits.load", lambda self: pytest.fail("data were read"))
+    assert main([*words, "--resume", "--optimizer.lr", "0.3"]) == 2
+    assert "optimizer.lr was 0.4, is 0.3" in capsys.readouterr().err
+
+
+def test_a_stopped_run_is_offered_to_go_on(capsys):
+    words = ["train", "digits_sgd", "--steps", "4", "--save-every", "2", "--out", "here"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "is not empty; add --overwrite" in capsys.readouterr().err
+    Path("here/summary.json").unlink()  # as a kill leaves it
+    assert main(words) == 2
+    assert "holds a run that was stopped; add --resume to go on" in capsys.readouterr().err

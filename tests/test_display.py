@@ -140,7 +140,7 @@ def test_a_file_gets_a_line_an_evaluation_and_one_now_and_then(monkeypatch):
         "step  30/400  epoch   3.8  loss  0.2500  1 s a step  lr 0.02  ETA 6:10",
         "step  50/400  epoch   6.2  loss  0.2500  test 50.00 %, loss  1.5000  0:50",
         "step  80/400  epoch  10.0  loss  0.2500  1 s a step  lr 0.02  ETA 5:20",
-        "interrupted after 100 of 400 steps in 1:40, test accuracy 50.00 %",
+        "interrupted after 100 of 400 steps in 1:40 of training, test accuracy 50.00 %",
         "to go on: natgrad train mine --resume",
     ]
 
@@ -223,3 +223,13 @@ def test_children_write_past_the_panel():
         os._exit(0 if sys.stderr is sys.__stderr__ and sys.stdout is sys.__stdout__ else 1)
     shows.close()
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_evaluation_is_seen_to_go_on():
+    """Where the end of training would be said to be now."""
+    figures = Figures(4)
+    figures.count(4, 1.0)
+    assert "ETA 0:00" in figures.place()
+    figures.judging = 0.25
+    assert "evaluating 25%" in figures.place()
+    assert "evaluating 25%" in figures.essentials()

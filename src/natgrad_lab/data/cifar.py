@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from natgrad_lab.data.augment import CropFlip
+from natgrad_lab.data.folders import class_names
 from natgrad_lab.data.images import Images, Source, Splits, as_they_are
 from natgrad_lab.data.opening import Names, open_tables
 from natgrad_lab.data.pictures import Bad, Decoder, Pictures
@@ -69,6 +70,11 @@ class Cifar(Source):
         return Splits(train, test, CropFlip(self.size // 8) if self.augment else as_they_are)
 
     def _tables(self) -> tuple[Table, Table]:
+        if class_names(self.path):
+            raise ValueError(
+                f"{self.path!r} holds class folders of pictures, not CIFAR-{self.kinds}; add --data ImageSet before "
+                "--data.path, or name a folder of CIFAR's parquet files"
+            )
         try:
             return open_tables(self.path, Names(label=self.column), self.kinds)
         except ValueError as error:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from natgrad_lab.data import decoded_cache
 from natgrad_lab.data.decoding import Resize, UnreadableError, picture
 from natgrad_lab.data.prefetch import PIECE, Prefetcher
 from natgrad_lab.data.tables import Table
+from natgrad_lab.progress import tracked
 
 CPU = torch.device("cpu")
 
@@ -143,8 +145,18 @@ class Pictures:
         return pixels.to(self.device, non_blocking=True), places.to(self.device)
 
     def everything(self) -> tuple[Tensor, Tensor]:
-        """Decode all pictures, by workers where they are enough that starting these pays."""
+        """Decode all pictures, by workers where they are enough that starting these pays; or read what was decoded."""
+        decoder = self.decoder
+        file = None
+        if decoder.table.fingerprint is not None:
+            file = decoded_cache.place_of(decoder.table.fingerprint, decoder.places, decoder.size, decoder.resize)
+        found = decoded_cache.kept(file, len(self), decoder.size)
+        if found is not None:
+            return found.to(self.device), torch.arange(len(self), device=self.device)
         indices = torch.arange(len(self)).split(ENOUGH)
         reading = self.ahead(indices) if len(indices) > 1 else self
-        read = [reading.read(index) for index in indices]
-        return torch.cat([pixels for pixels, _ in read]), torch.cat([places for _, places in read])
+        read = [reading.read(index) for index in tracked(indices, len(indices), f"decoding {len(self):,} images")]
+        pixels, places = torch.cat([pixels for pixels, _ in read]), torch.cat([places for _, places in read])
+        if not self.bad.found:  # else every start says which are bad
+            decoded_cache.keep(file, pixels.cpu())
+        return pixels, places

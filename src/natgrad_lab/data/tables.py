@@ -25,6 +25,12 @@ class Table:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def fingerprint(self) -> str | None:
+        """What changes with the pictures; None where they are files of their own, which may change by themselves."""
+        image = self.rows[0]["image"] if len(self) else {"bytes": None}
+        return None if image["bytes"] is None else getattr(self.rows, "_fingerprint", None)
+
     def encoded(self, places: list[int]) -> list[bytes | str | None]:
         """Return the bytes of these pictures, or the paths of their files."""
         return [image["path"] if image["bytes"] is None else image["bytes"] for image in self.rows[places]["image"]]

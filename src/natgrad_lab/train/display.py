@@ -54,8 +54,14 @@ class Display:
         self.figures.record(step, memory)
         self._draw()
 
+    def judging(self, share: float) -> None:
+        """Show that the model is being judged."""
+        self.figures.judging = share
+        self._draw()
+
     def judged(self, step: Step, score: Score) -> None:
         """Show how good the model is, by a line that stays."""
+        self.figures.judging = None
         self.figures.judged = step.step, score
         self.say(
             f"{head(step.step, self.steps, step.epoch, step.loss)}  "
@@ -77,7 +83,8 @@ class Display:
         """Take the panel away and say how the run ended, where its results are and how it goes on."""
         self.close()
         score = f", test accuracy {100 * summary['test_accuracy']:.2f} %" if "test_accuracy" in summary else ""
-        took = f" in {duration(summary['seconds'])}" if "seconds" in summary else ""
+        took = f" in {duration(summary['seconds'])} of training" if "seconds" in summary else ""
+        took += f", {duration(summary['seconds_in_all'])} in all" if "seconds_in_all" in summary else ""
         done = summary.get("steps", 0)
         self.say(f"{status} after {done}{f' of {self.steps}' if done != self.steps else ''} steps{took}{score}")
         if folder is not None:

@@ -6,7 +6,7 @@ before a model is judged; the estimates stay in the model, as its running averag
 the running averages, which every rank has of its own shares, and makes them one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,13 +30,22 @@ class Score:
     accuracy: float
 
 
-def evaluate(model: nn.Module, images: Images, world: World, chunk: int = CHUNK) -> Score:
+Tick = Callable[[float], None]
+"""Told which share of an evaluation is done."""
+
+
+def quietly(share: float) -> None:
+    """Tell nobody."""
+
+
+def evaluate(model: nn.Module, images: Images, world: World, chunk: int = CHUNK, tick: Tick = quietly) -> Score:
     """Return loss (cross-entropy) and accuracy over all images (of texts: all places), the model in evaluation mode."""
     total = torch.zeros(3, dtype=torch.float64)
     share = _share(len(images), world).split(chunk)
     images = read_ahead(images, share)
     with _mode(model, training=False), torch.no_grad():
-        for index in share:
+        for done, index in enumerate(share):
+            tick(done / len(share))
             inputs, labels = images.batch(index)
             logits, labels = model(inputs).float().flatten(0, -2), labels.flatten()
             loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -38,6 +38,8 @@ class Figures:
         self.last: Step | None = None
         self.memory: int | None = None
         self.judged: tuple[int, Score] | None = None
+        self.judging: float | None = None
+        """Share of an evaluation that is done; None: none is under way."""
 
     def count(self, done: int, loss: float) -> None:
         """Take in that one more step is done, of which nothing is known but its number and loss."""
@@ -70,8 +72,14 @@ class Figures:
     def place(self) -> str:
         """Return how far the run is."""
         epoch = f"  epoch {self.last.epoch:.1f}" if self.last is not None else ""
+        return f"{self.done}/{self.steps}{epoch}" + self._coming()
+
+    def _coming(self) -> str:
+        """Return what is under way beside steps, or how long they take yet."""
+        if self.judging is not None:
+            return f"  evaluating {self.judging:.0%}"
         left = self.left()
-        return f"{self.done}/{self.steps}{epoch}" + (f"  ETA {duration(left)}" if left is not None else "")
+        return f"  ETA {duration(left)}" if left is not None else ""
 
     def rows(self) -> list[Row]:
         """Return what is known beside, in rows of names and values."""
@@ -104,12 +112,11 @@ class Figures:
     def essentials(self) -> str:
         """Return one line for a file."""
         epoch, rate = (self.last.epoch, f"  lr {self.last.lr:.3g}") if self.last is not None else (None, "")
-        left = self.left()
         return (
             head(self.done, self.steps, epoch, self.loss)
             + (f"  {brief(self.seconds)} a step" if self.seconds else "")
             + rate
-            + (f"  ETA {duration(left)}" if left is not None else "")
+            + self._coming()
         )
 
 

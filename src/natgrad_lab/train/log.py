@@ -210,8 +210,15 @@ class Journal:
         if self.display is not None:
             self.display.event(kind, **values)
 
+    def judging(self, share: float) -> None:
+        """Show that the model is being judged."""
+        if self.display is not None:
+            self.display.judging(share)
+
     def judged(self, split: str, score: Score) -> None:
         """Keep a score for the summary."""
+        if self.display is not None:
+            self.display.figures.judging = None
         self.summary[f"{split}_accuracy"], self.summary[f"{split}_loss"] = score.accuracy, score.loss
 
     def close(self, status: str, resume: str | None = None) -> None:

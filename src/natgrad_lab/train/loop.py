@@ -23,7 +23,7 @@ from natgrad.parallel import World
 from natgrad_lab.data import Regulariser, Sampler, Splits, read_ahead
 from natgrad_lab.data.sampler import Batch
 from natgrad_lab.train.average import Average
-from natgrad_lab.train.evaluate import CHUNK, Score, average_norms, estimate_norms, evaluate
+from natgrad_lab.train.evaluate import CHUNK, Score, Tick, average_norms, estimate_norms, evaluate, quietly
 from natgrad_lab.train.precision import Precision, arrange
 from natgrad_lab.train.randomness import seed_build, seed_step
 from natgrad_lab.train.recipe import Recipe
@@ -53,6 +53,8 @@ class Job:
     """Steps that have been taken."""
     elapsed: float = 0.0
     """Seconds of training so far."""
+    tick: Tick = quietly
+    """Told which share of an evaluation is done."""
 
     @property
     def scaler(self) -> GradScaler | None:
@@ -83,7 +85,7 @@ class Job:
                 estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples, chunk)
             else:
                 average_norms(self.model, self.world)
-            return evaluate(self.model, getattr(self.splits, split), self.world, chunk)
+            return evaluate(self.model, getattr(self.splits, split), self.world, chunk, self.tick)
 
 
 @dataclass

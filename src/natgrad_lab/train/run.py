@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import shutil
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from natgrad_lab.train.resume import (
     set_later_aside,
 )
 from natgrad_lab.train.saver import Saver, write_weights
-from natgrad_lab.train.state import restore, state_of
+from natgrad_lab.train.state import check_recipe, restore, state_of
 from natgrad_lab.train.stop import Stop
 
 
@@ -82,6 +83,19 @@ def check(name: str, recipe: Recipe, options: Options) -> None:
         raise ValueError(f"there is no checkpoint in {str(folder / FOLDER)!r} to resume from; leave --resume out")
     recipe.check()
     recipe.optimizer.build(build_model(recipe), World())
+    if options.resume:
+        check_resumed(folder / FOLDER, options, recipe)
+
+
+def check_resumed(folder: Path, options: Options, recipe: Recipe) -> None:
+    """Refuse the checkpoint of another recipe. One that is damaged is found when it is loaded."""
+    step = checkpoint.found(folder)[-1] if options.checkpoint is None else options.checkpoint
+    path = folder / checkpoint.name_of(step)
+    try:
+        values = checkpoint.read_values(path)
+    except checkpoint.DamagedError:
+        return
+    check_recipe(path, values, recipe, options.accept_changes)
 
 
 def check_options(options: Options) -> None:
@@ -118,18 +132,19 @@ def pick_device(name: str, world: World) -> torch.device:
 
 def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
     """Train, judge and record, on every rank; return "finished" or "interrupted"."""
+    began = time.monotonic()
     check_agreement(recipe, world)
     job = prepare(recipe, world, recipe.data.load().to(pick_device(options.device, world)))
     lock = on_first(world, lambda: Lock(options.folder(name)))  # a mistake in the recipe has made no folder
     try:
-        return run_alone(name, options, job)
+        return run_alone(name, options, job, began)
     finally:
         if lock is not None:
             lock.release()
 
 
-def run_alone(name: str, options: Options, job: Job) -> str:
-    """`run` in a folder that is ours."""
+def run_alone(name: str, options: Options, job: Job, began: float) -> str:
+    """`run` in a folder that is ours; it began at this time of the monotonic clock."""
     folder, world = options.folder(name), job.world
     told: list[str] = []
     again = restarted(world)
@@ -143,6 +158,7 @@ def run_alone(name: str, options: Options, job: Job) -> str:
         journal.event("damaged", reason=wrong)
     if start is not None:
         journal.event("resumed", step=job.done, path=str(start), ranks=world.size)
+    job.tick = journal.judging
     saver = Saver(folder / FOLDER, world, options.keep, journal.event) if options.save_every != 0 else None
     status = "failed"
     try:
@@ -158,6 +174,7 @@ def run_alone(name: str, options: Options, job: Job) -> str:
         raise
     finally:
         last = saver.last() if saver is not None and status != "finished" and world.rank == 0 else None
+        journal.summary["seconds_in_all"] = time.monotonic() - began  # of this start, reading and judging included
         journal.close(status, resume_command() if last is not None else None)
     return status
 

@@ -24,7 +24,7 @@ from natgrad_lab.data.mixup import RunningMixup
 from natgrad_lab.train import checkpoint
 from natgrad_lab.train.json_tensors import pack, unpack
 from natgrad_lab.train.loop import Job
-from natgrad_lab.train.recipe import described
+from natgrad_lab.train.recipe import Recipe, described
 
 Tensors = dict[str, Tensor]
 
@@ -80,18 +80,7 @@ def check_same(path: Path, values: Mapping[str, Any], job: Job, changes: bool) -
 
     Return whether the recipe differs, which `changes` allows.
     """
-    differing = list(differences(without_free(values["recipe"]), _plain(without_free(described(job.recipe)))))
-    if differing and not changes:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise ValueError(
-            f"checkpoint {str(path)!r} is of another recipe: {'; '.join(differing[:3])}{more}; use the command that "
-            "began the run, or add --accept-changes to go on with the new values"
-        )
-    old, new = (recipe["optimizer"]["kind"] for recipe in (values["recipe"], described(job.recipe)))
-    if old != new:
-        raise ValueError(
-            f"checkpoint {str(path)!r} holds the state of {old}, not of {new}: begin anew without --resume"
-        )
+    differing = check_recipe(path, values, job.recipe, changes)
     if values["steps"] != job.steps and not differing:
         raise ValueError(
             f"{job.world.size} ranks make {job.steps} steps of this run, {values['ranks']} made {values['steps']}: the "
@@ -99,6 +88,26 @@ def check_same(path: Path, values: Mapping[str, Any], job: Job, changes: bool) -
         )
     if values["step"] > job.steps:
         raise ValueError(f"checkpoint {str(path)!r} has {values['step']} steps, this recipe ends after {job.steps}")
+    return differing
+
+
+def check_recipe(path: Path, values: Mapping[str, Any], recipe: Recipe, changes: bool) -> bool:
+    """Refuse the checkpoint of another recipe, naming what differs. Return whether it differs, which `changes` allows.
+
+    Neither data nor model are needed for it.
+    """
+    differing = list(differences(without_free(values["recipe"]), _plain(without_free(described(recipe)))))
+    if differing and not changes:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"checkpoint {str(path)!r} is of another recipe: {'; '.join(differing[:3])}{more}; use the command that "
+            "began the run, or add --accept-changes to go on with the new values"
+        )
+    old, new = (one["optimizer"]["kind"] for one in (values["recipe"], described(recipe)))
+    if old != new:
+        raise ValueError(
+            f"checkpoint {str(path)!r} holds the state of {old}, not of {new}: begin anew without --resume"
+        )
     return bool(differing)
 
 
