@@ -46,6 +46,12 @@ EXAMPLES = {
         ("same, even kernel", lambda: nn.Conv2d(2, 3, (2, 4), padding="same", bias=False), normal(3, 2, 5, 6)),
     ],
     nn.Conv3d: [("dilated", lambda: nn.Conv3d(2, 3, 2, dilation=2, padding=1), normal(3, 2, 4, 5, 4))],
+    nn.ConvTranspose1d: [("stride", lambda: nn.ConvTranspose1d(3, 4, 3, stride=2), normal(5, 3, 6))],
+    nn.ConvTranspose2d: [
+        ("padding", lambda: nn.ConvTranspose2d(2, 3, 3, 2, 1, output_padding=1), normal(4, 2, 5, 4)),
+        ("dilated", lambda: nn.ConvTranspose2d(2, 3, (2, 3), dilation=2, bias=False), normal(4, 2, 3, 4)),
+    ],
+    nn.ConvTranspose3d: [("plain", lambda: nn.ConvTranspose3d(2, 3, 2), normal(3, 2, 3, 2, 3))],
     nn.Embedding: [
         ("tokens", lambda: nn.Embedding(7, 3), tokens(7, 5, 4)),
         ("one token", lambda: nn.Embedding(7, 3), tokens(7, 5)),
@@ -79,7 +85,7 @@ EXAMPLES = {
 REFUSED = {
     nn.SyncBatchNorm: (lambda: nn.SyncBatchNorm(3), "spread over ranks"),
     nn.Module: (lambda: nn.Bilinear(2, 2, 2), "no layer is registered for Bilinear"),
-    nn.ConvTranspose2d: (lambda: nn.ConvTranspose2d(2, 2, 2), "no layer is registered for ConvTranspose2d"),
+    nn.ConvTranspose2d: (lambda: nn.ConvTranspose2d(2, 2, 2, groups=2), "in groups is not known"),
     nn.BatchNorm1d: (lambda: nn.BatchNorm1d(3, affine=False), "no scale"),
     nn.LayerNorm: (lambda: nn.LayerNorm(3, elementwise_affine=False), "no scale"),
     nn.GroupNorm: (lambda: nn.GroupNorm(1, 3, affine=False), "no scale"),

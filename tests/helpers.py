@@ -46,6 +46,20 @@ def made(kind, model, **options):
 CURVATURES = subclasses(Curvature)
 
 
+class Opaque(torch.autograd.Function):
+    """A product that is no function of torch."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.T @ x
+
+
 class Mixed(nn.Module):
     """An embedding, a convolution, norms, a linear layer and a loose parameter; no layer looks across samples."""
 

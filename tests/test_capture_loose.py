@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import natgrad
-from helpers import Two, backward, clone, hooks, mlp, points, quiet, row, train, weights
+from helpers import Opaque, Two, backward, clone, hooks, mlp, points, quiet, row, train, weights
 
 
 def spngd(model, **options):
@@ -18,17 +18,19 @@ def spngd(model, **options):
 
 
 class Behind(Two):
+    """Its head is a kernel of its own, which no function of torch shows."""
+
     def forward(self, x):
-        return F.linear(torch.tanh(self.body(x)), self.head.weight, self.head.bias)
+        return Opaque.apply(torch.tanh(self.body(x)), self.head.weight) + self.head.bias
 
 
 def test_a_weight_used_behind_our_back():
     model = Behind()
     opt = spngd(model)
     assert row(opt, "head").curvature == "kronecker"
-    with pytest.warns(natgrad.NatgradWarning, match="head: its module is never called"):
+    with pytest.warns(natgrad.NatgradWarning, match="head: its module's calls do not account for its gradient"):
         train(opt, model, [points(12, 0)])
-    assert "never called" in row(opt, "head.weight").why
+    assert "do not account" in row(opt, "head.weight").why
     assert row(opt, "head.weight").curvature == "none (adam)"
     assert row(opt, "body").curvature == "kronecker"
     before = model.head.weight.detach().clone()
@@ -40,28 +42,6 @@ def test_a_weight_used_behind_our_back():
     backward(model, points(12, 0))
     with pytest.raises(ValueError, match="strict=True"):
         opt.step()
-
-
-@pytest.mark.filterwarnings("error::natgrad.NatgradWarning")
-def test_attention_is_known_to_use_its_weights_itself():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
-            self.body = nn.Linear(4, 20)  # so that most weights have curvature, of which the rest would be warned
-            self.back = nn.Linear(20, 4)
-
-        def forward(self, x):
-            x = self.back(torch.tanh(self.body(x))).unsqueeze(1).expand(-1, 3, -1)
-            return self.head(self.attention(x, x, x)[0].mean(1))
-
-    model = Attention()
-    opt = spngd(model)
-    assert "attention" in row(opt, "attention.out_proj.weight").why
-    before = [p.detach().clone() for p in model.parameters()]
-    losses = train(opt, model, [points(24, 0)] * 15)
-    assert losses[-1] < losses[0]
-    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
 
 
 def test_frozen_layers_and_half_frozen_layers():
@@ -77,21 +57,6 @@ def test_frozen_layers_and_half_frozen_layers():
     opt = spngd(whole)
     assert [r.layer for r in opt.coverage()] == ["2"]
     train(opt, whole, [points(12, 0)])
-
-
-def test_tied_weights_are_loose_and_counted_once():
-    class Tied(Two):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(4, 4)
-            self.head.weight = self.body.weight
-
-    model = Tied()
-    opt = spngd(model)
-    assert "shared" in row(opt, "body.weight").why
-    assert sum(r.parameters for r in opt.coverage()) == sum(p.numel() for p in model.parameters())
-    losses = train(opt, model, [points(12, 0)] * 15)
-    assert losses[-1] < losses[0]
 
 
 def test_parametrised_weights_are_loose():

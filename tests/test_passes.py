@@ -8,7 +8,21 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import natgrad
-from helpers import OPTIMIZERS, backward, clone, heard, made, mlp, points, quiet, said_by, statistic, unwarned, weights
+from helpers import (
+    OPTIMIZERS,
+    Opaque,
+    backward,
+    clone,
+    heard,
+    made,
+    mlp,
+    points,
+    quiet,
+    said_by,
+    statistic,
+    unwarned,
+    weights,
+)
 
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -560,8 +574,8 @@ def test_layers_that_disagree_about_samples_are_named_once():
 
         def forward(self, x):
             h = torch.tanh(self.a(x.reshape(len(x), 8)[:, :4]))
-            h = torch.stack([h, -h], 1).flatten(0, 1)
-            return self.b(self.w(h).unflatten(0, (len(x), 2)).flatten(1))
+            h = self.w(torch.cat([h, -h[:4]]))  # windows of some samples only
+            return self.b(torch.cat([h[: len(x)], h[-len(x) :]], 1))
 
     torch.manual_seed(0)
     model = Windows()
@@ -575,7 +589,7 @@ def test_layers_that_disagree_about_samples_are_named_once():
             opt.zero_grad()
         said += [str(w.message) for w in found]
     assert len(said) == 1
-    assert "layers disagree about the samples of a step: 6 in most, 12 in w" in said[0]
+    assert "layers disagree about the samples of a step: 6 in most, 10 in w" in said[0]
 
 
 def test_a_layer_called_once_for_the_whole_batch_is_not_curved_by_sums():
@@ -1019,7 +1033,7 @@ def test_a_hook_comes_back_with_a_layer_that_was_frozen_for_a_while():
         opt.zero_grad()
     assert row_covered(opt, "0")
     inner = type(model[0]).forward
-    model[0].forward = lambda x: inner(model[0], 2 * x) if model.training else None
+    model[0].forward = lambda x: inner(model[0], x) + Opaque.apply(x, model[0].weight)
     for step in range(4):
         backward(model, batch_of(step))
         quiet(opt.step)

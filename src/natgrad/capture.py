@@ -1,8 +1,11 @@
 """Watches the forward and backward passes of an unmodified model, and only while something is to be measured.
 
-A forward hook looks at a layer's input and hangs a hook on its output; that one fires when the output's gradient is
-known, and only then does the call count. So a forward pass without a backward pass (evaluation, the first of activation
-checkpointing's two) leaves nothing behind, and an in-place activation after the layer changes nothing.
+A mode sees the functions of torch that are given a layer's weight (weight_calls.py): it looks at the input and hangs a
+hook on the output; that one fires when the output's gradient is known, and only then does the call count. So a forward
+pass without a backward pass (evaluation, the first of activation checkpointing's two) leaves nothing behind, and an
+in-place activation after the layer changes nothing. The mode is at work inside of the model and of modules that have
+watched weights. Only layers of users' own classes are watched by the calls of their modules: what those compute may be
+no function of torch.
 
 Samples belong to forward passes. An `Episode` is one call of the whole model: its layers' calls see the same samples.
 Several episodes before a step (micro-batches, the steps of a rollout, real and generated images) are a larger batch.
@@ -33,11 +36,26 @@ from torch import Tensor, nn
 from natgrad.checksum import Checksum
 from natgrad.curvature.curvature import Draw, Moment, Statistic
 from natgrad.curvature.per_sample import Rows, Sample, count, longer, places_of, stacked, thinned
-from natgrad.hooks import Begin, Deposit, End, LayerHook, LogitGradientScaling, deposits
+from natgrad.eager import Eager
+from natgrad.functions import Found
+from natgrad.hooks import (
+    Arrival,
+    Begin,
+    Deposit,
+    End,
+    Enter,
+    LayerHook,
+    Leave,
+    LogitGradientScaling,
+    deposits,
+    transformed,
+)
 from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.layer import promote
+from natgrad.layers.use import Form
 from natgrad.readings import Readings, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
+from natgrad.weight_calls import Flat, WeightCalls
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
 
@@ -89,6 +107,7 @@ class Measured(NamedTuple):
 
     sums: dict[Key, Tensor]
     weights: dict[Key, int]  # rows of a moment, samples of rows
+    blocks: dict[Key, Tensor]  # rows of each block [b], where layers are uneven
     samples: int
     rows: dict[Key, Sample]
     predictions: float  # of all these samples
@@ -106,7 +125,10 @@ class Episode:
 
     number: int
     outside: bool = False  # of layers that are called on their own
+    given: int = 0  # the first dimension of the model's input
     first: int = 0  # samples of the first call
+    whole: bool = False  # a call has seen as many samples as the model was given
+    strange: set[int] = field(default_factory=set)  # layers with whose weights something else was done
     rows: int = 0  # of the model's output
     sampled: bool = False  # labels were drawn for it
     aligned: dict[int, dict[str, Aligned]] = field(default_factory=dict)  # draws of each layer's calls
@@ -126,6 +148,28 @@ class Episode:
         self.steepness = 0.0
 
 
+class Arrangement(NamedTuple):
+    """How samples come first in a call's input and in the gradient of its output.
+
+    dim: the dimension of the samples. time, fold: the first dimension holds so many places of each sample, one after
+    the other (time first), or that many samples with their places behind one another.
+    """
+
+    dim: int = 0
+    time: int = 0
+    fold: int = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.time:
+            return x.unflatten(0, (self.time, -1)).transpose(0, 1)
+        if self.fold:
+            return x.unflatten(0, (self.fold, -1))
+        return x.movedim(self.dim, 0) if self.dim else x
+
+
+STRAIGHT = Arrangement()
+
+
 @dataclass(eq=False)
 class Call:
     """One call of one layer on the `own` samples of `samples` that begin at `offset`.
@@ -139,7 +183,10 @@ class Call:
     places: int
     samples: int = 0
     offset: int = 0
-    dim: int = 0  # of the samples
+    layer: Any = None  # as the call uses it
+    arrange: Arrangement = STRAIGHT
+    turned: bool = False  # features are in the last dimension but one of the output
+    late: Tensor | None = None  # the input, where it is a row only together with the output's gradient
     form: str = ""  # of the model's output: predictions are its "rows", all but the "last" dimension, or "elements"
     task: int = -1
     kept: list[tuple[Statistic, Any, Draw]] = field(default_factory=list)
@@ -181,6 +228,8 @@ class Capture:
         self._checked: set[int] = set()  # layers that have a checksum in this step
         self._measured: Counter[int] = Counter()  # how often each layer was measured
         self._handles: list[Any] = []
+        self.calls: WeightCalls | None = None  # what sees the functions
+        self.depth = threading.local()  # of modules within each other that are being watched, in each thread
         self._hooked: set[tuple[int, int]] = set()  # parameters with a hook: a layer, and a place among its parameters
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._depth = 0  # calls of the model within each other
@@ -203,6 +252,7 @@ class Capture:
         """Watch until `disarm`. All layers count samples; those in `watches` are measured."""
         self.watches, self.sampler = dict(watches), sampler
         self._depth, self._inner = 0, None  # an interrupt may have ended a forward pass unseen
+        self._abandon()
         if self.edges:
             self.edges.clear()  # of passes for which no labels were drawn; they hold their graphs
         self._checked = {k for k in watches if (n := self._measured[k]) < FIRST or (n + k) % EVERY == 0}
@@ -214,13 +264,23 @@ class Capture:
                 if parameter.requires_grad and (index, place) not in self._hooked:  # it may have been frozen before
                     self._handles.append(parameter.register_hook(Deposit(self, index, place)))
                     self._hooked.add((index, place))
-            if not armed:
+            if not armed and not layer.by_weight:
                 hook = LayerHook(self, index)  # before the user's own, which may change the output
                 self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         if armed:
             return
+        seen = {k: layer for k, layer in enumerate(self.layers) if layer.by_weight}
+        me = weakref.ref(self)
+        self.calls = WeightCalls(
+            seen,
+            lambda found, output, flat: (own := me()) is None or own.used(found, output, flat),
+            lambda index: None if (own := me()) is None else own.strange(index),
+        )
+        for module in dict.fromkeys(layer.module for layer in seen.values()):
+            self._handles.append(module.register_forward_pre_hook(Enter(self), prepend=True))
+            self._handles.append(module.register_forward_hook(Leave(self), always_call=True))
         if (model := self.model()) is not None:
-            self._handles.append(model.register_forward_pre_hook(Begin(self), prepend=True))
+            self._handles.append(model.register_forward_pre_hook(Begin(self), prepend=True, with_kwargs=True))
             self._handles.append(model.register_forward_hook(End(self), always_call=True))
         _eager(self._handles)  # a compiled graph has no place for these hooks
 
@@ -229,6 +289,7 @@ class Capture:
         _remove(self._handles)
         self._hooked.clear()
         self._depth, self._inner = 0, None
+        self._abandon()
 
     def discard(self, task: int | None = None) -> None:
         """Forget what has been measured, save what the backward pass `task` has just told of outputs."""
@@ -242,6 +303,7 @@ class Capture:
         self._sums: dict[Key, Tensor] = {}
         self._weights: dict[Key, int] = {}
         self._rows: dict[Key, Sample] = {}
+        self._blocks: dict[Key, Tensor] = {}
         self._seen: dict[int, LayerSeen] = defaultdict(LayerSeen)
         for check in self._checks.values():
             check.reset()
@@ -268,10 +330,32 @@ class Capture:
 
     # --- forward ---
 
-    def begin(self) -> None:
-        """The model is called."""
+    def enter(self) -> None:
+        """A module with watched weights, or the model, is called."""
+        depth = getattr(self.depth, "value", 0)
+        self.depth.value = depth + 1
+        if depth == 0 and self.calls is not None:
+            self.calls.enter()
+
+    def leave(self) -> None:
+        """It returns, or fails."""
+        depth = getattr(self.depth, "value", 0)
+        if depth == 1 and self.calls is not None:
+            self.calls.leave()
+        self.depth.value = max(0, depth - 1)
+
+    def _abandon(self) -> None:
+        """Leave what an interrupt has left open."""
+        if getattr(self.depth, "value", 0) and self.calls is not None:
+            self.calls.leave()
+        self.depth.value = 0
+
+    def begin(self, given: int = 0) -> None:
+        """The model is called on an input whose first dimension is `given`."""
         if self._depth == 0:
-            self._inner = Episode(len(self._episodes))
+            self._inner = Episode(len(self._episodes), given=given)
+            if self.calls is not None:
+                self.calls.begin()
             if self.halves and self._half is None and self._added and torch._C._current_graph_task_id() == -1:
                 self._half = gradient_norms(self.layers), len(self._episodes)
         self._depth += 1
@@ -287,33 +371,73 @@ class Capture:
         episode.rows = len(logits) if logits.dim() else 0
         return Call(LOGITS, episode, episode.rows, 1, episode.rows)
 
-    def called(self, index: int, x: Tensor, output: Tensor) -> Call:
-        """A layer is called on x."""
-        layer, watch, task = self.layers[index], self.watches.get(index), self._pass()
+    def used(self, found: Found, output: Tensor, flat: Flat | None) -> bool:
+        """A function was given a layer's weight. Whether it is a call of the layer."""
+        if transformed():
+            return True
+        start = self.clock()
+        form = self.layers[found.layer].form(found.use)
+        if form is not None:
+            output.register_hook(Arrival(self, self.called(found.layer, form, output, flat)))
+        self.seconds += self.clock() - start
+        return form is not None
+
+    def strange(self, index: int) -> None:
+        """Something else is done with a layer's weight."""
+        self._episode().strange.add(index)
+
+    def called(self, index: int, form: Form, output: Tensor, flat: Flat | None = None) -> Call:
+        """A layer is called."""
+        layer, x = form.layer, form.x
+        watch, task = self.watches.get(index), self._pass()
         episode = self._episode() if task < 0 else self._through(task)
-        dim = self.dims[index] if layer.free is not None and x.dim() - layer.free > self.dims[index] else 0
-        own, places = layer.count(x.movedim(dim, 0) if dim else x) if x.numel() else (0, 1)
+        arrange = self._arrangement(index, layer, x, flat, episode)
+        own, places = layer.count(arrange(x)) if x.numel() else (0, 1)
         episode.first = episode.first or own
-        offset, samples = (0, own) if dim or own >= episode.first else part_of_batch(x, own, episode.first)
-        call = Call(index, episode, own, places, samples, offset, dim=dim, task=task)
+        episode.whole |= own == episode.given
+        straight = arrange == STRAIGHT and own < episode.first
+        offset, samples = part_of_batch(x, own, episode.first) if straight else (0, own)
+        call = Call(index, episode, own, places, samples, offset, layer, arrange, form.turned, task=task)
         call.deep = layer.free is not None and x.dim() - layer.free > 1
         if watch and own:
             first = not x.requires_grad
             with calm(x.device):
                 x = x.detach()
+                call.late = x if form.late else None
                 call.positions = layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
-                call.swapped = swapped(layer)
+                call.swapped = not layer.by_weight and swapped(layer)
                 if index in self._checked:
                     with self._timed():
-                        call.looked = self._checksum(index).look(x, output)
+                        call.looked = self._checksum(index).look(x, output, layer, form.late)
                 draws = self._draws(index, episode, call, x.device)
-                moved = x.movedim(dim, 0)
+                moved = arrange(x)
                 call.sizes = OutputForm(moved.shape, output.shape, first)
-                kept = output if dim == 0 else None
-                call.kept = [(m, m.before(layer, moved, draws[m.draws], kept), draws[m.draws]) for m in watch.moments]
+                kept = output if arrange == STRAIGHT else None
+                call.kept = [
+                    (m, None if form.late else m.before(layer, moved, draws[m.draws], kept), draws[m.draws])
+                    for m in watch.moments
+                ]
         if self.edges is not None:
             self.edges.append(torch.autograd.graph.get_gradient_edge(output))
         return call
+
+    def _arrangement(self, index: int, layer: Layer, x: Tensor, flat: Flat | None, episode: Episode) -> Arrangement:
+        """Where a call's samples are."""
+        if layer.free is None or x.dim() <= layer.free:
+            return STRAIGHT
+        between = x.dim() - layer.free
+        if flat is not None:
+            if between == 1 and len(x) == flat.time * flat.samples:
+                return Arrangement(time=flat.time)
+            return Arrangement(dim=1 if between > 1 else 0)
+        if between > self.dims[index] > 0:
+            return Arrangement(dim=self.dims[index])
+        given = episode.given
+        if self.dims[index] == 0 and len(x) > given > 0 and len(x) % given == 0:
+            base = x._base if x._is_view() else None
+            if episode.whole or (base is not None and base.dim() > 0 and len(base) == given):
+                return Arrangement(fold=given)  # windows, or places in one line: more places of each sample
+        return STRAIGHT
 
     def _episode(self) -> Episode:
         """The one that a call belongs to: the model's, or that of layers called on their own."""
@@ -367,17 +491,19 @@ class Capture:
             self._turn(self._pass(), call.episode)
             if call.index in self.watches:
                 self._claimed[call.index] = self._pass()
-                self._seen[call.index].swapped |= call.swapped
+                strange = call.index in call.episode.strange and call.looked is None  # else the checksum says
+                self._seen[call.index].swapped |= call.swapped or strange
             if call.looked is None:
                 self._checked.discard(call.index)  # of a step that had no checksum of it
             elif call.index in self._checked:
                 with self._timed(), calm(dy.device):
-                    self._checks[call.index].claim(call.looked, dy.detach(), call.own * call.places)
+                    rows, seen = call.own * call.places, turned(call, dy.detach())
+                    self._checks[call.index].claim(call.looked, seen, rows, call.layer, call.late)
         if counts:
             self._twice |= call.episode.sampled
             seen = self._seen[call.index]
             seen.calls += 1
-            seen.deep |= call.deep and call.dim == 0
+            seen.deep |= call.deep and call.arrange == STRAIGHT
             seen.again |= call.episode.outside and call.episode.made[call.index] > 1
             self._counted.add(self._pass())
             if self._told:
@@ -406,8 +532,8 @@ class Capture:
             return "rows"
         if dy.dim() == 0 or near is None:
             return "none"
-        layer = self.layers[near.index]
-        wide = layer.shape.blocks * layer.shape.out
+        layer = near.layer
+        wide = layer.shape.inner if near.late is not None else layer.shape.blocks * layer.shape.out
         if dy.dim() == 2 and near.places > 1 and dy.shape[1] == near.places != wide:
             return "elements"  # a number for each place, such as the logarithm of a token's probability
         if dy.dim() < 3:
@@ -509,16 +635,24 @@ class Capture:
                 if self.judged is not None and dy.dim() > 1:
                     episode.sharpness = promote(dy).flatten(1).square().sum(1)
                 return
-            index, layer = call.index, self.layers[call.index]
+            index, layer = call.index, call.layer
             self._seen[index].once |= bool(call.positions)
             episode.counts[index] = max(call.samples, episode.counts.get(index, 0))
             due = self.watches[index].moments if index in self.watches and call.own * call.places else ()
-            dy = dy.movedim(call.dim, 0)
+            dy, x = turned(call, dy), call.late
+            if x is not None:
+                x, dy = layer.exchanged(x, dy)
+                x, call.late = call.arrange(x), None
+            dy = call.arrange(dy)
             for moment, kept, draw in call.kept:
                 if moment not in due:
                     continue  # of an earlier step
-                part = moment.after(layer, kept, dy, draw)
+                before = kept if x is None else moment.before(layer, x, draw, None)
+                part = moment.after(layer, before, dy, draw)
                 key = index, moment.key
+                if isinstance(moment, Moment) and layer.uneven and moment.order == 0:
+                    counts = layer.block_rows(dy if x is None else x)
+                    self._blocks[key] = self._blocks[key] + counts if key in self._blocks else counts
                 if isinstance(moment, Moment):
                     self._weights[key] = self._weights.get(key, 0) + call.own * call.places
                 if isinstance(moment, Moment) and moment.additive:
@@ -539,10 +673,10 @@ class Capture:
             rows = rows.get(call.form, lambda: dy.reshape(-1, 1))()
             call.episode.steepness = steepness(rows)
             return (torch.linalg.vector_norm(rows, torch.inf, 1) > 0).sum(dtype=torch.float64)
-        layer = self.layers[call.index]
         if call.own * call.places == 0:
             return 0.0
-        rows = layer.output_rows(dy.movedim(call.dim, 0)).flatten(1)
+        dy = call.arrange(turned(call, dy))
+        rows = dy.flatten(0, -2) if call.late is not None else call.layer.output_rows(dy).flatten(1)
         call.episode.steepness = steepness(rows)
         there = torch.linalg.vector_norm(rows, torch.inf, 1) > 0
         every = there.sum(dtype=torch.float64)
@@ -703,7 +837,8 @@ class Capture:
         if self._half is not None and self._half[0]:
             half = self._half_square, sum(counts[: self._half[1]])
         seen = dict(self._seen)
-        measured = Measured(self._sums, self._weights, samples, self._rows, predictions, by, steepest, seen, half)
+        sums, weights, blocks, rows = self._sums, self._weights, self._blocks, self._rows
+        measured = Measured(sums, weights, blocks, samples, rows, predictions, by, steepest, seen, half)
         self.discard()
         return measured
 
@@ -749,6 +884,11 @@ def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
         return 0, own
     offset = int(x.storage_offset() - base.storage_offset()) // max(stride, 1)
     return (offset, batch) if offset + own <= batch else (0, own)
+
+
+def turned(call: Call, dy: Tensor) -> Tensor:
+    """The gradient of a call's output, features last."""
+    return dy.transpose(-1, -2) if call.turned else dy
 
 
 def swapped(layer: Layer) -> bool:
@@ -805,16 +945,17 @@ def calm(*devices: torch.device) -> Iterator[None]:
         yield
 
 
+EAGER = Eager()
 _lock = threading.RLock()  # collecting garbage inside may remove the hooks of a forgotten capture
 _armed: set[int] = set()  # lists of handles, one for each capture that watches
 
 
 def _eager(handles: list[Any]) -> None:
-    """Compiled models run eagerly while anybody watches."""
+    """Compiled models run eagerly where gradients are wanted, while anybody watches."""
     with _lock:
         if handles:
             _armed.add(id(handles))
-        torch.compiler.set_stance("force_eager" if _armed else "default")
+        EAGER.set(bool(_armed))
 
 
 def _remove(handles: list[Any]) -> None:
@@ -824,4 +965,4 @@ def _remove(handles: list[Any]) -> None:
         handles.clear()
         with _lock:
             _armed.discard(id(handles))
-            torch.compiler.set_stance("force_eager" if _armed else "default")
+            EAGER.set(bool(_armed))

@@ -57,18 +57,25 @@ class Checksum:
         weight = self.layer.parameters[0]
         return self.u.dtype == at_least_single(weight.dtype) and self.u.device == weight.device
 
-    def look(self, x: Tensor, output: Tensor) -> Any:
-        """What is needed of a call on x until its output's gradient is known."""
+    def look(self, x: Tensor, output: Tensor, form: Layer | None = None, late: bool = False) -> Any:
+        """What is needed of a call on x until its output's gradient is known. `form`: the layer as the call uses it."""
         self._round(x.dtype)
         self._round(output.dtype)
         if self.layer.kind != "embedding" and rounds_products(x.device):
             self.epsilon = max(self.epsilon, torch.finfo(torch.bfloat16).eps)
-        return self.layer.look(x, self.u, output)
+        return () if late else (form or self.layer).look(x, self.u, output)
 
-    def claim(self, looked: Any, dy: Tensor, rows: int) -> None:
-        """A call's output has the gradient dy: what that adds to the gradient of the weight."""
+    def claim(self, looked: Any, dy: Tensor, rows: int, form: Layer | None = None, late: Tensor | None = None) -> None:
+        """A call's output has the gradient dy: what that adds to the gradient of the weight.
+
+        late: the call's input, where the form exchanges it with dy.
+        """
+        layer = form or self.layer
         self.calls += 1
-        total, squares = self.layer.bilinear(looked, dy, self.u, self.v)
+        if late is not None:
+            x, dy = layer.exchanged(late, dy)
+            looked = layer.look(x, self.u, dy)
+        total, squares = layer.bilinear(looked, dy, self.u, self.v)
         self.sums[0].append(total)
         self.sums[2].append(squares)
         self.rows += rows

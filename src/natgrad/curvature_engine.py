@@ -70,6 +70,7 @@ class SeenByRanks(NamedTuple):
     last: int | None  # the layer whose places were taken for predictions
     weights: dict[Key, float]
     layers: dict[int, list[float]]  # the numbers of each layer's LayerSeen (capture.py), added up
+    blocks: dict[Key, Tensor]  # how many rows each block has seen [b], where they differ
 
     def saw(self, key: Key) -> bool:
         """Whether any rank has measured a statistic."""
@@ -348,6 +349,10 @@ class CurvatureEngine:
                 seen.missed,
                 not seen.finite,
             ]
+        uneven = [(index, key) for index, key in plan if self._by_block(index, key)]
+        for key in uneven:
+            rows_of = measured.blocks.get(key)
+            own += [0.0] * self.cells[key[0]].layer.shape.blocks if rows_of is None else rows_of.tolist()
         if self.spending is not None:
             own += self.spending.count(plan, measured)
         numbers = torch.tensor(own, dtype=torch.float64)
@@ -356,13 +361,24 @@ class CurvatureEngine:
         weights = dict(zip(plan, rest))
         begin, end = len(plan), len(plan) + SEEN_BY_LAYER * len(layers)
         rows, counted = torch.tensor(rest[begin:end]).view(-1, SEEN_BY_LAYER).tolist(), rest[end:]
+        blocks: dict[Key, Tensor] = {}
+        for key in uneven:
+            count = self.cells[key[0]].layer.shape.blocks
+            blocks[key], counted = torch.tensor(counted[:count]), counted[count:]
         if self.spending is not None:
             self.spending.take_in(plan, counted, samples)
         last = None if measured.by in (None, LOGITS) else measured.by
         by = "rows of the model's output with a gradient" if of_output >= of_any / 2 and of_any else ""
         if not by and last is not None:
             by = f"rows of the output of {self.cells[last].name or 'the model'} with a gradient"
-        return SeenByRanks(samples, predictions, by or "no gradient was seen", last, weights, dict(zip(layers, rows)))
+        told = by or "no gradient was seen"
+        return SeenByRanks(samples, predictions, told, last, weights, dict(zip(layers, rows)), blocks)
+
+    def _by_block(self, index: int, key: str) -> bool:
+        """Whether a statistic is a mean over rows that are not the same for all blocks of its layer."""
+        cell = self.cells[index]
+        moment = next(m for m in cell.statistics if m.key == key)
+        return cell.layer.uneven and not cell.by_rows and moment.order == 0
 
     def _unusable(self, found: SeenByRanks) -> dict[int, str]:
         """The layers whose measurements say nothing about their curvature, and why."""
@@ -388,7 +404,7 @@ class CurvatureEngine:
         told, n = [], found.samples
         unlike: dict[float, list[str]] = {}
         for index, (_, _, _, _, samples, once, *_) in found.layers.items():
-            if samples not in (0, n) and not once:
+            if samples not in (0, n) and not once and self.cells[index].layer.per_sample:
                 unlike.setdefault(samples, []).append(self.cells[index].name or "the model")
         if unlike:
             which = "; ".join(f"{int(m)} in {shortened(names)}" for m, names in sorted(unlike.items()))
@@ -518,6 +534,10 @@ class CurvatureEngine:
             values.append(cell.zeros(moment.shape(cell.layer)) if value is None else value)
             factors.append(1 / found.weights[key] if moment.order == 0 else weigh / scale**2)
         means_of = torch._foreach_mul(values, factors) if values else []
+        for k, key in enumerate(keys):
+            if key in found.blocks:  # a mean over the rows of each block
+                share = found.weights[key] / found.blocks[key].clamp_min(1)
+                means_of[k].mul_(share.to(means_of[k]).view(-1, *[1] * (means_of[k].dim() - 1)))
         return [
             OwnedTensor(value, self.cells[index].holders[name], moment.symmetric)
             for value, (index, name), moment in zip(means_of, keys, moments)

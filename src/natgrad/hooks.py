@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.curvature.per_sample import Sample, scaled
+from natgrad.layers.use import Form
 
 if TYPE_CHECKING:
     from natgrad.capture import Call, Capture
@@ -39,7 +40,7 @@ class Inert:
 
 
 class LayerHook(Hook):
-    """The forward hook of one layer: looks at the input, and hangs a hook on the output."""
+    """The forward hook of a layer that no function of torch tells of: what its module was given, and what it gave."""
 
     def __init__(self, capture: Capture, index: int):
         super().__init__(capture)
@@ -55,7 +56,7 @@ class LayerHook(Hook):
         if x is None:
             return
         start = capture.clock()
-        call = capture.called(self.index, x, output)
+        call = capture.called(self.index, Form(capture.layers[self.index], x), output)
         capture.seconds += capture.clock() - start
         output.register_hook(Arrival(capture, call))
 
@@ -92,22 +93,44 @@ class Deposit(Hook):
         capture.seconds += capture.clock() - start
 
 
-class Begin(Hook):
-    """The forward pre-hook of the whole model."""
+class Enter(Hook):
+    """The forward pre-hook of a module with watched weights: functions are seen from here on."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        capture = self.capture()
-        if capture is not None:
-            capture.begin()
+        if torch.is_grad_enabled() and (capture := self.capture()) is not None:
+            capture.enter()
+
+
+class Leave(Hook):
+    """The forward hook of a module with watched weights."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.is_grad_enabled() and (capture := self.capture()) is not None:
+            capture.leave()
+
+
+class Begin(Hook):
+    """The forward pre-hook of the whole model.
+
+    Without gradients nothing is watched, and nothing is asked that a compiler could not follow.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> None:
+        if torch.is_grad_enabled() and (capture := self.capture()) is not None:
+            # without keywords only where garbage collection has removed the hook while torch was calling the hooks
+            named = rest[0].values() if rest else ()
+            given = next((len(v) for v in (*args, *named) if isinstance(v, Tensor) and v.dim()), 0)
+            capture.begin(given)
+            capture.enter()
 
 
 class End(Hook):
     """The forward hook of the whole model, whose output holds the logits."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        capture = self.capture()
-        if capture is None:
+        if not torch.is_grad_enabled() or (capture := self.capture()) is None:
             return
+        capture.leave()
         logits = None
         for dims in (2, 1, 0):  # one number a sample, or a loss
             if logits is None and not transformed():

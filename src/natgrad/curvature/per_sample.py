@@ -145,7 +145,7 @@ def added(one: Sample, other: Sample, shape: Shape) -> Sample:
     if count(one) != count(other):
         one, other = (one, other) if count(one) > count(other) else (other, one)
         other = longer(other, count(one))
-    if "columns" in one or "columns" in other:
+    if "columns" in one or "columns" in other or ("tokens" in one) != ("tokens" in other):
         one, other = (conform(rows, shape, True, 0) for rows in (one, other))
         return {**one, "columns": one["columns"] + other["columns"]}
     second = "tokens" if "tokens" in one else "right"

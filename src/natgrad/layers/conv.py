@@ -9,10 +9,12 @@ Columns are ordered (tap, channel), channel fastest: a gathered pixel is a run o
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from natgrad.layers.layer import (
     with_ones,
 )
 from natgrad.layers.op_cost import NUMBER, OpCost, Passes, launched, moment_of, moved
+from natgrad.layers.use import Form, Use
 
 CHUNK = 2**20  # floats of gathered patches at a time: larger temporaries pay page faults
 
@@ -47,11 +50,26 @@ class Conv(Layer):
         self.groups = module.groups
         self.kernel = tuple(module.kernel_size)
         self.mode = module.padding_mode
-        self.geometry = tuple(zip(self.kernel, module.stride, _before(module), _total(module), module.dilation))
+        total = _total(module.padding, self.kernel, module.dilation)  # of which "same" puts the odd one behind
+        self.geometry = tuple(zip(self.kernel, module.stride, (t // 2 for t in total), total, module.dilation))
         self.channels = module.in_channels // module.groups
         inner = math.prod(self.kernel) * self.channels
         shape = Shape(module.groups, module.out_channels // module.groups, inner + self.biased)
         super().__init__(module, shape, weight_and_bias(module), he_scale(inner))
+
+    def form(self, use: Use) -> Form | None:
+        given, dims = use.options, len(self.kernel)
+        fits = use.does == "conv" and use.part.full and not use.part.place and (use.bias is not None) == self.biased
+        if not fits or given["groups"] != self.groups or use.x.dim() not in (dims + 1, dims + 2):
+            return None
+        stride, dilation = _each(given["stride"], dims), _each(given["dilation"], dims)
+        total = _total(given["padding"], self.kernel, dilation)
+        geometry = tuple(zip(self.kernel, stride, (t // 2 for t in total), total, dilation))
+        if (geometry, "zeros") == (self.geometry, self.mode):
+            return Form(self, use.x)
+        other = copy.copy(self)  # the function is given what its module has padded, as far as it has
+        other.geometry, other.mode = geometry, "zeros"
+        return Form(other, use.x)
 
     def _taps(self, x: Tensor) -> Tensor:
         return tap_table(self.geometry, self.mode, tuple(x.shape[2:]), x.device)
@@ -250,18 +268,19 @@ def _gather(x: Tensor, sample: Tensor, pixel: Tensor) -> Tensor:
     return torch.nn.functional.embedding(sample.unsqueeze(1) * pixels + pixel, flat)
 
 
-def _total(module) -> tuple[int, ...]:
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """A number for each dimension."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _total(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
     """Padding of both sides together, per dimension."""
-    if module.padding == "same":
-        return tuple(d * (k - 1) for d, k in zip(module.dilation, module.kernel_size))
-    if module.padding == "valid":
-        return (0,) * len(module.kernel_size)
-    return tuple(2 * p for p in module.padding)
-
-
-def _before(module) -> tuple[int, ...]:
-    """Padding before the first pixel, per dimension; "same" puts the odd one behind."""
-    return tuple(total // 2 for total in _total(module))
+    if padding == "same":
+        return tuple(d * (k - 1) for d, k in zip(dilation, kernel))
+    if padding == "valid":
+        return (0,) * len(kernel)
+    return tuple(2 * p for p in _each(padding, len(kernel)))
 
 
 @lru_cache(maxsize=256)
@@ -299,3 +318,63 @@ def _wrap(place: Tensor, length: int, mode: str) -> Tensor:
 @layer_of.register(nn.Conv3d)
 def _(module) -> Conv | str:
     return Conv(module)
+
+
+class TransposedConv(Layer):
+    """nn.ConvTranspose1d/2d/3d of one group, without its bias: W[1, taps * out, in].
+
+    A row is an input pixel; its outputs are the pixels that its taps write to, which are the patches that a convolution
+    reads out of the output's gradient. The bias is a vector of its own.
+    """
+
+    kind = "conv"
+
+    def __init__(self, module: Any):
+        weight = module.weight
+        inner, self.out, self.taps = weight.shape[0], weight.shape[1], math.prod(weight.shape[2:])
+        super().__init__(module, Shape(1, self.taps * self.out, inner), (weight,), he_scale(inner))
+        self.reads = self._reader(module.stride, module.padding, module.dilation)
+
+    def _reader(self, stride: Any, padding: Any, dilation: Any) -> Conv:
+        """The convolution that reads patches of the output's gradient."""
+        reader = Conv.__new__(Conv)
+        reader.kernel, reader.mode, reader.biased = tuple(self.parameters[0].shape[2:]), "zeros", False
+        reader.groups, reader.channels = 1, self.out
+        dims = len(reader.kernel)
+        before = _each(padding, dims)
+        sides = before, (2 * p for p in before)
+        reader.geometry = tuple(zip(reader.kernel, _each(stride, dims), *sides, _each(dilation, dims)))
+        return reader
+
+    def form(self, use: Use) -> Form | None:
+        given, dims = use.options, len(self.reads.kernel)
+        if use.does != "conv_transpose" or not use.part.full or use.part.place or use.x.dim() != dims + 2:
+            return None
+        if any(more >= s for more, s in zip(_each(given["output_padding"], dims), _each(given["stride"], dims))):
+            return None  # the output has places that no input writes to and a convolution would read
+        other = copy.copy(self)
+        other.reads = self._reader(given["stride"], given["padding"], given["dilation"])
+        return Form(other, use.x)
+
+    def count(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[0], math.prod(x.shape[2:])
+
+    def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        return promote(take(x.flatten(2).transpose(1, 2).flatten(0, 1), index)).unsqueeze(1)
+
+    def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
+        return self.reads.rows(dy, index)
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].flatten(2).permute(2, 1, 0).flatten(0, 1).unsqueeze(0)
+
+    def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        weight = matrix[0].unflatten(0, (self.taps, self.out)).permute(2, 1, 0)
+        return (weight.unflatten(2, self.parameters[0].shape[2:]),)
+
+
+@layer_of.register(nn.ConvTranspose1d)
+@layer_of.register(nn.ConvTranspose2d)
+@layer_of.register(nn.ConvTranspose3d)
+def _(module) -> TransposedConv | str:
+    return TransposedConv(module) if module.groups == 1 else "a transposed convolution in groups is not known"

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from natgrad.layers.layer import Layer, Shape, layer_of, promote, take
+from natgrad.layers.linear import Exchanged, LinearPart
 from natgrad.layers.op_cost import Passes, moved
+from natgrad.layers.use import Form, Use
 
 
 class Embedding(Layer):
-    """nn.Embedding: W^T, a linear layer of one-hot rows, so A is the diagonal of how often each index occurs."""
+    """nn.Embedding: W^T, a linear layer of one-hot rows, so A is the diagonal of how often each index occurs.
+
+    Where the weight is that of a linear layer too (a tied head), its calls are calls of this one, with rows that are
+    not one-hot: only the diagonal of their second moment counts.
+    """
 
     kind = "embedding"
     diagonal_inputs = True
@@ -18,8 +26,38 @@ class Embedding(Layer):
 
     def __init__(self, module: nn.Embedding):
         self.padding = module.padding_idx
+        self.biased, self.transposed = False, True  # as a linear layer
         shape = Shape(1, module.embedding_dim, module.num_embeddings)
         super().__init__(module, shape, (module.weight,), 0.02)  # the usual initialisation of transformers
+
+    def form(self, use: Use) -> Form | None:
+        if use.does == "embedding" and use.part.full:
+            padding = use.options.get("padding_idx")
+            if padding == self.padding:
+                return Form(self, use.x)
+            other = copy.copy(self)
+            other.padding = padding
+            return Form(other, use.x)
+        if use.does == "shift":
+            return self._added(use)
+        chosen = use.part.matrix(self.shape.out) if use.does in ("linear", "left") else None
+        if chosen is None or use.bias:
+            return None
+        turned = use.does == "left"
+        x = use.x.transpose(-1, -2) if turned else use.x
+        if chosen.turned:
+            return Form(LinearPart(self, chosen, False), x, turned=turned)
+        return Form(Exchanged(self, chosen), x, late=True, turned=turned)
+
+    def _added(self, use: Use) -> Form | None:
+        """Rows of the weight are added to the places of every sample: a lookup of these rows for each of them."""
+        size = [n for n in use.part.size if n != 1]
+        chosen = use.part._replace(size=tuple(size), stride=(self.shape.out, 1)).matrix(self.shape.out)
+        shape = use.x.shape
+        if chosen is None or len(shape) != 3 or list(shape[1:]) != size or use.part.size[-2:] != shape[1:]:
+            return None
+        places = torch.arange(chosen.rows.start, chosen.rows.stop, device=use.x.device)
+        return Form(copy.copy(self), places.expand(shape[0], -1))
 
     def count(self, x: Tensor) -> tuple[int, int]:
         samples = x.shape[0] if x.dim() else 1

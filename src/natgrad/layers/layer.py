@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache, singledispatch
+from functools import cache, cached_property, singledispatch
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers.op_cost import OpCost, Passes, launched, moment_of, moved, product
+from natgrad.layers.use import Form, Use
 
 BANDED = 256  # from this dimension on symmetry saves products on CPUs (docs/math.md)
 BANDS = 6
+UNREGISTERED = "no layer is registered for"
 CACHED = 2**16  # numbers that stay in a core's cache while they are worked on
 
 
@@ -50,6 +52,9 @@ class Layer(ABC):
     parameters: tuple[nn.Parameter, ...]  # the weight first, then the bias if there is one
     diagonal_inputs = False  # rows never overlap (an embedding's one-hot rows): A is exactly diagonal
     free: int | None = None  # trailing dimensions of an input that are features; None: samples always come first
+    guess = False  # it is only a guess that the parameters are used as this layer says
+    per_sample = True  # which rows are whose is known
+    uneven = False  # blocks have unlike numbers of rows: `block_rows`
     scale: float  # the root mean square of a healthy weight, for lengths that divide by a weight's norm
 
     def __init__(self, module: Any, shape: Shape, parameters: Sequence[Any], scale: float):
@@ -57,6 +62,34 @@ class Layer(ABC):
         self.shape = shape
         self.parameters = tuple(parameters)
         self.scale = scale
+
+    def form(self, use: Use) -> Form | None:
+        """The layer as one call of a function uses its weight; None where that cannot be told."""
+        return None
+
+    def exchanged(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a `late` form: inputs and the gradients of outputs, for a call on x whose output has the gradient dy."""
+        raise TypeError(f"{type(self).__name__} reads its input as it comes")
+
+    def block_rows(self, x: Tensor) -> Tensor:
+        """Where blocks are `uneven`, how many rows of a call on x are each block's [b]."""
+        raise TypeError(f"{type(self).__name__} has the same rows in all blocks")
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What the module calls each of `parameters`."""
+        own = self.module._parameters.items()
+        return tuple(next((name for name, p in own if p is parameter), "") for parameter in self.parameters)
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether the functions of torch that are given the weight tell what the layer computes.
+
+        A class from outside is watched by the calls of its module instead, unless it has a `form` of its own: its
+        module may run a kernel that is no function of torch.
+        """
+        known = next(kind for kind in type(self).__mro__ if "form" in vars(kind))
+        return known is not Layer and known.__module__ == type(self).__module__
 
     @abstractmethod
     def count(self, x: Tensor) -> tuple[int, int]:
@@ -250,7 +283,7 @@ def layer_of(module: nn.Module) -> Layer | str:
 
     A subclass of a known type is that type as long as it computes the same (`computes_otherwise`).
     """
-    return f"no layer is registered for {type(module).__name__}"
+    return f"{UNREGISTERED} {type(module).__name__}"
 
 
 def computes_otherwise(module: nn.Module) -> str:

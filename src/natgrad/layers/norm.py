@@ -7,10 +7,12 @@ the batch; the gradients of single samples then mean "with the batch's statistic
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ from natgrad.layers.layer import (
     with_ones,
 )
 from natgrad.layers.op_cost import Passes, moved
+from natgrad.layers.use import Form, Use
 
 
 @dataclass
@@ -103,10 +106,20 @@ class Norm(Layer):
 
     kind = "norm"
 
-    def __init__(self, module: Any):
-        parameters = weight_and_bias(module)
+    def __init__(self, module: Any, parameters: Sequence[Any] | None = None):
+        parameters = weight_and_bias(module) if parameters is None else parameters
         self.biased = len(parameters) == 2
         super().__init__(module, Shape(parameters[0].numel(), 1, len(parameters)), parameters, 1.0)
+
+    def form(self, use: Use) -> Form | None:
+        if use.does in ("scale", "shift"):
+            axes = Axes.of(use, self.shape.blocks)
+            if axes is None or (use.part.place == 1) != (use.does == "shift" and self.biased):
+                return None
+            return Form(Entrywise(self, axes, use.does == "scale"), use.x)
+        if use.does not in KINDS or (use.bias is not None) != self.biased or not use.part.full or use.part.place:
+            return None
+        return Form(KINDS[use.does](self, use), use.x)
 
     @abstractmethod
     def normalized(self, x: Tensor, samples: slice | None = None, output: Tensor | None = None) -> Tensor:
@@ -187,6 +200,68 @@ class Norm(Layer):
 
     def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
         return tuple(matrix[:, 0, k].reshape(p.shape) for k, p in enumerate(self.parameters))
+
+
+class Axes(NamedTuple):
+    """Dimensions of an input: places, and units (a number each of a scale or shift). The first has the samples."""
+
+    places: tuple[int, ...]
+    units: tuple[int, ...]
+
+    @staticmethod
+    def of(use: Use, count: int) -> Axes | None:
+        """The axes of a function's output, None where they cannot be told."""
+        part, dims = use.part, use.x.dim()
+        size = (1,) * (dims - len(part.size)) + tuple(part.size)
+        if len(size) > dims or not part.full or math.prod(size) != count:
+            return None
+        units = tuple(k for k, n in enumerate(size) if n != 1)
+        if any(size[k] != use.x.shape[k] for k in units) or 0 in units:
+            return None
+        return Axes(tuple(k for k in range(1, dims) if k not in units), units)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """X as [n, s, c]; a view where strides allow. Dimensions that were added behind the first are places."""
+        more = x.dim() - 1 - len(self.places) - len(self.units)
+        x = x.permute(0, *range(1, 1 + more), *(k + more for k in (*self.places, *self.units)))
+        return x.reshape(len(x), math.prod(x.shape[1 : 1 + more + len(self.places)]), -1)
+
+
+class Entrywise(Norm):
+    """A call in which scale or shift stand alone: y = scale * x, or y = x + shift.
+
+    A normalisation that is written out multiplies what it has normalised, so x is x_hat. Its shift follows as a call of
+    its own; the gradients of single samples add up over calls.
+    """
+
+    def __init__(self, whole: Norm, axes: Axes, scales: bool):
+        for name, value in vars(whole).items():
+            setattr(self, name, value)
+        self.axes, self.scales = axes, scales
+        last = axes.units and axes.units[-1] == max((0, *axes.places, *axes.units))
+        self.free = len(axes.units) if last else None
+
+    def places(self, x: Tensor) -> Tensor:
+        return self.axes.arrange(x)
+
+    def count(self, x: Tensor) -> tuple[int, int]:
+        n, s, _ = self.places(x).shape
+        return n, s
+
+    def normalized(self, x: Tensor, samples: slice | None = None, output: Tensor | None = None) -> Tensor:
+        rows = promote(of(self.places(x), samples))
+        return rows if self.scales or self.biased else torch.ones_like(rows)
+
+    def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        return super().rows(x, index) * self._own(promote(x))
+
+    def unit_gradients(self, inputs: NormInputs, dy: Tensor, samples: slice | None) -> Tensor:
+        found = super().unit_gradients(inputs, dy, samples)
+        return found.mul_(self._own(found))
+
+    def _own(self, like: Tensor) -> Tensor:
+        """Which of scale and shift the call has [1 or 2]."""
+        return like.new_tensor([float(self.scales), float(not self.scales)] if self.biased else [1.0])
 
 
 class BatchNorm(Norm):
@@ -301,6 +376,53 @@ class LayerNorm(Norm):
             dy, x, module.normalized_shape, looked.mean, looked.scale, module.weight, module.bias, wanted
         )
         return found[1].flatten(), (found[2] if wanted[2] else found[1]).flatten()
+
+
+class EntrywiseWeight(Norm):
+    """A parameter that scales activations or is added to them, entry by entry: a block of its own for each entry."""
+
+    def normalized(self, x: Tensor, samples: slice | None = None, output: Tensor | None = None) -> Tensor:
+        raise TypeError("what a vector is multiplied with is known by its calls alone")
+
+    def places(self, x: Tensor) -> Tensor:
+        raise TypeError("which entries a vector acts on is known by its calls alone")
+
+
+def _called(norm: type[Norm], whole: Norm, **options: Any) -> Any:
+    """A normalisation of another kind or with other settings than its module says, with the same scale and shift."""
+    form = copy.copy(whole)
+    form.__class__ = norm
+    bias = whole.parameters[1] if whole.biased else None
+    form.module = SimpleNamespace(weight=whole.parameters[0], bias=bias, **options)
+    return form
+
+
+def _batch(whole: Norm, use: Use) -> Norm:
+    given = use.options
+    running = {name: given.get(name) for name in ("running_mean", "running_var")}
+    return _called(BatchNorm, whole, training=given["training"], eps=given["eps"], **running)
+
+
+def _layer(whole: Norm, use: Use) -> Norm:
+    shape = tuple(use.options["normalized_shape"])
+    form = _called(LayerNorm, whole, normalized_shape=shape, eps=use.options["eps"])
+    form.centered, form.free = use.does == "layer_norm", len(shape)
+    return form
+
+
+def _group(whole: Norm, use: Use) -> Norm:
+    form = _called(GroupNorm, whole, eps=use.options["eps"])
+    form.groups = use.options.get("num_groups", whole.shape.blocks)
+    return form
+
+
+KINDS: dict[str, Callable[[Norm, Use], Norm]] = {
+    "batch_norm": _batch,
+    "layer_norm": _layer,
+    "rms_norm": _layer,
+    "group_norm": _group,
+    "instance_norm": _group,
+}
 
 
 @layer_of.register

@@ -1,20 +1,30 @@
 """Which layers a model has: every trainable parameter lands in exactly one of them.
 
-Modules that a registered layer describes become that layer; everything else (unknown modules, weights shared between
-modules, parametrised or computed weights, half-frozen modules) becomes loose parameters with the reason beside it.
+A module that a registered layer describes becomes that layer. The parameters of other modules become what their shapes
+say (a matrix, a vector, a matrix for each expert), which is a guess: a weight that turns out to be used otherwise loses
+its curvature. A weight that several modules share is one layer. What is left (parametrised or computed weights,
+half-frozen modules) becomes loose parameters with the reason beside it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
-from natgrad.layers.layer import Layer, computes_otherwise, layer_of
+from natgrad.layers.experts import Experts
+from natgrad.layers.layer import UNREGISTERED, Layer, computes_otherwise, layer_of
+from natgrad.layers.linear import Linear
+from natgrad.layers.norm import EntrywiseWeight
 from natgrad.layers.uncurved import UncurvedParameter
+
+OPAQUE = (nn.RNNBase, RNNCellBase, nn.Bilinear, nn.EmbeddingBag, ParametrizationList)
+"""Modules whose functions are not linear in one weight, or do not tell what they do with it."""
 
 
 class FoundLayer(NamedTuple):
@@ -40,22 +50,53 @@ def find_layers(
     if missing := sorted(dims.keys() - known):
         raise ValueError(f"batch_dim={dict(batch_dim)!r}: the model has no module {missing[0]!r}")  # type: ignore[arg-type]
     train = {p for p in (model.parameters() if chosen is None else chosen) if p.requires_grad}
-    uses = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    homes = home_of(model)
+    turned = transposed_types(model)
     found: list[FoundLayer] = []
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
-        own = {key: p for key, p in module._parameters.items() if p is not None and p in train}
+        here = {key: p for key, p in module._parameters.items() if p is not None}
+        own = {key: p for key, p in here.items() if p in train and p not in seen and homes[p] is module}
+        for key, parameter in own.items():
+            if is_lazy(parameter):
+                raise ValueError(f"{name}.{key} has no shape yet: run the model once before building the optimizer")
         if not own:
             continue
-        layer = _describe(model, name, module, own, uses)
-        if isinstance(layer, Layer):
-            found.append(FoundLayer(name, layer, "", dim_of(model, name, dims)))
-            seen.update(own.values())
-            continue
+        dim = dim_of(model, name, dims)
+        why = ""
+        for key, layer in _layers(module, own, homes, type(module) in turned):
+            if isinstance(layer, str):
+                why = layer
+                continue
+            found.append(FoundLayer(".".join(filter(None, (name, key))), layer, "", dim))
+            seen.update(layer.parameters)
         for key, parameter in own.items():
             if parameter not in seen:
                 seen.add(parameter)
-                found.append(FoundLayer(f"{name}.{key}".lstrip("."), UncurvedParameter(module, parameter), layer))
+                found.append(FoundLayer(f"{name}.{key}".lstrip("."), UncurvedParameter(module, parameter), why))
+    return found
+
+
+def home_of(model: nn.Module) -> dict[nn.Parameter, nn.Module]:
+    """The module with which each parameter becomes a layer: of several that share it, the first that looks rows up."""
+    modules: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                modules[parameter].append(module)
+    tables = nn.Embedding
+    return {p: next((m for m in own if isinstance(m, tables)), own[0]) for p, own in modules.items()}
+
+
+def transposed_types(model: nn.Module) -> set[type]:
+    """Types of modules with a weight [in, out], as the sizes of their biases show wherever the two differ."""
+    found = set()
+    for module in model.modules():
+        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        if weight is None or bias is None or is_lazy(weight) or (weight.dim(), bias.dim()) != (2, 1):
+            continue
+        if len(bias) == weight.shape[1] != weight.shape[0]:
+            found.add(type(module))
     return found
 
 
@@ -82,23 +123,68 @@ def batch_first_of(module: nn.Module) -> bool | None:
     return first if isinstance(first, bool) else None
 
 
-def _describe(model: nn.Module, name: str, module: nn.Module, own: dict, uses: Counter) -> Layer | str:
-    for key, parameter in own.items():
-        if is_lazy(parameter):
-            raise ValueError(f"{name}.{key} has no shape yet: run the model once before building the optimizer")
-    if any(uses[p] > 1 for p in own.values()):
-        return "its weight is shared with another module"
-    parent = model.get_submodule(name.rpartition(".")[0]) if name else model
-    if isinstance(parent, nn.MultiheadAttention) and parent is not module:
-        return "attention uses its weight without calling it"
-    layer = layer_of(module)
+def _layers(
+    module: nn.Module, own: Mapping[str, nn.Parameter], homes: Mapping[nn.Parameter, nn.Module], turned: bool
+) -> Iterator[tuple[str, Layer | str]]:
+    """The layers of a module by the names that they add to its own; reasons hold for what comes after them."""
+    layer, trained = layer_of(module), set(own.values())
     if isinstance(layer, str):
-        return layer
-    if why := computes_otherwise(module):
-        return why
-    trained = set(own.values())
+        yield "", layer
+        if layer.startswith(UNREGISTERED) and not isinstance(module, OPAQUE):
+            yield from _guesses(module, own, turned)
+        return
+    if not layer.by_weight:
+        yield "", computes_otherwise(module) or _not_whole(layer, trained, module) or layer
+        return
+    tied = any(homes.get(p) not in (None, module) for p in layer.parameters)
+    if all(p in trained for p in layer.parameters):
+        yield "", layer
+    elif not tied:
+        yield "", "some of its parameters are frozen or computed"
+        return
+    rest = {key: p for key, p in own.items() if all(p is not known for known in layer.parameters) or tied}
+    yield "", f"{type(module).__name__} has more parameters than its kind of layer"
+    yield from _guesses(module, rest, turned)
+
+
+def _not_whole(layer: Layer, trained: set[nn.Parameter], module: nn.Module) -> str:
+    """Why a layer that is watched by the calls of its module cannot be; "" if it can."""
     if any(p not in trained for p in layer.parameters):
         return "some of its parameters are frozen or computed"
     if len(trained) > len(set(layer.parameters)):
         return f"{type(module).__name__} has more parameters than its kind of layer"
-    return layer
+    return ""
+
+
+def _guesses(module: nn.Module, own: Mapping[str, nn.Parameter], turned: bool) -> Iterator[tuple[str, Layer]]:
+    """Layers by the shapes of parameters."""
+    left = {key: p for key, p in own.items() if not p.is_complex()}
+    for key, weight in own.items():
+        if key not in left or not key.endswith("weight"):
+            continue
+        name = f"{key.removesuffix('weight')}bias"
+        bias = left.get(name)
+        if bias is None or bias.dim() != 1:
+            continue
+        layer: Layer | None = None
+        if weight.dim() == 1 and weight.shape == bias.shape:
+            layer = EntrywiseWeight(module, (weight, bias))
+        elif weight.dim() == 2:
+            across = len(bias) == weight.shape[1] and (turned or len(bias) != weight.shape[0])
+            layer = Linear(module, weight, bias, across) if across or len(bias) == len(weight) else None
+        if layer is not None:
+            layer.guess = True
+            del left[key], left[name]
+            yield key.removesuffix("weight").rstrip("_"), layer
+    for key, parameter in left.items():
+        sides = sum(n != 1 for n in parameter.shape)
+        if parameter.dim() == 2 and sides == 2:
+            layer = Linear(module, parameter)
+        elif parameter.dim() == 3 and sides == 3:
+            layer = Experts(module, parameter)
+        elif sides == 2 or (sides == 1 and key.endswith(("weight", "bias"))):
+            layer = EntrywiseWeight(module, (parameter,))
+        else:  # a few numbers that may be anything
+            continue
+        layer.guess = True
+        yield key, layer

@@ -24,10 +24,11 @@ from torch.optim import Optimizer
 from natgrad.budget import Purse
 from natgrad.capture import calm
 from natgrad.curvature import Curvature, Identity
+from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature_engine import TWICE, Assumed, Clocks, CurvatureEngine, Step, shortened
 from natgrad.layer_state import LayerState
-from natgrad.layers import FoundLayer, UncurvedParameter, find_layers
-from natgrad.layers.layer import real
+from natgrad.layers import FoundLayer, Layer, UncurvedParameter, find_layers
+from natgrad.layers.layer import UNREGISTERED, real
 from natgrad.optim import gradient_noise, validation
 from natgrad.optim.aim import Aim
 from natgrad.optim.blocks import Blocks
@@ -58,6 +59,7 @@ WARNED = 2  # measurements of a layer in a row that cannot be used are said
 LOOSENED = 5  # so many, and the layer trains by the fallback
 SAYS_NOTHING = 1 / 30  # of lr is left in the mean of many steps: which lr it is makes no difference
 NEVER_CALLED = "its module is never called in a pass that adds to its gradient, though its weight gets one"
+UNKNOWN_SAMPLES = "which of its rows are of which sample cannot be seen"
 NOT_SAMPLED = "its output does not enter the prediction that sample() was given, so its curvature is not known"
 HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
 
@@ -213,8 +215,13 @@ class SecondOrder(Optimizer):
     def _lay_out(self) -> list[LayerState]:
         """Cells for the layers of the model as it is now, with their owners."""
         found = find_layers(self._model, [p for group in self.param_groups for p in group["params"]], self.batch_dim)
-        validation.no_loose(found, self.strict)
         blocks = [self.curvature(f.layer, self.samples, self.max_size) for f in found]
+        for k, (layer, curvature) in enumerate(zip(found, blocks)):
+            if isinstance(curvature, ByRows) and not layer.layer.per_sample:
+                loose = UncurvedParameter(layer.layer.module, layer.layer.parameters[0])
+                found[k] = layer._replace(layer=loose, why=UNKNOWN_SAMPLES)
+                blocks[k] = self.curvature(loose, self.samples, self.max_size)
+        validation.no_loose(found, self.strict)
         owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world)
         self.whys = [f.why for f in found]
         self.census = Census(self._model, [p for group in self.param_groups for p in group["params"]], self._scope)
@@ -605,12 +612,15 @@ class SecondOrder(Optimizer):
         Returns for every cell from now on which cell it was.
         """
         reasons: dict[str, list[str]] = {}
+        whys = {k: self._of_guess(self.cells[k].layer, why) for k, why in whys.items()}
         for k, why in whys.items():
-            reasons.setdefault(why, []).append(self.cells[k].name or "the model itself")
+            if self.strict or not self.cells[k].layer.guess:
+                reasons.setdefault(why, []).append(self.cells[k].name or "the model itself")
         told = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
         if self.strict:
             raise ValueError(f"strict=True, but {told}")
-        validation.warn(f"{told}; so without curvature ({self.method.fallback.name})")
+        if told:
+            validation.warn(f"{told}; so without curvature ({self.method.fallback.name})")
         self.settle()
         cells: list[LayerState] = []
         kept: list[str] = []
@@ -623,9 +633,8 @@ class SecondOrder(Optimizer):
                 continue
             for parameter in cell.layer.parameters:
                 key = next(n for n, p in cell.layer.module.named_parameters() if p is parameter)
-                found = FoundLayer(
-                    f"{cell.name}.{key}".lstrip("."), UncurvedParameter(cell.layer.module, parameter), whys[k]
-                )
+                name = cell.name if cell.name.rpartition(".")[2] == key else f"{cell.name}.{key}".lstrip(".")
+                found = FoundLayer(name, UncurvedParameter(cell.layer.module, parameter), whys[k])
                 loose = self.make_cell(found, Identity(), cell.owner, {})
                 step = self.state[parameter]["step"]
                 self.state[parameter] = self.fresh_state(loose, self.world.rank)[parameter]
@@ -637,6 +646,12 @@ class SecondOrder(Optimizer):
         self.engine.replace(cells, origins)
         self._store()
         return origins
+
+    @staticmethod
+    def _of_guess(layer: Layer, why: str) -> str:
+        """Why a layer has no curvature: a guess that did not hold says so."""
+        kind = type(layer.module).__name__
+        return f"{UNREGISTERED} {kind}, which does not use it as its shape suggests" if layer.guess else why
 
     def say(self, message: str, about: str | None = None) -> None:
         """A warning, once for what it is about."""

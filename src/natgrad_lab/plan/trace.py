@@ -124,7 +124,7 @@ def first_line(error: BaseException) -> str:
 def trace(model: nn.Module, shape: Sequence[int], samples: int, name: str = "the model", tokens: int = 0) -> Trace:
     """One pass of `samples` inputs of this shape forward and backward. tokens: how many there are, of whole numbers."""
     found = Trace(samples)
-    known = {f.layer.module: f for f in find_layers(model) if not isinstance(f.layer, UncurvedParameter)}
+    known = {f.layer.module: f for f in find_layers(model) if states(f.layer)}
     watch, stores = Watch(), {}
     handles = [handle for module, f in known.items() for handle in attach(module, f.name, f.layer, watch, found)]
     own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
@@ -157,6 +157,11 @@ def trace(model: nn.Module, shape: Sequence[int], samples: int, name: str = "the
     found.counted = sum(one.flops for one in (*forward, *backward))
     between(found, forward, backward)
     return found
+
+
+def states(layer: Layer) -> bool:
+    """Whether a layer states the passes of its module: it has curvature, and its module is of a known type."""
+    return not isinstance(layer, UncurvedParameter) and not layer.guess
 
 
 def attach(module: nn.Module, name: str, layer: Layer, watch: Watch, found: Trace) -> list[Any]:
