@@ -114,6 +114,19 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.inner(self.table(tokens))))
 
 
+class Placed(nn.Module):
+    """Places are looked up once for all samples."""
+
+    def __init__(self, deep=False):
+        super().__init__()
+        self.table, self.places, self.deep = nn.Embedding(9, 8), nn.Embedding(6, 8), deep
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, tokens):
+        places = torch.arange(1, 5)
+        return self.head(torch.tanh(self.table(tokens) + self.places(places[None] if self.deep else places)))
+
+
 class Root(nn.Module):
     """A root mean square norm, written out. `plus`: added to its weight (Gemma)."""
 
@@ -199,7 +212,12 @@ SEQUENCES = {
     "root mean square norm, one added": lambda: Rooted(1.0),
 }
 IMAGES = {"windows": Windows, "pictures": lambda: Pictures().eval()}
-TOKENS = {"tied": Tied, "tied, with a bias": lambda: Tied(True)}
+TOKENS = {
+    "places": Placed,
+    "places of one sample": lambda: Placed(True),
+    "tied": Tied,
+    "tied, with a bias": lambda: Tied(True),
+}
 
 
 def case(name):
@@ -254,11 +272,11 @@ def test_the_factors_of_attention_are_those_of_its_product():
 class Routed(nn.Module):
     """Each token goes to one of three experts by its number; the last expert sees none."""
 
-    def __init__(self, across=False, grouped=False):
+    def __init__(self, across=False, grouped=False, width=6):
         super().__init__()
-        shape = (4, 8, 6) if across else (4, 6, 8)
+        shape = (4, 8, width) if across else (4, width, 8)
         self.across, self.grouped = across, grouped
-        self.table, self.experts, self.head = nn.Embedding(9, 8), nn.Parameter(seeded(*shape)), nn.Linear(6, 3)
+        self.table, self.experts, self.head = nn.Embedding(9, 8), nn.Parameter(seeded(*shape)), nn.Linear(width, 3)
 
     def forward(self, tokens):
         x, which = torch.tanh(self.table(tokens)).flatten(0, 1), tokens.flatten() % 3
@@ -311,6 +329,24 @@ def test_experts_are_blocks_of_the_rows_that_each_has_seen(across):
         else:
             assert_close(mine, expected)
     assert a[3].abs().sum() == g[3].abs().sum() == 0
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this version of torch has no grouped product")
+@pytest.mark.parametrize("across", [False, True])
+def test_a_grouped_product_is_that_of_the_experts_one_after_the_other(across):
+    found = []
+    for grouped in (False, True):
+        torch.manual_seed(0)
+        model = Routed(across, grouped, width=8).float()
+        opt = natgrad.SPNGD(model, lr=1e-30, samples=None)
+        F.cross_entropy(model(TEXT), LABELS).backward()
+        opt.step()
+        assert all(row.covered for row in opt.coverage())
+        a, g = statistic(opt, "experts", "A"), statistic(opt, "experts", "G")
+        of_a, of_g = (m.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1) for m in (a, g))
+        found.append((a * of_g, g * of_a))  # a call that has changed sides has a scale of its own
+    for one, other in zip(*found):
+        assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_experts_have_no_rows_of_samples():

@@ -599,7 +599,7 @@ def test_a_layer_called_once_for_the_whole_batch_is_not_curved_by_sums():
             self.tokens, self.places, self.head = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(20, 3)
 
         def forward(self, i):
-            return self.head((self.tokens(i) + self.places(torch.arange(5)[None])).flatten(1))
+            return self.head((self.tokens(i) * self.places(torch.arange(5)[None])).flatten(1))
 
     torch.manual_seed(0)
     model = Positions()

@@ -51,7 +51,7 @@ from natgrad.hooks import (
     transformed,
 )
 from natgrad.layers import Layer, UncurvedParameter
-from natgrad.layers.layer import promote
+from natgrad.layers.layer import at_least_single, promote
 from natgrad.layers.use import Form
 from natgrad.readings import Readings, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
@@ -365,6 +365,9 @@ class Capture:
         self._depth = max(0, self._depth - 1)
         if self._depth:
             return None
+        if self.calls is not None:
+            for output, found in self.calls.begin():
+                self._call(found, output)
         episode, self._inner = self._inner, None
         if episode is None or logits is None:
             return None
@@ -375,12 +378,28 @@ class Capture:
         """A function was given a layer's weight. Whether it is a call of the layer."""
         if transformed():
             return True
+        if self.calls is not None and self._for_all_samples(found):
+            self.calls.once[id(output)] = output, found
+            return True
+        return self._call(found, output, flat)
+
+    def _call(self, found: Found, output: Tensor, flat: Flat | None = None) -> bool:
         start = self.clock()
         form = self.layers[found.layer].form(found.use)
         if form is not None:
+            if found.use.part.through is not None and found.layer in self._checked:
+                self._checksum(found.layer).round(found.use.part.through)
             output.register_hook(Arrival(self, self.called(found.layer, form, output, flat)))
         self.seconds += self.clock() - start
         return form is not None
+
+    def _for_all_samples(self, found: Found) -> bool:
+        """Whether rows are looked up once for all samples, as places are: what they are added to tells more."""
+        given = 0 if self._inner is None else self._inner.given
+        x = found.use.x
+        if found.use.does != "embedding" or given < 2 or x.dim() not in (1, 2):
+            return False
+        return len(x) == 1 if x.dim() == 2 else len(x) != given
 
     def strange(self, index: int) -> None:
         """Something else is done with a layer's weight."""
@@ -648,7 +667,7 @@ class Capture:
                 if moment not in due:
                     continue  # of an earlier step
                 before = kept if x is None else moment.before(layer, x, draw, None)
-                part = moment.after(layer, before, dy, draw)
+                part = precise(moment.after(layer, before, dy, draw), layer)
                 key = index, moment.key
                 if isinstance(moment, Moment) and layer.uneven and moment.order == 0:
                     counts = layer.block_rows(dy if x is None else x)
@@ -884,6 +903,16 @@ def part_of_batch(x: Tensor, own: int, batch: int) -> tuple[int, int]:
         return 0, own
     offset = int(x.storage_offset() - base.storage_offset()) // max(stride, 1)
     return (offset, batch) if offset + own <= batch else (0, own)
+
+
+def precise(part: Any, layer: Layer) -> Any:
+    """What was measured in the type in which a layer's curvature is kept, where activations are less precise."""
+    dtype = at_least_single(layer.parameters[0].dtype)
+    if isinstance(part, Tensor):
+        return part.to(dtype) if part.is_floating_point() else part
+    if isinstance(part, dict):
+        return {name: precise(value, layer) for name, value in part.items()}
+    return part
 
 
 def turned(call: Call, dy: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ class Checksum:
 
     def look(self, x: Tensor, output: Tensor, form: Layer | None = None, late: bool = False) -> Any:
         """What is needed of a call on x until its output's gradient is known. `form`: the layer as the call uses it."""
-        self._round(x.dtype)
-        self._round(output.dtype)
+        self.round(x.dtype)
+        self.round(output.dtype)
         if self.layer.kind != "embedding" and rounds_products(x.device):
             self.epsilon = max(self.epsilon, torch.finfo(torch.bfloat16).eps)
         return () if late else (form or self.layer).look(x, self.u, output)
@@ -91,7 +91,8 @@ class Checksum:
         self.sums[1].append(products.sum().double())
         self.sums[3].append(torch.linalg.vector_norm(products).double().square())
 
-    def _round(self, dtype: torch.dtype) -> None:
+    def round(self, dtype: torch.dtype) -> None:
+        """Numbers of this type are on the way from a call to the gradient."""
         if not dtype.is_floating_point:
             return
         # processors add float16 up in float16: five units of its own were seen, as many as one of bfloat16

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -130,9 +131,12 @@ class WeightCalls:
             if not mode.watching:
                 mode.remove()
 
-    def begin(self) -> None:
-        """A forward pass begins."""
+    def begin(self) -> list[tuple[Tensor, Found]]:
+        """A forward pass begins or ends. Returns lookups for all samples that were not added to anything."""
+        left = list(self.once.values()) if hasattr(self, "once") else []
         self.others: dict[int, tuple[Tensor, KnownWeight | None]] = {}
+        self.once: dict[int, tuple[Tensor, Found]] = {}
+        return left
 
     def find(self, x: Any) -> KnownWeight | None:
         """The weight, or the part of one, that a tensor is."""
@@ -177,6 +181,8 @@ class WeightCalls:
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, flat: Flat | None = None
     ) -> None:
         """A function was called."""
+        if self.once and func in PLUS:
+            self._spread(_tensors((*args, *kwargs.values())), out, flat)
         given = [(x, known) for x in _tensors((*args, *kwargs.values())) if (known := self.find(x)) is not None]
         if not given or (out._is_view() and self.find(out) is not None and func not in READERS):
             return
@@ -194,10 +200,21 @@ class WeightCalls:
             if known.layer not in told:
                 self.strange(known.layer)
 
+    def _spread(self, added: Iterable[Tensor], out: Tensor, flat: Flat | None) -> None:
+        """Rows that were looked up once are added to those of every sample: a lookup for each of them."""
+        for x in added:
+            rows, found = self.once.get(id(x), (None, None))
+            fits = out.dim() == 3 and len(out) > 1 and out.shape[1:] == x.shape[-2:] and x.dim() in (2, 3)
+            if found is not None and rows is x and fits and (x.dim() == 2 or len(x) == 1):
+                del self.once[id(x)]
+                tokens = found.use.x.reshape(1, -1).expand(len(out), -1)
+                self.used(found._replace(use=replace(found.use, x=tokens)), out, flat)
+
 
 def _same(part: Part, out: Tensor) -> Part:
     """The part in another type; its dimensions are those of `out`."""
-    return part._replace(size=tuple(out.shape), stride=contiguous(out.shape), offset=0)
+    through = out.dtype if part.through is None else min(part.through, out.dtype, key=lambda t: torch.finfo(t).bits)
+    return part._replace(size=tuple(out.shape), stride=contiguous(out.shape), offset=0, through=through)
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:

@@ -45,11 +45,14 @@ class Linear(Layer):
     def form(self, use: Use) -> Form | None:
         if use.does == "shift":
             return self._bias_alone(use)
-        if use.does not in ("linear", "left") or use.part.place:
+        if use.does not in ("linear", "left", "embedding") or use.part.place:
             return None
         chosen = use.part.matrix(self.parameters[0].shape[1])
         if chosen is None:
             return None
+        if use.does == "embedding":
+            direct = chosen.turned != self.transposed and not self.biased
+            return Form(Lookup(self, chosen, use.options.get("padding_idx")), use.x) if direct else None
         turned = use.does == "left"
         x = use.x.transpose(-1, -2) if turned else use.x
         if chosen.turned != self.transposed:
@@ -146,6 +149,30 @@ class Exchanged(LinearPart):
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         raise TypeError("the form of one call holds no weights")
+
+
+class Lookup(LinearPart):
+    """A call that looks columns of the weight up: its inputs are one-hot."""
+
+    free = 0
+
+    def __init__(self, whole: Any, chosen: Matrix, padding: int | None):
+        super().__init__(whole, chosen, False)
+        self.padding = padding
+
+    def count(self, x: Tensor) -> tuple[int, int]:
+        samples = x.shape[0] if x.dim() else 1
+        return samples, x.numel() // max(1, samples)
+
+    def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        chosen = take(x.reshape(-1), index)
+        rows = torch.nn.functional.one_hot(chosen + self.inputs.start, self.shape.inner)
+        rows = rows.to(promote(self.parameters[0]).dtype).unsqueeze(1)
+        return rows if self.padding is None else rows * (chosen != self.padding).view(-1, 1, 1)
+
+    def projected(self, x: Tensor, u: Tensor) -> Tensor:
+        products = u[0, self.inputs][x.reshape(-1)]
+        return products if self.padding is None else products.masked_fill(x.reshape(-1) == self.padding, 0)
 
 
 def exchange(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:

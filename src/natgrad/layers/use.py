@@ -11,17 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
 class Part(NamedTuple):
-    """Entries of a parameter, as its strided view: `place` is the parameter's place among those of its layer."""
+    """Entries of a parameter, as its strided view: `place` is the parameter's place among those of its layer.
+
+    through: the least precise type in which its numbers have been since.
+    """
 
     parameter: nn.Parameter
     place: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    through: torch.dtype | None = None
 
     @property
     def full(self) -> bool:
