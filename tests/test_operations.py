@@ -236,7 +236,7 @@ def test_layers_that_are_alike_stand_next_to_each_other():
             view = layout.views[parameter].of(torch.arange(layout.numel))
             assert view.shape == parameter.shape
     flat = torch.zeros(layout.numel)
-    layout.fill(flat, 0, opt.cells, lambda p: p.detach())
+    flat = opt.storage.gradients[0].fill([p.detach() for p in opt.storage.parameters], whole=True)
     layers = [opt.cells[k].layer for k in layout.order]
     packed = torch.cat([layer.pack([p.detach() for p in layer.parameters]).flatten() for layer in layers])
     assert_close(flat, packed)

@@ -242,10 +242,10 @@ class CurvatureEngine:
         """
         self.whole.clear()
         self.half = None
-        plan, total = self._plan, sum(len(c.statistics) for c in self.cells)
-        self.share = len(plan) / max(total, 1)
+        plan, self.share = self._plan, 0.0
         if not plan:
             return Step({}, {})
+        self.share = len(plan) / sum(len(c.statistics) for c in self.cells)
         measured = self.capture.collect()
         self.seconds |= {"measure": self.capture.seconds, "checksum": self.capture.checking}
         self.half = measured.half

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+DEVICE = attrgetter("device")
 Hear = Callable[[Tensor], None]
 Source = Callable[[], "Sequence[float] | Tensor"]
 
@@ -66,7 +68,7 @@ def on_host(numbers: Sequence[Tensor]) -> list[Tensor]:
 
 def together(scalars: Sequence[Tensor]) -> Tensor:
     """Scalars as one vector in double precision, on the device of the first one."""
-    if len({(own.dtype, own.device) for own in scalars}) == 1:
+    if len(set(map(DEVICE, scalars))) == 1:
         return torch.stack(list(scalars)).double()
     return torch.stack([own.double().to(scalars[0].device) for own in scalars])
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -50,17 +51,33 @@ class View(NamedTuple):
 
 
 class Layout:
-    """The places of all layers of one type and device in a flat vector, owner by owner.
+    """The places of all layers of one type and device in a flat vector, owner by owner, param_group by param_group.
 
-    alike: layers with the same value are interchangeable in every formula, and stand next to each other.
+    alike: layers with the same value are interchangeable in every formula, and stand next to each other. Those of one
+    size follow, so that sums over layers of one size are few (Segment.sums). groups: the place of each one's
+    param_group.
     """
 
-    def __init__(self, kind: Kind, places: Sequence[int], cells: Sequence[LayerState], alike: Sequence[Hashable]):
+    def __init__(
+        self,
+        kind: Kind,
+        places: Sequence[int],
+        cells: Sequence[LayerState],
+        alike: Sequence[Hashable],
+        groups: Sequence[int],
+    ):
         self.kind = kind
         first = {key: k for k, key in reversed(list(enumerate(alike)))}
         loose = [isinstance(cell.layer, UncurvedParameter) for cell in cells]
         sizes = [cell.layer.shape.numel for cell in cells]
-        self.order = sorted(places, key=lambda k: (cells[k].owner, loose[k], first[alike[k]], sizes[k], k))
+        least: dict[Hashable, int] = {}
+        for key, size in zip(alike, sizes):
+            least[key] = min(size, least.get(key, size))
+
+        def rank(k: int) -> tuple[int, ...]:
+            return cells[k].owner, loose[k], groups[k], least[alike[k]], first[alike[k]], sizes[k], k
+
+        self.order = sorted(places, key=rank)
         self.start: dict[int, int] = {}
         self.views: dict[nn.Parameter, View] = {}
         self.numel = 0
@@ -69,15 +86,6 @@ class Layout:
             self.start[k] = self.numel
             self.views |= zip(layer.parameters, views_of(cells[k], self.numel))
             self.numel += layer.shape.numel
-
-    def fill(
-        self, vector: Tensor, begin: int, cells: Iterable[LayerState], values: Callable[[nn.Parameter], Tensor]
-    ) -> None:
-        """Write a tensor for each parameter of these layers into a flat vector that begins at this place."""
-        parameters = [p for cell in cells for p in cell.layer.parameters]
-        if parameters:
-            views = [self.views[p].of(vector, begin) for p in parameters]
-            torch._foreach_copy_(views, [real(values(p)) for p in parameters])
 
 
 def views_of(cell: LayerState, start: int) -> list[View]:
@@ -96,6 +104,81 @@ def views_of(cell: LayerState, start: int) -> list[View]:
             )
         found.append(View(tuple(part.shape), part.stride(), start + int(part.storage_offset())))
     return found
+
+
+class StepVector:
+    """A flat vector of some layers of a layout, neighbours, whose memory is there within a step.
+
+    Between steps its memory is free, and its views of parameters stay: to make hundreds of them in every step takes
+    the host longer than all arithmetic of a small network.
+
+    Args:
+        layout: of the vector.
+        begin: the place of the first layer in it.
+        cells: the layers, in the layout's order.
+        places: the place of each of their parameters among all parameters of all layers.
+        dtype: of the vector.
+        lasting: the memory stays too, at one address.
+
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        begin: int,
+        cells: Sequence[LayerState],
+        places: Mapping[nn.Parameter, int],
+        dtype: torch.dtype,
+        lasting: bool = False,
+    ):
+        self.layout, self.begin, self.dtype, self.lasting = layout, begin, dtype, lasting
+        self.parameters = [p for cell in cells for p in cell.layer.parameters]
+        self.numel = sum(cell.layer.shape.numel for cell in cells)
+        self._places = [places[p] for p in self.parameters]
+        self._complex = any(p.is_complex() for p in self.parameters)
+        self._flat: Tensor | None = None
+        self._views: dict[nn.Parameter, Tensor] = {}
+
+    def flat(self) -> Tensor:
+        """The vector; what it holds is not defined."""
+        if self._flat is None:
+            self._flat = torch.empty(self.numel, dtype=self.dtype, device=self.layout.kind[1])
+            self._views = {p: self.layout.views[p].of(self._flat, self.begin) for p in self.parameters}
+        elif not self._flat.untyped_storage().nbytes():
+            self._flat.untyped_storage().resize_(self.numel * self._flat.element_size())
+        return self._flat
+
+    def views(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Tensors of the shapes of these parameters, of real numbers, which share the vector's memory."""
+        views = self._views
+        return [views[p] for p in parameters]
+
+    def fill(self, values: Sequence[Tensor | None], whole: bool) -> Tensor:
+        """The vector with a tensor for each of all parameters of all layers, zero where there is none.
+
+        whole: there are all.
+        """
+        flat, views = self.flat(), list(self._views.values())
+        own = [values[k] for k in self._places]
+        if not whole:
+            flat.zero_()
+            views = [view for view, value in zip(views, own) if value is not None]
+        chosen = own if whole else [value for value in own if value is not None]
+        if self._complex:
+            chosen = [real(value) for value in chosen if value is not None]
+        if chosen:
+            torch._foreach_copy_(views, chosen)  # type: ignore[arg-type]
+        return flat
+
+    def release(self) -> None:
+        """The step is over. Where somebody keeps a part of the vector, all of it becomes theirs."""
+        if self._flat is None or self.lasting:
+            return
+        storage = self._flat.untyped_storage()
+        if torch._C._storage_Use_Count(storage._cdata) > 2 + len(self._views):  # the vector, `storage` and the views
+            self._flat, self._views = None, {}
+        else:
+            storage.resize_(0)
 
 
 class NumberTable:
@@ -132,6 +215,19 @@ class NumberTable:
         """New values for the rows from this one on."""
         self.write()
         self.base[row : row + len(values)] = values
+        self.read()
+
+    def add(self, value: int) -> None:
+        """Every number grows by this."""
+        self.write()
+        self.base += value
+        self.rows = [row + value for row in self.rows]
+        self.version = self.base._version
+        self.stamp += 1
+
+    def fill(self, values: Tensor) -> None:
+        """The same numbers in every row."""
+        self.base.copy_(values)
         self.read()
 
     def set(self, row: int, value: Any) -> None:
@@ -181,13 +277,28 @@ class Storage:
         fixed: bool = False,
     ):
         self.cells, self.rank, self.readings = cells, rank, readings
-        self._fixed: dict[int, Tensor] | None = {} if fixed else None
         alike = [likeness(cell, group, k) for k, cell in enumerate(cells)]
         kinds: dict[Kind, list[int]] = {}
         for k, cell in enumerate(cells):
             kinds.setdefault(kind_of(cell), []).append(k)
-        self.layouts = [Layout(kind, places, cells, alike) for kind, places in kinds.items()]
+        groups = [group(cell.layer.parameters[0]) for cell in cells]
+        self.layouts = [Layout(kind, places, cells, alike, groups) for kind, places in kinds.items()]
         self.mine = [[k for k in layout.order if cells[k].owner == rank] for layout in self.layouts]
+        self.parameters = [p for cell in cells for p in cell.layer.parameters]
+        places = {p: k for k, p in enumerate(self.parameters)}
+        begins = [layout.start[mine[0]] if mine else 0 for layout, mine in zip(self.layouts, self.mine)]
+        self.gradients, self.moves = (
+            [
+                StepVector(layout, begin, [cells[k] for k in mine], places, layout.kind[0], fixed)
+                for layout, begin, mine in zip(self.layouts, begins, self.mine)
+            ]
+            for _ in range(2)
+        )
+        """Room for the gradients of this rank's layers in a step, and for what their weights move by."""
+        self.outgoing = [
+            StepVector(layout, 0, [cells[k] for k in layout.order], places, layout.kind[2]) for layout in self.layouts
+        ]
+        """Room for this rank's own gradients of all ranks' layers."""
         self.stack_of: dict[int, int] = {}
         self._place = {k: place for place, k in enumerate(k for layout in self.layouts for k in layout.order)}
         self.vectors: list[dict[str, Vector]] = []
@@ -206,6 +317,17 @@ class Storage:
         self.clocks = [table for name, table in self.tables.items() if name.split()[0].endswith("_clock")]
         for cell in cells:
             cell.numbers = Numbers(self.places[cell.layer.parameters[0]])
+        self._seen = Seen.of(state, self.bound)
+
+    def by_cell(self, values: Sequence[Any]) -> list[list[Any]]:
+        """What belongs to each of `parameters`, layer by layer."""
+        found = iter(values)
+        return [[next(found) for _ in cell.layer.parameters] for cell in self.cells]
+
+    def release(self) -> None:
+        """A step is over: its vectors need no memory."""
+        for vector in (*self.gradients, *self.outgoing, *self.moves):
+            vector.release()
 
     def _bind(self, state: State, parameter: nn.Parameter, key: str, view: Tensor) -> None:
         state[parameter][key] = view
@@ -310,6 +432,14 @@ class Storage:
 
     def sync(self, state: State) -> None:
         """Take over what others have put into the state since, and put the views back."""
+        if not self._seen.unchanged(state):
+            self._take_over(state)
+            self._seen = Seen.of(state, self.bound)
+        for table in self.tables.values():
+            if table.base._version != table.version:
+                table.read()
+
+    def _take_over(self, state: State) -> None:
         for parameter, views in self.bound.items():
             own = state[parameter]
             for key, view in views.items():
@@ -323,9 +453,6 @@ class Storage:
                     )
                 view.copy_(self._cell_of[parameter].packed(key, value))
                 own[key] = view
-        for table in self.tables.values():
-            if table.base._version != table.version:
-                table.read()
 
     @property
     def clocks_stamp(self) -> int:
@@ -334,25 +461,12 @@ class Storage:
 
     def count_step(self) -> None:
         """All parameters have made one more step."""
-        table = self.table("step")
-        for row, count in enumerate(table.rows):
-            table.set(row, count + 1)
+        self.table("step").add(1)
 
     def write(self) -> None:
         """Bring the numbers in the state up to date."""
         for table in self.tables.values():
             table.write()
-
-    def empty(self, k: int) -> Tensor:
-        """A vector with room for this rank's layers of a layout."""
-        if self._fixed is not None and k in self._fixed:
-            return self._fixed[k]
-        mine, layout = self.mine[k], self.layouts[k]
-        dtype, device, _ = layout.kind
-        vector = torch.empty(sum(self.cells[c].layer.shape.numel for c in mine), dtype=dtype, device=device)
-        if self._fixed is not None:
-            self._fixed[k] = vector
-        return vector
 
     def present(self, vectors: Sequence[Tensor | None], present: Sequence[bool]) -> list[Tensor]:
         """Of vectors of this rank's layers, one a layout, the parts of those that are present."""
@@ -373,6 +487,35 @@ class Storage:
             begin = {name: self.blocks[run[0], name][0] for name in names}
             found.append(Run(run, stack, begin, {name: self.blocks[run[-1], name][1] for name in names}))
         return found
+
+
+class Seen(NamedTuple):
+    """A state as it was looked at last: its dictionaries, and the tensors that stood in them under their keys.
+
+    Whether it is still the same is asked in every step, of a thousand tensors, and takes no loop of python's.
+    """
+
+    parameters: list[nn.Parameter]
+    dictionaries: list[dict[str, Any]]
+    owns: list[dict[str, Any]]  # the dictionary, the key and the tensor of each entry
+    keys: list[str]
+    views: list[Tensor]
+
+    @classmethod
+    def of(cls, state: State, bound: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> Seen:
+        """The entries of `bound` as they are."""
+        entries = [(state[p], key, view) for p, views in bound.items() for key, view in views.items()]
+        columns = [list(column) for column in zip(*entries)] or [[], [], []]
+        return cls(list(state.keys()), list(state.values()), *columns)
+
+    def unchanged(self, state: State) -> bool:
+        """Whether all dictionaries and all entries are those that were seen."""
+        return (
+            len(state) == len(self.dictionaries)
+            and all(map(is_, state.keys(), self.parameters))
+            and all(map(is_, state.values(), self.dictionaries))
+            and all(map(is_, map(dict.get, self.owns, self.keys), self.views))
+        )
 
 
 class Numbers:

@@ -166,3 +166,10 @@ class SymmetricSlabs:
         for begin, end, slab in self.slabs[1:]:
             y[..., :begin].baddbmm_(x[..., begin:end], slab[..., :begin])
         return y
+
+
+def times(one: Tensor | SymmetricSlabs, other: Tensor | SymmetricSlabs) -> Tensor:
+    """The products [b, n, k] of [b, n, m] and [b, m, k], at least one of which is a tensor."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.bmm(one, other)
+    return one @ other

@@ -30,6 +30,7 @@ from natgrad.curvature.curvature import (
 from natgrad.layers.layer import Layer, Shape, gram_cost, moment
 from natgrad.layers.op_cost import OpCost, launched, moment_of, moved, product
 from natgrad.linalg import damped_inverse, first_inverse
+from natgrad.triangles import times
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ class Kronecker(Curvature):
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
         a, g = inverses["A"], inverses["G"]
-        left = g @ gradient if g.dim() == 3 else g.unsqueeze(2) * gradient
-        return left @ a if a.dim() == 3 else left * a.unsqueeze(1)
+        left = times(g, gradient) if g.dim() == 3 else g.unsqueeze(2) * gradient
+        return times(left, a) if a.dim() == 3 else left * a.unsqueeze(1)
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         full = {k: v if v.dim() == 3 else torch.diag_embed(v) for k, v in statistics.items()}

@@ -155,7 +155,7 @@ class UnitWise(Curvature):
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
         units = gradient.flatten(0, 1).unsqueeze(1)
-        return (units @ inverses["F"]).reshape(gradient.shape)
+        return torch.bmm(units, inverses["F"]).reshape(gradient.shape)
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
         eye = torch.eye(shape.inner, dtype=statistics["F"].dtype)

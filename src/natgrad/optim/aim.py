@@ -12,7 +12,7 @@ from natgrad.optim.directions import directions_kept
 from natgrad.optim.fallback import Recalls
 from natgrad.optim.method import Method
 from natgrad.optim.segments import Outlines, Segment
-from natgrad.optim.step_size import Remembers, trust_ratios
+from natgrad.optim.step_size import Remembers, remembers, trust_ratios
 from natgrad.readings import Inputs
 
 
@@ -61,9 +61,8 @@ class Aim:
         bare: none of the segments has a curvature, and nobody learns from them.
         """
         length, curved = self.method.length, [segment for segment in segments if segment.curved]
-        learns = isinstance(length, Remembers)
-        judged = list(segments) if learns and length.looks_back else curved
-        if learns and not bare:
+        judged = list(segments) if remembers(length) and length.looks_back else curved
+        if remembers(length) and not bare:
             for segment in judged if length.looks_back else ():
                 if segment.past is None and not segment.curved:
                     segment.past = self._recalled(segment)
@@ -75,7 +74,7 @@ class Aim:
                 self._stretch(segment, bare)
         if bare:
             return [1.0] * len(segments)
-        if not learns:
+        if not remembers(length):
             found = dict(zip(map(id, curved), length(curved, self.world)))
             return [found.get(id(segment), 1.0) for segment in segments]
         numbers = self._learned(length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -30,14 +31,20 @@ class Census:
         self.model, self.scope = model, scope
         ours = set(trained)
         found = list(model.named_modules())
-        self.sizes = [(m, len(m._modules), len(m._parameters)) for _, m in found]
-        self.children = [(m, key, child) for _, m in found for key, child in m._modules.items()]
+        self.modules = [m for _, m in found]
+        self.sizes, self.counts = [len(m._modules) for m in self.modules], [len(m._parameters) for m in self.modules]
+        self.children = [(m, key) for _, m in found for key in m._modules]
+        self.child = [child for _, m in found for child in m._modules.values()]
         self.known = [
             Known(m, key, p, p.dtype, p.device, p in ours, f"{name}.{key}".lstrip("."))
             for name, m in found
             for key, p in m._parameters.items()
             if p is not None
         ]
+        known = [k for k in self.known if k.trained]  # column by column: a step compares lists without a loop
+        self.owners, self.keys = [k.owner for k in known], [k.key for k in known]
+        self.parameters = [k.parameter for k in known]
+        self.dtypes, self.devices = [k.dtype for k in known], [k.device for k in known]
         self.resting = [k.parameter for k in self.known if not k.trained and (scope is None or k.parameter in scope)]
 
     def unfrozen(self) -> bool:
@@ -51,17 +58,16 @@ class Census:
             ValueError: for a parameter of this optimizer that is no longer the model's, or that has moved.
 
         """
-        for owner, key, parameter, dtype, device, trained, _ in self.known:
-            now = owner._parameters.get(key)
-            if trained and (now is not parameter or parameter.dtype is not dtype or parameter.device != device):
-                return self._told()
-        for module, children, parameters in self.sizes:
-            if len(module._modules) != children or len(module._parameters) != parameters:
-                return self._told()
-        for module, key, child in self.children:
-            if module._modules.get(key) is not child:
-                return self._told()
-        return []
+        now = [owner._parameters.get(key) for owner, key in zip(self.owners, self.keys)]
+        alike = (
+            all(map(is_, now, self.parameters))
+            and all(map(is_, [p.dtype for p in self.parameters], self.dtypes))
+            and [p.device for p in self.parameters] == self.devices
+            and [len(m._modules) for m in self.modules] == self.sizes
+            and [len(m._parameters) for m in self.modules] == self.counts
+            and all(map(is_, [m._modules.get(key) for m, key in self.children], self.child))
+        )
+        return [] if alike else self._told()
 
     def _told(self) -> list[str]:
         here = dict(self.model.named_parameters())

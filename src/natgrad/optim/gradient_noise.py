@@ -36,12 +36,12 @@ class Squares(NamedTuple):
         return self.whole - noise, noise
 
 
-def square(gradients: Iterable[Tensor], like: Tensor) -> Tensor:
-    """The squared norm of all of them together, a scalar on the device of `like`."""
+def square(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """The squared norm of all of them together, a scalar in double precision on a device."""
     tensors = list(gradients)
     if not tensors:
-        return torch.zeros_like(like, dtype=torch.float64)
-    return together(torch._foreach_norm(tensors)).square().sum().to(like.device)
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return together(torch._foreach_norm(tensors)).square().sum().to(device)
 
 
 def learn(numbers: Mapping[str, float], squares: Squares, samples: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from natgrad.optim.loss_scale import LossScale
 from natgrad.optim.overlap import Overlap
 from natgrad.parallel import OwnedTensor, World
 from natgrad.readings import Readings, on_host, to_device, together
-from natgrad.stacks import Storage, adjacent
+from natgrad.stacks import StepVector, Storage, adjacent
 
 
 class Agreed(NamedTuple):
@@ -30,7 +30,7 @@ class GradientReading(NamedTuple):
     """What was read of a step's gradients."""
 
     flags: Tensor
-    square: Tensor
+    square: Tensor  # of their norm; empty on the only rank, which does not need it
     early: Tensor  # norms of gradients that left early, when they left and now
 
 
@@ -46,9 +46,10 @@ class Gradients:
         self.active = world.size  # ranks that have a batch
         self.square = 0.0  # of this rank's gradients of the last step, the loss's scale taken out
         self.local = False  # they were this rank's own, of its own samples
-        self.clipped = torch.ones((), dtype=torch.float64)  # by this the mean was multiplied
+        self.clipped: Tensor | None = None  # by this the mean was multiplied, where it may be clipped
         self.loaded = False  # a state was loaded: some of it may be missing
         self.overlap: Overlap | None = None
+        self._filled: Sequence[StepVector] | None = None  # vectors that hold this step's gradients as they are
 
     def begin_early(self, cells: Sequence[LayerState]) -> None:
         """Send gradients during the backward pass from now on, if the world asks for it."""
@@ -87,43 +88,58 @@ class Gradients:
             self.world.gather([OwnedTensor(real(_gradient(p)), owners[p]) for p in chosen], "gradients")
         unscale(gradients, 1 / scale)  # whoever looks next expects them as the backward pass left them
 
-    def agree(self, cells: Sequence[LayerState], look: bool, scale: LossScale, readings: Readings) -> Agreed | None:
+    def agree(self, storage: Storage, look: bool, scale: LossScale, readings: Readings) -> Agreed | None:
         """Which cells have a gradient on any rank, and which are half frozen; None if a gradient is not finite on any.
 
         All that was asked of `readings` is heard now: this is the step's one wait for the device.
 
-        With `look`, "auto" is decided again: whoever averages gradients does it in every step.
+        look: the step measures. "auto" is decided again, as whoever averages gradients does it in every step; and no
+        memory is held until `to_owners`, because measurements need theirs.
         """
         early = self.overlap if not self.reduced else None
         if early is not None:
             early.flush()
-        found = [[grad_of(p) for p in c.layer.parameters] for c in cells]
-        gradients = [g for own in found for g in own if g is not None]
-        here = [any(g is not None for g in own) for own in found]
-        frozen = [[not p.requires_grad for p in c.layer.parameters] for c in cells]
-        halves = [any(own) and not all(own) for own in frozen]
+        cells, found = storage.cells, [grad_of(p) for p in storage.parameters]
+        here, halves = [True] * len(cells), [False] * len(cells)
+        whole = not any(g is None for g in found)
+        if not whole:
+            here = [any(g is not None for g in own) for own in storage.by_cell(found)]
+            trains = storage.by_cell([p.requires_grad for p in storage.parameters])
+            halves = [any(own) and not all(own) for own in trains]
         lost = [(c.by_rows or self.loaded) and c.lost(self.world.rank) for c in cells]
         self.loaded = False
         flags = [False, *here, *halves, *lost]
-        told = self._look(gradients, scale.found, flags, early, readings)
-        self.square = float(told.square) / scale.seen**2
+        vectors = [] if early is not None else self._fill(storage, found, whole)
+        told = self._look(vectors, storage.device, scale.found, flags, early, readings)
+        self.square = float(told.square.sum()) / scale.seen**2
         flags = [bool(told.flags[0]), *(told.flags[1:].tolist() if len(told.flags) > 1 else flags[1:])]
         if flags[0]:
             self.give_up()
+            storage.release()
             return None
         if early is not None:
             early.check(told.early, scale.seen)
         if (look or self.mode == "auto") and not self.reduced and self.active == self.world.size:
-            self._are_local(gradients)
+            self._are_local([g for g in found if g is not None])
+        if look:
+            self._filled = None
+            storage.release()
         count, flags = len(cells), [flag > 0 for flag in flags[1:]]
         for cell, gone in zip(cells, flags[2 * count :]):
             if gone:
                 cell.forget()
         return Agreed(flags[:count], flags[count : 2 * count])
 
+    def _fill(self, storage: Storage, found: Sequence[Tensor | None], whole: bool) -> list[Tensor]:
+        """Write the gradients of all parameters that there are into the vectors that `to_owners` will need."""
+        local = self.mode != "averaged" and not self.reduced
+        self._filled = storage.outgoing if local or self.active < self.world.size else storage.gradients
+        return [vector.fill(found, whole) for vector in self._filled if vector.numel]
+
     def _look(
         self,
-        gradients: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        device: torch.device,
         bad: Tensor | None,
         flags: Sequence[bool],
         early: Overlap | None,
@@ -133,14 +149,22 @@ class Gradients:
 
         The first flag becomes whether a gradient is not finite; alone, a rank has no need to send the others.
         """
-        norms = together(torch._foreach_norm(list(gradients))) if gradients else torch.zeros(1, dtype=torch.float64)
-        finite = torch.isfinite(norms).all()
-        own = to_device([float(flag) for flag in (flags if self.world.size > 1 else flags[:1])], norms.device)
-        own[0] = ~finite if bad is None else ~finite | (bad.to(norms.device) != 0).any()
+        if early is not None:
+            norms = early.norms_then_and_now().to(device)
+            ends = norms[1]
+            square = ends.square().sum()
+        else:  # torch takes 60 times as long for the largest absolute number as for the least and the largest one
+            found = [end for vector in vectors for end in torch.aminmax(vector)]
+            ends = together(found).to(device) if found else torch.zeros(1, dtype=torch.float64, device=device)
+            norms = square = ends[:0]
+            if self.world.size > 1 and vectors:
+                square = together([torch.linalg.vector_norm(vector) for vector in vectors]).square().sum()
+        finite = torch.isfinite(ends).all()
+        own = to_device([float(flag) for flag in (flags if self.world.size > 1 else flags[:1])], device)
+        own[0] = ~finite if bad is None else ~finite | (bad.to(device) != 0).any()
         self.world.max([own], "scalars")
-        answers = [own, norms.square().sum(), own[:0] if early is None else early.norms_then_and_now()]
         told = list[Tensor]()
-        for numbers in answers:
+        for numbers in (own, square, norms):
             readings.ask(numbers, told.append)
         readings.read()
         return GradientReading(*told)
@@ -178,14 +202,15 @@ class Gradients:
         self.local = local and self.active == self.world.size > 1
         if local and self.overlap is not None:
             sums, divisor = self.overlap.collect(), float(self.world.size)
-            found = [self._own(storage, k, present, sums.__getitem__) for k in range(len(storage.layouts))]
+            self._write(storage.gradients, [sums.get(p) for p in storage.parameters])
         elif local or self.active < self.world.size:
             divisor = float(self.world.size if local else self.active)  # averaged ones are those of the active ranks
-            found = self._sums(storage, present, scale)
+            self._sum(storage, present, scale)
         else:
-            found = [self._own(storage, k, present, _gradient) for k in range(len(storage.layouts))]
+            self._write(storage.gradients, None if self._filled is storage.gradients else _gradients(storage))
             divisor = scale
-        self.reduced = False
+        found = [vector.flat() if vector.numel else None for vector in storage.gradients]
+        self._filled, self.reduced = None, False
         if divisor != 1:
             for vector in found:
                 if vector is not None:
@@ -193,25 +218,19 @@ class Gradients:
         self._clip(storage, present, found)
         return found
 
-    def _own(
-        self, storage: Storage, k: int, present: Sequence[bool], values: Callable[[nn.Parameter], Tensor]
-    ) -> Tensor | None:
-        """A vector of this rank's layers, filled parameter by parameter."""
-        layout, mine = storage.layouts[k], storage.mine[k]
-        if not mine:
-            return None
-        vector = storage.empty(k)
-        layout.fill(vector, layout.start[mine[0]], (storage.cells[c] for c in mine if present[c]), values)
-        return vector
+    def _write(self, vectors: Sequence[StepVector], values: Sequence[Tensor | None] | None) -> None:
+        """Fill vectors, parameter by parameter; None: they have been filled by `agree`."""
+        if values is not None:
+            for vector in vectors:
+                vector.fill(values, not any(value is None for value in values))
 
-    def _sums(self, storage: Storage, present: Sequence[bool], scale: float) -> list[Tensor | None]:
-        """Every layer's gradients of all ranks, added up at its owner."""
+    def _sum(self, storage: Storage, present: Sequence[bool], scale: float) -> None:
+        """Add up every layer's gradients of all ranks at its owner."""
+        self._write(storage.outgoing, None if self._filled is storage.outgoing else _gradients(storage))
         parcels, targets = [], list[tuple[int, int, int]]()
         for k, layout in enumerate(storage.layouts):
-            chosen = [c for c in layout.order if present[c]]
-            vector = torch.empty(layout.numel, dtype=layout.kind[2], device=layout.kind[1])
-            layout.fill(vector, 0, (storage.cells[c] for c in chosen), _gradient)
-            for row in adjacent(layout.order, chosen):
+            vector = storage.outgoing[k].flat()
+            for row in adjacent(layout.order, [c for c in layout.order if present[c]]):
                 for owner, some in groupby(row, key=lambda c: storage.cells[c].owner):
                     own = list(some)
                     start = layout.start[own[0]]
@@ -220,17 +239,15 @@ class Gradients:
                     parcels.append(OwnedTensor(part if scale == 1 else part / scale, owner))
                     targets.append((k, start, stop))
         received = self.world.reduce(parcels, "gradients")
-        found: list[Tensor | None] = [storage.empty(k) if mine else None for k, mine in enumerate(storage.mine)]
         for (k, start, stop), value in zip(targets, received):
-            vector, mine = found[k], storage.mine[k]
-            if value is not None and vector is not None:
-                begin = storage.layouts[k].start[mine[0]]
-                vector[start - begin : stop - begin].copy_(value)
-        return found
+            own = storage.gradients[k]
+            if value is not None and own.numel:
+                own.flat()[start - own.begin : stop - own.begin].copy_(value)
 
     def squares(
         self,
         mine: Sequence[Tensor],
+        device: torch.device,
         half: tuple[float, int] | None,
         samples: float,
         readings: Readings,
@@ -243,7 +260,9 @@ class Gradients:
         """
         if not self.local and (half is None or not 0 < half[1] < samples):
             return
-        own, size = square(mine, self.clipped) / self.clipped.square(), self.world.size
+        own, size = square(mine, device), self.world.size
+        if self.clipped is not None:
+            own = own / self.clipped.square()
         if self.local:
             sums = torch.stack([torch.full_like(own, self.square / size), own / (1 if self.world.owners else size)])
             self.world.sum([sums], "scalars")
@@ -253,10 +272,9 @@ class Gradients:
             readings.ask(own, lambda told: hear(Squares(part, float(told), share)))
 
     def _clip(self, storage: Storage, present: Sequence[bool], vectors: Sequence[Tensor | None]) -> None:
-        self.clipped = torch.ones((), dtype=torch.float64, device=storage.device)
         if self.max_norm is None:
             return
-        total = square(storage.present(vectors, present), self.clipped)
+        total = square(storage.present(vectors, present), storage.device)
         self.world.sum_over_owners([total], "scalars")
         self.clipped = (self.max_norm / (total.sqrt() + 1e-6)).clamp_max(1)
         for vector in vectors:
@@ -295,6 +313,11 @@ def grad_of(parameter: nn.Parameter) -> Tensor | None:
     if parameter.grad.layout != torch.strided:  # all that comes after is dense: so are momenta and moments
         parameter.grad = parameter.grad.to_dense()
     return parameter.grad
+
+
+def _gradients(storage: Storage) -> list[Tensor | None]:
+    """The gradients that there are of all parameters."""
+    return [grad_of(p) for p in storage.parameters]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

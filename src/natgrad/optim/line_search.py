@@ -6,7 +6,7 @@ Both are decided from numbers that all ranks share, so that no two ranks can dec
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -47,7 +47,7 @@ class SearchMemory:
     """The share of an earlier step that the last step took back."""
 
     def tensor(self) -> Tensor:
-        return torch.tensor(astuple(self), dtype=torch.float64)
+        return torch.tensor([getattr(self, name) for name in self.__dataclass_fields__], dtype=torch.float64)
 
     @classmethod
     def of(cls, values: Tensor) -> SearchMemory:

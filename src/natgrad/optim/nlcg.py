@@ -238,6 +238,8 @@ class NLCG(SecondOrder):
 
     def _penalty(self) -> Tensor | None:
         """The sum of weight_decay |w|^2 / 2 over the parameters that this rank owns; None: nothing decays."""
+        if not any(group["weight_decay"] for group in self.param_groups):
+            return None
         weighed = [
             (decay, promote(p.detach()))
             for k in (k for mine in self.storage.mine for k in mine)
@@ -267,10 +269,7 @@ class NLCG(SecondOrder):
 
     def _remember(self, memory: SearchMemory) -> None:
         """Write down what a step has left, on every rank."""
-        numbers = memory.tensor().tolist()
-        for cell in self.cells:
-            cell.numbers["scalars"] = numbers
-        self.storage.write()
+        self.storage.table("scalars").fill(memory.tensor())
 
     def coverage(self) -> CoverageTable:
         """A row for every layer: its preconditioner, why, its size and cost. Printed, it is a table."""

@@ -46,7 +46,7 @@ from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.segments import Outlines
 from natgrad.optim.state_dict import DistributedState, carried
-from natgrad.optim.step_size import Remembers, StepSize
+from natgrad.optim.step_size import Remembers, StepSize, remembers
 from natgrad.optim.update import Update, begin, master
 from natgrad.parallel import World, uneven
 from natgrad.readings import Inputs, Readings
@@ -485,7 +485,7 @@ class SecondOrder(Optimizer):
         self.engine.settle(self.readings)
         self._ask()
         with self.engine.timed("messages"):
-            agreed = self.gradients.agree(self.cells, watched, scale, self.readings)
+            agreed = self.gradients.agree(self.storage, watched, scale, self.readings)
         if agreed is None:
             self.skipped += 1
             self.engine.capture.discard()
@@ -499,8 +499,9 @@ class SecondOrder(Optimizer):
         with self.engine.timed("messages"):
             gradients = self.gradients.to_owners(self.storage, present, scale.now)
         self.preconditioned = self._count(present)
-        self._hear_noise(self.storage.present(gradients, present), scale.seen)
+        self._hear_noise(gradients, present, scale.seen)
         self.update(present, gradients)
+        self.storage.release()
         if self.census.unfrozen():
             self._take_in(scale.now)
         self.storage.count_step()
@@ -517,13 +518,14 @@ class SecondOrder(Optimizer):
             self._counted = *now, count_preconditioned(self.cells, present)
         return self._counted[2]
 
-    def _hear_noise(self, gradients: Sequence[Tensor], scale: float) -> None:
+    def _hear_noise(self, gradients: Sequence[Tensor | None], present: Sequence[bool], scale: float) -> None:
         """In steps that measure, learn how noisy the gradient is from shares of it that are there anyway."""
         if not self.engine.share:
             return
         half, samples = self.engine.half, self.engine.samples
         half = half and (half[0] / scale**2, half[1])
-        self.gradients.squares(gradients, half, samples, self.readings, partial(self._learn_noise, samples))
+        mine, device = self.storage.present(gradients, present), self.storage.device
+        self.gradients.squares(mine, device, half, samples, self.readings, partial(self._learn_noise, samples))
 
     def _learn_noise(self, samples: float, found: gradient_noise.Squares) -> None:
         numbers = {name: self.param_groups[0].get(name, value) for name, value in gradient_noise.NUMBERS.items()}
@@ -534,7 +536,7 @@ class SecondOrder(Optimizer):
         """What the length has learned by the last step. Warn once if steps have long been shortened so much that the
         learning rate says nothing.
         """
-        assert isinstance(self.method.length, Remembers)
+        assert remembers(self.method.length)
         for group in self.param_groups:
             group.update(zip(self.method.length.numbers, values.tolist()))
         own = self.param_groups[0]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from natgrad.curvature.by_rows import ByRows
 from natgrad.layer_state import LayerState
 from natgrad.layers import UncurvedParameter
-from natgrad.layers.layer import promote, real
+from natgrad.layers.layer import real
 from natgrad.readings import Inputs
-from natgrad.stacks import Layout, NumberTable, Run, Storage, Vector, adjacent
+from natgrad.stacks import Layout, NumberTable, Run, StepVector, Storage, Vector, adjacent
 
 KNOWN = 4  # sets of layers whose segments are kept
 TOGETHER = 2**22  # numbers of each vector whose products are taken in one go: they take as much memory
@@ -33,11 +33,11 @@ class Alike(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Numbers [start, stop) of a segment's vectors: those of (layers, numbers of each), one size behind the other."""
+    """Numbers [start, stop) of a segment's vectors: (first, layers, numbers of each), one size behind the other."""
 
     start: int
     stop: int
-    equal: list[tuple[int, int]]
+    equal: list[tuple[int, int, int]]
 
 
 @dataclass(eq=False)
@@ -46,6 +46,7 @@ class Outline:
 
     storage: Storage
     layout: Layout
+    room: StepVector
     vectors: Mapping[str, Vector]
     places: list[int]
     curved: bool
@@ -56,10 +57,11 @@ class Outline:
         self.cells: list[LayerState] = [self.storage.cells[k] for k in self.places]
         self.parameters: list[nn.Parameter] = [p for cell in self.cells for p in cell.layer.parameters]
         self.views = [self.layout.views[p] for p in self.parameters]
+        self.complex = any(p.is_complex() for p in self.parameters)
         self.group_places = [self.group_of(p) for p in self.parameters]
-        self.by_group: dict[int, list[int]] = {}
-        for k, place in enumerate(self.group_places):
-            self.by_group.setdefault(place, []).append(k)
+        self.by_group: dict[int, list[nn.Parameter]] = {}
+        for p, place in zip(self.parameters, self.group_places):
+            self.by_group.setdefault(place, []).append(p)
         self.start = self.layout.start[self.places[0]]
         self.sizes = [cell.layer.shape.numel for cell in self.cells]
         self.numel = sum(self.sizes)
@@ -72,6 +74,11 @@ class Outline:
             self.parts.append(Alike(run, begin, end, (blocks, *shapes[0][1:])))
         self.alone = len(self.parameters) == len(self.cells)
         self.owner_of = [k for k, cell in enumerate(self.cells) for _ in cell.layer.parameters]
+
+    def moves(self) -> Tensor:
+        """Room for what the layers' parameters are to move by; its views are those of `room`."""
+        begin = self.start - self.room.begin
+        return self.room.flat()[begin : begin + self.numel]
 
     @cached_property
     def factors(self) -> dict[int, dict[str, Any]]:
@@ -91,8 +98,11 @@ class Outline:
         found, start, sizes = list[Chunk](), 0, list[int]()
 
         def close() -> int:
-            equal = [(len(list(group)), size) for size, group in groupby(sizes)]
-            found.append(Chunk(start, start + sum(sizes), equal))
+            equal, begin = list[tuple[int, int, int]](), 0
+            for size, group in groupby(sizes):
+                equal.append((begin, count := len(list(group)), size))
+                begin += count * size
+            found.append(Chunk(start, start + begin, equal))
             sizes.clear()
             return found[-1].stop
 
@@ -112,6 +122,20 @@ class Outline:
         """The layer of each part of a layer in `chunks`; None where no layer is cut."""
         parts = [k for k, size in enumerate(self.sizes) for _ in range(max(1, -(-size // TOGETHER)))]
         return None if len(parts) == len(self.sizes) else torch.tensor(parts, device=self.layout.kind[1])
+
+    @cached_property
+    def tables(self) -> dict[str, tuple[NumberTable, int]]:
+        """The tables that hold a row for each layer, and the first row, by the numbers' name (see `numbers`)."""
+        return {}
+
+    def numbers(self, key: str) -> tuple[NumberTable, int]:
+        """The table that holds a row of this name for each layer, and the first row."""
+        if key not in self.tables:
+            (table, row), *others = [cell.numbers.places[key] for cell in self.cells]
+            if any(other is not table for other, _ in others):
+                raise KeyError(f"{key} is of another shape in every layer: take it from each cell's state()")
+            self.tables[key] = table, row
+        return self.tables[key]
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -225,15 +249,18 @@ class Segment:
         """The vector plus each parameter times the weight decay of its group, or times `decay`."""
         groups = self.outline.groups()
         decays = [groups[place]["weight_decay"] if decay is None else decay for place in self.outline.by_group]
-        chosen = [(own, ks) for own, ks in zip(decays, self.outline.by_group.values()) if own]
+        chosen = [(own, parameters) for own, parameters in zip(decays, self.outline.by_group.values()) if own]
         if not chosen:
             return vector
-        vector = vector.clone()
-        views = self.views(vector)
-        for factor, ks in chosen:
-            weights = [real(promote(self.outline.parameters[k].detach())) for k in ks]
-            torch._foreach_add_([views[k] for k in ks], weights, alpha=factor)
-        return vector
+        weights, alike = self.outline.moves(), len(chosen) == len(decays) == 1
+        if not alike:
+            weights.zero_()
+        for factor, parameters in chosen:
+            views = self.outline.room.views(parameters)
+            torch._foreach_copy_(views, [real(p.detach()) for p in parameters])
+            if not alike:
+                torch._foreach_mul_(views, factor)
+        return torch.add(vector, weights, alpha=chosen[0][0] if alike else 1.0)
 
     def rates(self, name: str) -> float | Tensor:
         """The learning rate of each number ("lr", "lr_last"): one for all, or a vector where groups differ."""
@@ -254,11 +281,10 @@ class Segment:
         found = []
         for start, stop, equal in self.outline.chunks:
             values = [[factor[start:stop] if factor.dim() else factor for factor in row] for row in rows]
-            products, begin = torch.stack([reduce(torch.mul, row) for row in values]), 0
-            for count, size in equal:
-                part = products[:, begin : begin + count * size].unflatten(1, (count, size))
+            products, long = torch.stack([reduce(torch.mul, row) for row in values]), stop - start
+            for begin, count, size in equal:
+                part = products.as_strided((len(rows), count, size), (long, size, 1), begin)
                 found.append(part.sum(2, dtype=torch.float64))
-                begin += count * size
         sums = found[0] if len(found) == 1 else torch.cat(found, 1)
         cut = self.outline.layer_of_part
         return sums if cut is None else sums.new_zeros(len(rows), len(self.cells)).index_add_(1, cut, sums)
@@ -294,22 +320,14 @@ class SegmentState(MutableMapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         vector, first = self.outline.vectors.get(key), self.outline.places[0]
         if vector is None:
-            (table, row), count = self._numbers(key), len(self.outline.cells)
+            (table, row), count = self.outline.numbers(key), len(self.outline.cells)
             return self.inputs.get(lambda: table.tensor()[row : row + count], self.outline.layout.kind[1])
         begin = vector.start[first]
         return vector.flat[begin : begin + self.outline.numel]
 
-    def _numbers(self, key: str) -> tuple[NumberTable, int]:
-        """The table that holds a row of this name for each layer, and the first row."""
-        cells = self.outline.cells
-        (table, row), *others = [cell.numbers.places[key] for cell in cells]
-        if any(other is not table for other, _ in others):
-            raise KeyError(f"{key} is of another shape in every layer: take it from each cell's state()")
-        return table, row
-
     def __setitem__(self, key: str, value: Tensor) -> None:
         if key not in self.outline.vectors:
-            table, row = self._numbers(key)
+            table, row = self.outline.numbers(key)
             shape = (len(self.outline.cells), *table.base.shape[1:])
             self.outline.storage.readings.ask(value, lambda told: table.take(row, told.view(shape)))
             return
@@ -349,11 +367,13 @@ class Outlines:
         if found is None:
             found = [
                 [
-                    Outline(self.storage, layout, vectors, run, curved, self.group_of, self.groups)
+                    Outline(self.storage, layout, room, vectors, run, curved, self.group_of, self.groups)
                     for row in adjacent(mine, chosen)
                     for curved, run in self._cut(row)
                 ]
-                for layout, mine, vectors in zip(self.storage.layouts, self.storage.mine, self.storage.vectors)
+                for layout, room, mine, vectors in zip(
+                    self.storage.layouts, self.storage.moves, self.storage.mine, self.storage.vectors
+                )
             ]
         self.known[chosen] = found  # the last one last
         if len(self.known) > KNOWN:

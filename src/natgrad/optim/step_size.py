@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,17 @@ class Remembers(Keeps, Protocol):
         holds numbers [layers, ...] reaches the state then too.
         """
         ...
+
+
+_KINDS: dict[type, bool] = {}
+
+
+def remembers(length: StepSize | Remembers) -> TypeGuard[Remembers]:
+    """Whether a length learns from step to step. A Protocol takes long to look at its members, and does it once."""
+    kind = type(length)
+    if kind not in _KINDS:
+        _KINDS[kind] = isinstance(length, Remembers)
+    return _KINDS[kind]
 
 
 def plain(segments: Sequence[Segment], world: World) -> list[Tensor | float]:

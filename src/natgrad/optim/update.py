@@ -187,21 +187,21 @@ class Update:
 
 def move_segment(segment: Segment, factor: Tensor | float) -> None:
     """W <- w - lr * factor * direction for all parameters of a segment, each with the lr of its own group."""
-    outline = segment.outline
-    rates = {place: segment.all_rates[place] * -1 for place in outline.by_group}
+    outline, direction = segment.outline, segment.direction
     if isinstance(factor, Tensor) and factor.dim():
-        direction = segment.direction * segment.spread(factor.to(segment.direction))
+        direction, factor = direction * segment.spread(factor.to(direction)), 1.0
+    rates = {place: segment.all_rates[place] * -factor for place in outline.by_group}
+    moves = outline.moves()
+    if len(rates) == 1:
+        torch.mul(direction, rates.popitem()[1], out=moves)
     else:
-        direction, rates = segment.direction, {place: rate * factor for place, rate in rates.items()}
-    only = rates.popitem()[1] if len(rates) == 1 else None
-    views = segment.views(direction if only is None else direction * only)
-    for place, ks in outline.by_group.items():
-        weights = [outline.parameters[k] for k in ks]
-        weights = [real(w.detach()) if w.is_complex() else w for w in weights]
-        moves = [views[k] for k in ks]
-        if only is None:
-            moves = list(torch._foreach_mul(moves, rates[place]))
-        torch._foreach_add_(weights, moves)
+        moves.copy_(direction)
+    for place, parameters in outline.by_group.items():
+        weights = [real(w.detach()) if w.is_complex() else w for w in parameters] if outline.complex else parameters
+        views = outline.room.views(parameters)
+        if place in rates:
+            torch._foreach_mul_(views, rates[place])
+        torch._foreach_add_(weights, views)
 
 
 def like(parameter: nn.Parameter, part: Tensor) -> Tensor:
