@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from natgrad.curvature import Curvature
 from natgrad.layer_state import LayerState
 from natgrad.parallel import OwnedTensor, World
-from natgrad.readings import Readings, together
+from natgrad.readings import Readings
 from natgrad.stacks import Storage
 
 Job = tuple[int, str]  # a cell's place and one of its statistics
@@ -38,6 +39,22 @@ class Slab(NamedTuple):
 Attempt = tuple[Curvature, Sequence[Slab]]  # statistics of one size that were inverted in one call
 
 
+class Portion(NamedTuple):
+    """Numbers [start, stop) of a vector."""
+
+    whole: Tensor
+    start: int
+    stop: int
+
+
+def joined(portions: Sequence[Portion]) -> Tensor:
+    """Portions behind one another; neighbours in one vector are not copied."""
+    first, last = portions[0], portions[-1]
+    if all(b.whole is a.whole and b.start == a.stop for a, b in pairwise(portions)):
+        return first.whole[first.start : last.stop]
+    return torch.cat([one.whole[one.start : one.stop] for one in portions])
+
+
 class Inversion:
     """The inversions of one step: `jobs`, the same on every rank, with each cell's damping."""
 
@@ -51,8 +68,10 @@ class Inversion:
     ):
         self.cells, self.storage, self.world, self.dampings = cells, storage, world, dampings
         self.jobs = list(jobs)
-        self.parts: dict[Job, Tensor] = {}
+        self.parts: dict[Job, Portion] = {}
         self.made: dict[Job, Tensor] = {}
+        self._ready: list[tuple[int, int, str, Tensor]] = []  # inverses of neighbouring layers, to be written
+        self._waiting = 0  # numbers of these
 
     def divide(self) -> None:
         """The damping [b] of every statistic that this rank holds, by the traces of all statistics of its layer."""
@@ -77,11 +96,12 @@ class Inversion:
             for key in self.cells[some[0]].keys if split else self._held(self.cells[some[0]]):
                 values = [traces[k, key] for k in some] if split else self._traces(some, key)
                 own[key] = torch.cat(values) if len(values) > 1 else values[0]
-                counts[key] = [self._blocks(k, key) for k in some] if not split else [len(v) for v in values]
+                counts[key] = [len(v) for v in values] if split else [self._blocks(k, key) for k in some]
             if not own:
                 continue
             for key, part in curvature.split(own, damping).items():
-                self.parts |= {(k, key): value for k, value in zip(some, part.split(counts[key]))}
+                ends = accumulate(counts[key], initial=0)
+                self.parts |= {(k, key): Portion(part, *span) for k, span in zip(some, pairwise(ends))}
 
     def _held(self, cell: LayerState) -> list[str]:
         """The statistics of a layer that this rank holds."""
@@ -123,16 +143,21 @@ class Inversion:
             inverse, good = curvature.factor(slabs[0].key, *self._together(slabs))
             self._keep(slabs, inverse)
             if good is not None:
-                attempts.append((good.all(), (curvature, slabs)))
+                attempts.append((good, (curvature, slabs)))
+        self._write()
         for index, key in self.jobs:
             self.cells[index].numbers[f"{key}_damping"] = self.dampings[index]
-        if not attempts:
-            return
+        for device in dict.fromkeys(good.device for good, _ in attempts):
+            self._ask([one for one in attempts if one[0].device == device], readings)
+
+    def _ask(self, attempts: Sequence[tuple[Tensor, Attempt]], readings: Readings) -> None:
+        """Ask which attempts on one device have succeeded with all of their blocks."""
 
         def hear(sound: Tensor) -> None:
-            self.failed = [attempt for good, (_, attempt) in zip(sound.tolist(), attempts) if not good]
+            told = iter(sound.tolist())
+            self.failed += [attempt for good, attempt in attempts if not all([next(told) for _ in range(len(good))])]
 
-        readings.ask(together([good for good, _ in attempts]), hear)
+        readings.ask(torch.cat([good for good, _ in attempts]), hear)
 
     def mend(self) -> int:
         """Make again, with more damping, what could not be inverted. Returns how many retries that took."""
@@ -141,6 +166,7 @@ class Inversion:
             inverse, tries = curvature.mend(slabs[0].key, *self._together(slabs))
             self._keep(slabs, inverse)
             retries += tries
+        self._write()
         return retries
 
     def _together(self, slabs: Sequence[Slab]) -> tuple[Tensor, Tensor]:
@@ -160,7 +186,15 @@ class Inversion:
             elif first.by_rows:
                 first.state()[name] = part  # those made together lie behind one another
             else:
-                self.storage.write_squares(slab.cells[0], slab.cells[-1], name, part)
+                self._ready.append((slab.cells[0], slab.cells[-1], name, part))
+        self._waiting += inverse.numel()
+        if self._waiting > TOGETHER // 4:
+            self._write()
+
+    def _write(self) -> None:
+        """Bring inverses into the owners' state, many in one call."""
+        self.storage.write_squares(self._ready)
+        self._ready, self._waiting = [], 0
 
     def _batches(self) -> Iterator[Attempt]:
         """Statistics of one size and one formula, as runs of neighbours."""
@@ -180,10 +214,7 @@ class Inversion:
                     if slabs and count + len(statistic) > most:
                         yield curvature, slabs
                         slabs, count = [], 0
-                    damping = [self.parts[k, key] for k in part]
-                    slabs.append(
-                        Slab(tuple(part), key, statistic, torch.cat(damping) if len(damping) > 1 else damping[0])
-                    )
+                    slabs.append(Slab(tuple(part), key, statistic, joined([self.parts[k, key] for k in part])))
                     count += len(statistic)
             if slabs:
                 yield curvature, slabs
@@ -218,5 +249,4 @@ class Inversion:
             parcels.append(OwnedTensor(inverse, cell.owner, moment.symmetric))
             sources.append(cell.holders[key])
         self.world.send(parcels, sources, "inverses")
-        for index, name, inverse in received:
-            self.storage.write_squares(index, index, name, inverse)
+        self.storage.write_squares([(index, index, name, inverse) for index, name, inverse in received])

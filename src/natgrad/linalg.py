@@ -24,7 +24,7 @@ def first_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 def first_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """The lower factors of matrix + damping I, and which blocks [b] have one; where there is none it has no meaning."""
     factor, good = _cholesky(matrix, damping)
-    factor.diagonal(dim1=1, dim2=2).masked_fill_(~good[:, None], 1)  # which triangular solvers do not stumble over
+    factor.diagonal(dim1=1, dim2=2).clamp_min_(torch.finfo(factor.dtype).tiny)  # triangular solvers stumble over 0
     return factor, good
 
 
@@ -67,7 +67,7 @@ def _cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     damped.diagonal(dim1=1, dim2=2).add_(damping[:, None])
     factor, info = torch.linalg.cholesky_ex(damped)
     roots = factor.diagonal(dim1=1, dim2=2).sum(1)
-    return factor, info + 0 * roots == 0  # infinity has a root, and 0 times it is not 0
+    return factor, torch.add(info, roots, alpha=0) == 0  # infinity has a root, and 0 times it is not 0
 
 
 def _closed_form(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:

@@ -417,13 +417,15 @@ class Storage:
         """`blocks_of`, with all entries: a copy where they are packed."""
         return self.cells[first].square(key, self.blocks_of(first, last, key))
 
-    def write_squares(self, first: int, last: int, key: str, values: Tensor) -> None:
-        """Set the blocks of neighbouring layers, given with all of their entries."""
-        kept, form = self.blocks_of(first, last, key), self.cells[first].forms.get(key)
-        if form is None:
-            kept.copy_(values)
-        else:
-            torch._foreach_copy_(form.parts(kept), form.places(values))
+    def write_squares(self, found: Sequence[tuple[int, int, str, Tensor]]) -> None:
+        """Set blocks of neighbouring layers, from the first to the last, of one key, given with all of their entries."""
+        kept, values = list[Tensor](), list[Tensor]()
+        for first, last, key, value in found:
+            own, form = self.blocks_of(first, last, key), self.cells[first].forms.get(key)
+            kept += [own] if form is None else form.parts(own)
+            values += [value] if form is None else form.places(value)
+        if kept:
+            torch._foreach_copy_(kept, values)
 
     def table(self, key: str) -> NumberTable:
         """The numbers of a name that only one table has."""
