@@ -27,7 +27,18 @@ class ByRows(Curvature):
         """The matrices [b, n, n] that `factor` takes, and what else is kept, from the rows of all ranks."""
 
     def precondition_all(
-        self, kept: Sequence[Mapping[str, Tensor]], gradients: Sequence[Tensor], damping: float
+        self,
+        kept: Sequence[Mapping[str, Tensor]],
+        gradients: Sequence[Tensor],
+        damping: float,
+        fresh: Sequence[Sequence[bool]],
     ) -> list[Tensor]:
-        """`precondition` for several layers, which may share what they do."""
-        return [self.precondition(own, gradient, damping) for own, gradient in zip(kept, gradients)]
+        """`precondition` for groups of layers, of which those of a group are alike: all tensors are [layers, ...].
+
+        fresh: whether the rows of each layer of each group were measured in this very step, on all samples.
+        """
+        found = []
+        for own, gradient, told in zip(kept, gradients, fresh):
+            each = [dict(zip(own, one)) | ({"fresh": one[0]} if new else {}) for *one, new in zip(*own.values(), told)]
+            found.append(torch.stack([self.precondition(one, g, damping) for one, g in zip(each, gradient)]))
+        return found

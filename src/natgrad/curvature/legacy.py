@@ -45,8 +45,8 @@ class Legacy:
 
 
 def mean_field(rows: Sample, weights: Tensor) -> Tensor:
-    """(sum_i s_i left_i)^T (sum_i (b_i / sum_j s_j) right_i) with s = sqrt(|b|), for U b, as W[b, o, i]."""
+    """(sum_i s_i left_i)^T (sum_i (b_i / sum_j s_j) right_i) with s = sqrt(|b|), for U b, as W[..., b, o, i]."""
     s = weights.abs().sqrt()
-    share = weights / s.sum().clamp_min(1e-5)
-    left = torch.einsum("n,nsbo->bos", s, rows["left"])
-    return left @ torch.einsum("n,nsbi->bsi", share, rows["right"])
+    share = weights / s.sum(-1, keepdim=True).clamp_min(1e-5)
+    left = torch.einsum("...n,...nsbo->...bos", s, rows["left"])
+    return left @ torch.einsum("...n,...nsbi->...bsi", share, rows["right"])

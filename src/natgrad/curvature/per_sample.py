@@ -200,29 +200,54 @@ def explicit(rows: Sample, shape: Shape) -> Tensor:
 
 
 def project(rows: Sample, matrix: Tensor) -> Tensor:
-    """The inner products [n] of every sample's gradient with W[b, o, i]."""
+    """The inner products [..., n] of every sample's gradient with W[..., b, o, i], of some layers or of one."""
     if "columns" in rows:
-        return rows["columns"] @ matrix.flatten()
+        return times(rows["columns"], matrix.flatten(-3).unsqueeze(-1)).squeeze(-1)
     left = rows["left"]
     if "tokens" in rows:
+        if matrix.dim() > 3:
+            return torch.stack([project(one, own) for one, own in zip(apart(rows), matrix)])
         seen = torch.cat([matrix[0], matrix.new_zeros(len(matrix[0]), 1)], 1).T
         return (left[:, :, 0] * seen[rows["tokens"].remainder(len(seen))]).flatten(1).sum(1)
-    right = rows["right"].flatten(0, 1).transpose(0, 1)  # [b, n*s, i]
-    mapped = (right @ matrix.transpose(1, 2)).transpose(0, 1).unflatten(0, left.shape[:2])
-    return (mapped * left).flatten(1).sum(1)
+    mapped = times(blocks_of(rows["right"]), matrix.mT)  # [..., b, n*s, o]
+    mapped = mapped.transpose(-3, -2).unflatten(-3, left.shape[-4:-2])
+    return (mapped * left).flatten(-3).sum(-1)
 
 
 def combine(rows: Sample, weights: Tensor, shape: Shape) -> Tensor:
-    """The sum over samples of weights [n] times gradients, as W[b, o, i]: one product, as of a weight gradient."""
+    """The sum over samples of weights [..., n] times gradients, as W[..., b, o, i], of some layers or of one.
+
+    It is one product, as of a weight gradient.
+    """
     if "columns" in rows:
-        return (weights @ rows["columns"]).view(shape)
-    left = rows["left"] * weights.view(-1, 1, 1, 1)
+        return times(weights.unsqueeze(-2), rows["columns"]).view(*weights.shape[:-1], *shape)
+    if "tokens" in rows and weights.dim() > 1:
+        return torch.stack([combine(one, own, shape) for one, own in zip(apart(rows), weights)])
+    left = rows["left"] * weights[..., None, None, None]
     if "tokens" in rows:
         result = left.new_zeros(shape.inner + 1, shape.out)
         result.index_add_(0, rows["tokens"].flatten().remainder(shape.inner + 1), left.flatten(0, 2))
         return result[:-1].T.unsqueeze(0)
-    left, right = (r.flatten(0, 1).transpose(0, 1) for r in (left, rows["right"]))
-    return left.transpose(1, 2) @ right
+    return times(blocks_of(left).mT, blocks_of(rows["right"]))
+
+
+def blocks_of(rows: Tensor) -> Tensor:
+    """Factors [..., n, s, b, d] as one matrix for each block, [..., b, n*s, d]."""
+    return rows.flatten(-4, -3).transpose(-3, -2)
+
+
+def times(one: Tensor, other: Tensor) -> Tensor:
+    """The product of matrices, which torch's `@` takes thrice as long to prepare where they are many."""
+    if one.dim() == 2:
+        return torch.mm(one, other)
+    if one.dim() == 4 and one.shape[1] == other.shape[1] == 1:
+        return torch.bmm(one[:, 0], other[:, 0]).unsqueeze(1)
+    return torch.bmm(one, other) if one.dim() == 3 else one @ other
+
+
+def apart(rows: Sample) -> list[Sample]:
+    """The rows of several layers, each by itself."""
+    return [dict(zip(rows, own)) for own in zip(*rows.values())]
 
 
 def gram(rows: Sample, shape: Shape) -> Tensor:

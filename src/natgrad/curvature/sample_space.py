@@ -37,6 +37,7 @@ from natgrad.curvature.per_sample import (
     places_of,
     project,
     scaled,
+    times,
 )
 from natgrad.curvature.sketch import Sketch
 from natgrad.layers.layer import Layer, Shape
@@ -102,12 +103,14 @@ class SampleSpace(ByRows):
         return damped_cholesky(statistic, damping)
 
     def against(self, kept: Sample, gradient: Tensor) -> Tensor:
-        """U^T g [n], as the sketch sees both."""
-        shape = Shape(*gradient.shape)
+        """U^T g [..., n], as the sketch sees both, of some layers that are alike or of one: g is [..., b, o, i]."""
+        shape = Shape(*gradient.shape[-3:])
         if "sketched" in kept:
             assert self.sketch is not None
-            size = kept["sketched"].shape[1]
-            inner = kept["sketched"] @ self.sketch.apply(kept["drawn"], gradient.flatten(), size)
+            sketched = kept["sketched"]
+            apply = self.sketch.apply if sketched.dim() == 2 else self.sketch.apply_each
+            seen = apply(kept["drawn"], gradient.flatten(-3), sketched.shape[-1])
+            inner = times(sketched, seen.unsqueeze(-1)).squeeze(-1)
         else:
             inner = project(short(kept), gradient)
         boost = self._boost(shape)
@@ -118,36 +121,44 @@ class SampleSpace(ByRows):
         return (gradient - self._subtracted(kept, gradient, weights)) / damping
 
     def _subtracted(self, kept: Sample, gradient: Tensor, weights: Tensor) -> Tensor:
-        """U b with b = `weights`, as the release has it where asked for."""
-        shape = Shape(*gradient.shape)
+        """U b with b = `weights` [..., n], as the release has it where asked for."""
+        shape = Shape(*gradient.shape[-3:])
         if self.legacy is not None and self.legacy.blurs(kept, shape):
             return mean_field(kept, weights)
         return combine(kept, weights, shape)
 
     def makes_up(self, kept: Sample, gradient: Tensor) -> Tensor:
-        """Whether the gradient is U c to rounding, c being `mean` [scalar]; then U b is the whole direction."""
-        rest = gradient - combine(kept, kept["mean"], Shape(*gradient.shape))
-        limit = torch.finfo(gradient.dtype).eps ** 0.5
-        return torch.linalg.vector_norm(rest) <= limit * torch.linalg.vector_norm(gradient)
+        """Whether the gradient is U c to rounding, c being `mean` [...]; then U b is the whole direction."""
+        rest = gradient - combine(kept, kept["mean"], Shape(*gradient.shape[-3:]))
+        limit, each = torch.finfo(gradient.dtype).eps ** 0.5, (-3, -2, -1)
+        return torch.linalg.vector_norm(rest, dim=each) <= limit * torch.linalg.vector_norm(gradient, dim=each)
 
     def precondition(self, inverses: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
-        return self.precondition_all([inverses], [gradient], damping)[0]
+        one = {name: value.unsqueeze(0) for name, value in inverses.items() if name != "fresh"}
+        return self.precondition_all([one], [gradient.unsqueeze(0)], damping, [["fresh" in inverses]])[0][0]
 
     def precondition_all(
-        self, kept: Sequence[Mapping[str, Tensor]], gradients: Sequence[Tensor], damping: float
+        self,
+        kept: Sequence[Mapping[str, Tensor]],
+        gradients: Sequence[Tensor],
+        damping: float,
+        fresh: Sequence[Sequence[bool]],
     ) -> list[Tensor]:
-        own = [dict(one) for one in kept]
-        asked = [k for k, one in enumerate(own) if "fresh" in one and self.legacy is None]
-        made = {k: self.makes_up(own[k], gradients[k]) for k in asked}
+        own, made = [dict(one) for one in kept], dict[int, Tensor]()  # which layers of a group have g = U c
+        for k, told in enumerate(fresh):
+            if any(told) and self.legacy is None:
+                is_sum = self.makes_up(own[k], gradients[k])
+                mask = is_sum if all(told) else is_sum & torch.tensor(told, device=is_sum.device)
+                made[k] = mask.unsqueeze(1)
         right = [self.against(k, g) for k, g in zip(own, gradients)]
         for k, is_sum in made.items():
             right[k] = torch.where(is_sum, own[k]["mean"], right[k])
-        weights = solved_all([k["U"][0] for k in own], right)
+        weights = solved_all([k["U"][:, 0] for k in own], right)
         found = [self._subtracted(k, g, w) for k, g, w in zip(own, gradients, weights)]
         away = list(torch._foreach_sub(list(gradients), found))  # (g - U b) / lambda, as in `without`
         torch._foreach_div_(away, damping)
         for k, is_sum in made.items():
-            away[k] = torch.where(is_sum, found[k], away[k])
+            away[k] = torch.where(is_sum[..., None, None], found[k], away[k])
         return away
 
     def dense(self, statistics: Mapping[str, Tensor], shape: Shape, damping: float) -> Tensor:
@@ -197,23 +208,24 @@ def solved(root: Tensor, right: Tensor) -> Tensor:
 
 
 def solved_all(roots: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
-    """`solved` for several roots [n, n]; those that lie behind one another in memory are taken as one."""
+    """(L L^T)^-1 right [m, n] for several groups of roots [m, n, n]; those behind one another in memory are one."""
     found: list[Tensor] = []
     while len(found) < len(roots):
         begin = len(found)
         end = begin + 1
         while end < len(roots) and behind(roots[end - 1], roots[end]):
             end += 1
-        first, count = roots[begin], end - begin
-        size = (count, *first.shape)
-        joined = first.as_strided(size, (first.numel(), *first.stride()), first.storage_offset())
-        found += torch.cholesky_solve(torch.stack(list(right[begin:end])).unsqueeze(2), joined)[..., 0]
+        first, counts = roots[begin], [len(root) for root in roots[begin:end]]
+        size = (sum(counts), *first.shape[1:])
+        joined = first.as_strided(size, first.stride(), first.storage_offset())
+        some = torch.cat(list(right[begin:end])) if end > begin + 1 else right[begin]
+        found += torch.cholesky_solve(some.unsqueeze(2), joined)[..., 0].split(counts)
     return found
 
 
 def behind(one: Tensor, other: Tensor) -> bool:
-    """Whether a matrix begins in memory where another of its size ends."""
-    alike = one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
+    """Whether matrices [m, n, n] begin in memory where others of their size end."""
+    alike = one.shape[1:] == other.shape[1:] and one.stride() == other.stride() and one.dtype == other.dtype
     return (
         alike
         and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

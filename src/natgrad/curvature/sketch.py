@@ -45,6 +45,10 @@ class Sketch(ABC):
     def apply(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
         """X [..., length] mapped to [..., size]."""
 
+    def apply_each(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
+        """Vectors [m, length], each by a map of its own, `drawn` [m, ...], to [m, size]."""
+        return torch.stack([self.apply(own, vector, size) for own, vector in zip(drawn, x)])
+
 
 @dataclass(frozen=True)
 class CountSketch(Sketch):
@@ -69,6 +73,12 @@ class CountSketch(Sketch):
         for some, out in zip(columns.split(step), sums.split(step)):
             out.index_add_(-1, places, some * signs)
         return result[..., 1:]
+
+    def apply_each(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
+        first = torch.arange(0, len(x) * (size + 1), size + 1, dtype=drawn.dtype, device=x.device)
+        places = drawn.abs().add_(first[:, None])
+        sums = x.new_zeros(len(x) * (size + 1)).index_add_(0, places.flatten(), (x * drawn.sign()).flatten())
+        return sums.view(len(x), size + 1)[:, 1:]
 
 
 @dataclass(frozen=True)

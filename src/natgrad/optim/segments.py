@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -16,6 +17,7 @@ from natgrad.layer_state import LayerState
 from natgrad.layers import UncurvedParameter
 from natgrad.layers.layer import real
 from natgrad.readings import Inputs
+from natgrad.row_stacks import RowStacks
 from natgrad.stacks import Layout, NumberTable, Run, StepVector, Storage, Vector, adjacent
 
 KNOWN = 4  # sets of layers whose segments are kept
@@ -122,6 +124,17 @@ class Outline:
         """The layer of each part of a layer in `chunks`; None where no layer is cut."""
         parts = [k for k, size in enumerate(self.sizes) for _ in range(max(1, -(-size // TOGETHER)))]
         return None if len(parts) == len(self.sizes) else torch.tensor(parts, device=self.layout.kind[1])
+
+    def row_stacks(self, parts: Sequence[Alike]) -> RowStacks:
+        """The rows of layers in the space of samples."""
+        first = parts[0].run.places[0]
+        if first not in self._rows:
+            self._rows[first] = RowStacks({k: self.storage.cells[k] for part in parts for k in part.run.places})
+        return self._rows[first]
+
+    @cached_property
+    def _rows(self) -> dict[int, RowStacks]:
+        return {}
 
     @cached_property
     def tables(self) -> dict[str, tuple[NumberTable, int]]:
@@ -231,11 +244,15 @@ class Segment:
 
     def _by_rows(self, curvature: ByRows, parts: Sequence[Alike], vector: Tensor) -> list[Tensor]:
         """Layers in the space of samples, which share their solves."""
-        places = [part.run.places[0] for part in parts]
-        whole = vector is self.gradient
-        kept = [self.outline.storage.cells[k].kept(whole and k in self.fresh) for k in places]
-        pieces = [vector[part.start : part.stop].view(part.form) for part in parts]
-        return curvature.precondition_all(kept, pieces, self.group["damping"])
+        groups = self.outline.row_stacks(parts).groups()
+        new = self.fresh if vector is self.gradient else frozenset()
+        starts = {part.run.places[0]: (part.start, part.form) for part in parts}
+        pieces = []
+        for places, _ in groups:
+            start, form = starts[places[0]]
+            pieces.append(vector[start : start + len(places) * math.prod(form)].view(len(places), *form))
+        fresh = [[k in new for k in places] for places, _ in groups]
+        return curvature.precondition_all([kept for _, kept in groups], pieces, self.group["damping"], fresh)
 
     def _preconditioned(self, part: Alike, vector: Tensor) -> Tensor:
         run, start, stop, form = part
