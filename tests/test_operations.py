@@ -189,9 +189,9 @@ def test_a_rule_keeps_what_it_likes():
         assert float(cell.state()["seen"]) == 2
         assert torch.equal(cell.state()["rows"], cell.state()["square"].flatten())
         assert float(cell.state()["rows"].sum()) > 0
-    ((segments,),) = opt.outlines.known.values()
+    ((segments,),) = opt.update.aim.outlines.known.values()
     with pytest.raises(KeyError, match="of another shape in every layer"):
-        Segment(segments[0], torch.zeros(segments[0].numel), opt.inputs, []).state["rows"]
+        Segment(segments[0], torch.zeros(segments[0].numel), opt.update.aim.inputs, []).state["rows"]
 
 
 def test_layers_that_take_no_part_keep_their_vectors():

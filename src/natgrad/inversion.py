@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -155,7 +155,7 @@ class Inversion:
 
         def hear(sound: Tensor) -> None:
             told = iter(sound.tolist())
-            self.failed += [attempt for good, attempt in attempts if not all([next(told) for _ in range(len(good))])]
+            self.failed += [attempt for good, attempt in attempts if not all(list(islice(told, len(good))))]
 
         readings.ask(torch.cat([good for good, _ in attempts]), hear)
 

@@ -1,8 +1,8 @@
 """Rows of samples of layers that are alike, as one tensor: what they are preconditioned with.
 
-A measurement leaves the rows of each layer as tensors of their own in the optimizer's state. Before they are used, those
-of layers of one form are put behind one another, and the state has views of that. Whoever measures or loads anew puts
-other tensors there; then it is done again.
+A measurement leaves the rows of each layer as tensors of their own in the optimizer's state. Before they are used,
+those of layers of one form are put behind one another, and the state has views of that. Whoever measures or loads anew
+puts other tensors there; then it is done again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class RowStacks:
             self._groups.append(RowGroup(tuple(k for (k, _), _ in own), kept))
             entries += [(s, full, s.get(full)) for _, s in own for full in (*names.values(), f"{key}_inverse")]
         self._dictionaries = list(states)
-        self._owns, self._keys, self._values = ([entry[k] for entry in entries] for k in range(3))
+        self._owns = [own for own, _, _ in entries]
+        self._keys, self._values = [key for _, key, _ in entries], [value for *_, value in entries]
 
 
 def form_of(cell: LayerState, state: Mapping[str, Any]) -> Any:

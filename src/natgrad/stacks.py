@@ -418,7 +418,7 @@ class Storage:
         return self.cells[first].square(key, self.blocks_of(first, last, key))
 
     def write_squares(self, found: Sequence[tuple[int, int, str, Tensor]]) -> None:
-        """Set blocks of neighbouring layers, from the first to the last, of one key, given with all of their entries."""
+        """Set blocks of neighbouring layers, from the first to the last, of a key, given with all of their entries."""
         kept, values = list[Tensor](), list[Tensor]()
         for first, last, key, value in found:
             own, form = self.blocks_of(first, last, key), self.cells[first].forms.get(key)

@@ -170,6 +170,7 @@ class SymmetricSlabs:
 
 def times(one: Tensor | SymmetricSlabs, other: Tensor | SymmetricSlabs) -> Tensor:
     """The products [b, n, k] of [b, n, m] and [b, m, k], at least one of which is a tensor."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.bmm(one, other)
-    return one @ other
+    if isinstance(other, SymmetricSlabs):
+        assert isinstance(one, Tensor)
+        return one @ other
+    return torch.bmm(one, other) if isinstance(one, Tensor) else one @ other

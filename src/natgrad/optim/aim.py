@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from natgrad.optim.directions import directions_kept
 from natgrad.optim.fallback import Recalls
 from natgrad.optim.method import Method
 from natgrad.optim.segments import Outlines, Segment
-from natgrad.optim.step_size import Remembers, remembers, trust_ratios
+from natgrad.optim.step_size import Remembers, StepSize, remembers, trust_ratios
 from natgrad.readings import Inputs
 
 
@@ -75,7 +76,7 @@ class Aim:
         if bare:
             return [1.0] * len(segments)
         if not remembers(length):
-            found = dict(zip(map(id, curved), length(curved, self.world)))
+            found = dict(zip(map(id, curved), cast(StepSize, length)(curved, self.world)))
             return [found.get(id(segment), 1.0) for segment in segments]
         numbers = self._learned(length)
         found = dict(zip(map(id, judged), length.lengths(judged, self.world, numbers)))

@@ -197,7 +197,9 @@ def move_segment(segment: Segment, factor: Tensor | float) -> None:
     else:
         moves.copy_(direction)
     for place, parameters in outline.by_group.items():
-        weights = [real(w.detach()) if w.is_complex() else w for w in parameters] if outline.complex else parameters
+        weights = list[Tensor](parameters)
+        if outline.complex:
+            weights = [real(w.detach()) for w in parameters]
         views = outline.room.views(parameters)
         if place in rates:
             torch._foreach_mul_(views, rates[place])
