@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -869,13 +870,15 @@ class Capture:
         checks = {k: c for k, c in self._checks.items() if k in self._checked and self._seen[k].passes}
         if not checks:
             return
-        device = next(iter(checks.values())).u.device
+        found = {index: check.numbers() for index, check in checks.items()}
 
         def hear(numbers: Tensor) -> None:
-            for (index, check), sides in zip(checks.items(), numbers.view(-1, 4).tolist()):
-                self._seen[index].agrees = check.agrees(*sides)
+            told = iter(numbers.tolist())
+            for index, own in found.items():
+                check = checks[index]
+                self._seen[index].agrees = check.agrees(*check.sides(islice(told, len(own))))
 
-        readings.ask(torch.stack([c.numbers().to(device) for c in checks.values()]), hear)
+        readings.ask(together([one for own in found.values() for one in own]), hear)
 
 
 def hear_episodes(asked: Iterable[tuple[Episode, str, Tensor]], numbers: Tensor) -> None:

@@ -14,6 +14,8 @@ module computes something else (a subclass, an activation inside), and where the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -88,8 +90,8 @@ class Checksum:
             return
         direction = self.layer.unpack(self.v.unsqueeze(2) * self.u.unsqueeze(1))[place]
         products = direction.reshape(gradient.shape) * gradient
-        self.sums[1].append(products.sum().double())
-        self.sums[3].append(torch.linalg.vector_norm(products).double().square())
+        self.sums[1].append(products.sum(dtype=torch.float64))
+        self.sums[3].append(torch.linalg.vector_norm(products, dtype=torch.float64).square())
 
     def round(self, dtype: torch.dtype) -> None:
         """Numbers of this type are on the way from a call to the gradient."""
@@ -101,10 +103,14 @@ class Checksum:
             limits = torch.finfo(dtype)
             self.least = limits.smallest_normal * limits.eps * math.sqrt(self.layer.shape.numel)
 
-    def numbers(self) -> Tensor:
-        """The two sides, and the sums of squares of their terms [4]."""
-        nothing = self.u.new_zeros((), dtype=torch.float64)
-        return torch.stack([torch.stack(own).sum() if own else nothing for own in self.sums])
+    def numbers(self) -> list[Tensor]:
+        """The terms of the two sides and those of the sums of their squares, scalars, one list behind the other."""
+        return [own for sums in self.sums for own in sums]
+
+    def sides(self, numbers: Iterable[float]) -> list[float]:
+        """The two sides, and the sums of squares of their terms, from `numbers` on the host."""
+        told = iter(numbers)
+        return [sum(islice(told, len(own))) for own in self.sums]
 
     def agrees(self, claimed: float, deposited: float, terms: float, squares: float) -> bool:
         """Whether the two sides are equal to rounding; true where they cannot be compared."""
@@ -126,7 +132,7 @@ class Checksum:
         """
         weight = self.layer.parameters[0].dtype
         halves = self.layer.kind == "embedding" and weight in (torch.bfloat16, torch.float16)
-        epsilon = torch.finfo(weight if halves else torch.promote_types(weight, torch.float32)).eps
+        epsilon = torch.finfo(weight if halves else at_least_single(weight)).eps
         return min(epsilon * self.rows / 4, 1.0 if halves else MOST_ADDED_UP)
 
 

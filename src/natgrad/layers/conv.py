@@ -37,6 +37,7 @@ from natgrad.layers.layer import (
 from natgrad.layers.op_cost import NUMBER, OpCost, Passes, launched, moment_of, moved
 from natgrad.layers.use import Form, Use
 
+PIXELS = 2**22  # numbers of the input that are copied at a time where they are rows as they are
 CHUNK = 2**20  # floats of gathered patches at a time: larger temporaries pay page faults
 
 
@@ -99,8 +100,10 @@ class Conv(Layer):
             index = torch.arange(x.shape[0] * places, device=x.device)
         sample, place = index.div(places, rounding_mode="floor"), index.remainder(places)
         pixel = taps[place]  # [m, taps]
+        if self.mode != "zeros" or not any(total for *_, total, _ in self.geometry):
+            return _gather(x, sample, pixel)
         patches = _gather(x, sample, pixel.clamp_min(0))
-        return patches.mul_((pixel >= 0).unsqueeze(-1)) if self.mode == "zeros" else patches
+        return patches.mul_((pixel >= 0).unsqueeze(-1))
 
     def _windows(self, x: Tensor) -> Tensor:
         """All patches [m, taps, channels] of the zero-padded input: one copy of runs of memory."""
@@ -113,15 +116,33 @@ class Conv(Layer):
 
     def second_moment(self, x: Tensor) -> Tensor:
         x = self._batched(x)
+        if self._pointwise and self.groups == 1:
+            return self._pointwise_moment(promote(x))
         if self.offsets_apply(x):
             (k, _, _, _, _), (kw, _, _, _, _) = self.geometry
             padding, dilation = tuple(g[2] for g in self.geometry), tuple(g[4] for g in self.geometry)
             return offset_moment(promote(x), (k, kw), padding, dilation, self.biased).unsqueeze(0)
-        total = x.new_zeros((), dtype=promote(x).dtype)
         step = max(1, CHUNK // max(1, self.shape.inner * self.groups * self._taps(x).shape[0]))
-        for part in x.split(step):
-            total = total + moment(self.rows(part), mean=False)
-        return total / math.prod(self.count(x))
+        first, *parts = x.split(step)
+        total = moment(self.rows(first), mean=False)
+        for part in parts:
+            total.add_(moment(self.rows(part), mean=False))
+        return total.div_(math.prod(self.count(x)))
+
+    @property
+    def _pointwise(self) -> bool:
+        """Whether every place reads one pixel, its own."""
+        return all(k == stride == 1 and not total for k, stride, _, total, _ in self.geometry)
+
+    def _pointwise_moment(self, x: Tensor) -> Tensor:
+        """`second_moment` of pixels as they are."""
+        total, pixels = None, math.prod(x.shape[2:])
+        for part in x.split(max(1, PIXELS // max(1, x.shape[1] * pixels))):
+            rows = with_ones(part.movedim(1, -1).reshape(-1, 1, x.shape[1]), self.biased)
+            own = moment(rows, mean=False)
+            total = own if total is None else total.add_(own)
+        assert total is not None
+        return total.div_(len(x) * pixels)
 
     def offsets_apply(self, x: Tensor) -> bool:
         """Whether A is a correlation of the input with itself (docs/math.md)."""
@@ -209,10 +230,14 @@ class Conv(Layer):
         else:
             grouped = x.unflatten(1, (self.groups, self.channels)).flatten(3)
             maps = (weight @ grouped).unflatten(3, x.shape[2:]).unbind(2)  # for each tap [n, b, pixels]
+        if self._pointwise:
+            (total,) = maps
+            total = total.flatten(2)
+            return total + u[:, -1:] if self.biased else total
         total = x.new_zeros(len(x), self.groups, *self._outputs(x))
         for tap, values in zip(itertools.product(*(range(k) for k in self.kernel)), maps):
             read, written = zip(*(self._reach(*one) for one in zip(tap, self.geometry, x.shape[2:], total.shape[2:])))
-            total[(..., *written)] += values[(..., *read)]
+            total[(..., *written)].add_(values[(..., *read)])
         total = total.flatten(2)
         return total + u[:, -1:] if self.biased else total
 

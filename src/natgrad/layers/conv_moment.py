@@ -38,7 +38,7 @@ def offset_moment(
         for row in _outside(i * d - p, out_h, h):
             for a in range(-i, k - i):
                 if 0 <= row + a * d < h:
-                    blocks[i, :, i + a] -= _strip(x[:, :, row], x[:, :, row + a * d], kw, q, e, out_w, share)
+                    blocks[i, :, i + a].sub_(_strip(x[:, :, row], x[:, :, row + a * d], kw, q, e, out_w, share))
     if biased:
         moment[-1, :-1] = moment[:-1, -1] = _mean_patch(x, _starts(k, d, p), _starts(kw, e, q), (out_h, out_w))
         moment[-1, -1] = 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache, cached_property, singledispatch
+from functools import cache, cached_property, reduce, singledispatch
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -170,7 +170,7 @@ class Layer(ABC):
         The gradient of W is the sum over rows of g a^T, so v^T dW u is the sum over rows of (g . v)(a . u).
         """
         terms = self.projected_output(dy, v).mul_(looked)
-        return terms.sum().double(), torch.linalg.vector_norm(terms).double().square()
+        return terms.sum(dtype=torch.float64), torch.linalg.vector_norm(terms, dtype=torch.float64).square()
 
     def sample_gradients(self, rows: Tensor, output_rows: Tensor, samples: int) -> Tensor:
         """Per-sample gradients [n, b, o, i]: sums over a sample's places of g a^T.
@@ -199,11 +199,11 @@ def gram(rows: Tensor) -> Tensor:
     if size < BANDED or rows.device.type != "cpu":
         return rows.T @ rows
     total, width = rows.new_empty(size, size), math.ceil(size / BANDS)
-    for start in range(0, size, width):
-        stop = min(start + width, size)
-        band = rows[:, start:stop].T @ rows[:, start:]
-        total[start:stop, start:] = band
-        total[stop:, start:stop] = band[:, stop - start :].T
+    edges = [(start, min(start + width, size)) for start in range(0, size, width)]
+    for start, stop in edges:
+        torch.mm(rows[:, start:stop].T, rows[:, start:], out=total[start:stop, start:])
+    mirrored = [(total[stop:, start:stop], total[start:stop, stop:].T) for start, stop in edges if stop < size]
+    torch._foreach_copy_([below for below, _ in mirrored], [right for _, right in mirrored])
     return total
 
 
@@ -218,9 +218,9 @@ def promote(x: Tensor) -> Tensor:
 
 
 @cache
-def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """The type, or single precision where that is more precise."""
-    return torch.promote_types(dtype, torch.float32)
+def at_least_single(dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
+    """The type that holds all of these, or single precision where that is more precise."""
+    return reduce(torch.promote_types, others, torch.promote_types(dtype, torch.float32))
 
 
 def real(x: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class Norm(Layer):
         """Per-sample gradients [m, c, i], the sums over places of dy * [x_hat, 1], in portions that stay in cache."""
         mean, scale, chosen = inputs.mean, inputs.scale, inputs.chosen
         outputs, rows = of(self.places(dy), samples), of(inputs.take(), chosen)
-        dtype = at_least_single(torch.promote_types(outputs.dtype, rows.dtype))
+        dtype = at_least_single(outputs.dtype, rows.dtype)
         found, start = outputs.new_empty(len(outputs), outputs.shape[2], 2, dtype=dtype), 0
         for a, g in zip(portions(rows), portions(outputs)):
             part = found[start : start + len(g)]
@@ -309,10 +309,12 @@ class BatchNorm(Norm):
     def keep(self, x: Tensor, samples: slice | None, output: Tensor | None) -> NormInputs:
         saved = saved_by(output)
         mean, scale = self.statistics(x, saved)
+        if mean is self.module.running_mean:  # it goes on; what autograd has saved stays
+            mean = mean.clone()
         if saved is not None and saved.input.data_ptr() == x.data_ptr():
-            return NormInputs(self.places(x), samples, mean.clone(), scale)  # held, and guarded, by autograd anyway
+            return NormInputs(self.places(x), samples, mean, scale)  # held, and guarded, by autograd anyway
         rows = self.places(x)
-        return NormInputs(rows if samples is None else rows[samples].clone(), None, mean.clone(), scale)
+        return NormInputs(rows if samples is None else rows[samples].clone(), None, mean, scale)
 
 
 class GroupNorm(Norm):
