@@ -9,6 +9,10 @@ issuing is left. A row is what natgrad does in `step()` and, where it measures, 
 backward passes do without it is taken off. Rounds are interleaved with SGD(foreach) and AdamW(foreach): the column of
 ratios is the median of a round's time over AdamW's in the same round.
 
+A second table says which part of a step issues the operations: each is laid to the innermost function of natgrad that
+PARTS names. Its column `least` is what the computation needs as it is defined, with one operation for each product, sum
+and copy that cannot be left out and nothing joined over layers that the passes visit one after the other.
+
 Operations are those that torch dispatches (a `_foreach_` call is one). A wait is a time that the host asks a device for
 values and stands still until all before it is done; waits are counted with the network on the meta device.
 """
@@ -17,13 +21,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from record import Record, read
@@ -31,11 +39,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import natgrad
+from natgrad.capture import EVERY
 from natgrad_lab.models import ImageResNet, Mlp, Transformer
 from natgrad_lab.plan.simulated import Device, is_view
 
 RESULTS = Path(__file__).parent / "results" / "host-cpu.json"
 NEVER = 10**9
+PARTED = ("SPNGD, all stale", "SENG, measuring")  # steps whose parts are shown
 
 
 @dataclass(frozen=True)
@@ -66,15 +76,88 @@ CONTENDERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+class Part(NamedTuple):
+    """A part of a step: the functions that make it, by file (and name), and the least operations for each of `items`.
+
+    items: the layers that have one of these statistics; "sizes": the matrices of unlike sizes; "layers": all that are
+    measured; "": the step.
+    """
+
+    title: str
+    functions: tuple[str, ...]
+    items: str
+    least: int
+
+
+PARTS = (
+    Part("A: rows in order, their product", ("kronecker.before",), "A", 2),
+    Part("G: a product for each sample, their sum", ("kronecker.after",), "G", 2),
+    Part("F: dy x, its sum and that of dy", ("unitwise.before", "unitwise.after", "unitwise.close_all"), "F", 3),
+    Part(
+        "rows of samples: of inputs, of gradients, their products",
+        ("per_sample.before", "per_sample.after", "capture._stacked", "sample_rows", "layer_state.keep_rows"),
+        "U",
+        3,
+    ),
+    Part("checksums: the norm of each gradient, one layer in eight whole", ("checksum",), "layers", 1),
+    Part(
+        "inverses: copy, damping, factor, its check, inverse",
+        ("inversion", "curvature_engine.factor"),
+        "sizes",
+        5,
+    ),
+    Part("means and changes of statistics", ("averages", "curvature_engine.refresh", "curvature_engine.settle"), "", 0),
+    Part("hooks, beside these", ("capture", "hooks"), "", 0),
+    Part("gradients, directions, lengths, weights", ("second_order.step", "second_order.zero_grad"), "", 0),
+)
+
+
+TITLES = {name: part.title for part in PARTS for name in part.functions}
+
+
+@cache
+def title_of(file: str, function: str) -> str | None:
+    """The part that a function makes."""
+    path = Path(file)
+    if "natgrad" not in path.parts:
+        return None
+    return TITLES.get(f"{path.stem}.{function}") or TITLES.get(path.stem)
+
+
+def part_of(frame: FrameType | None) -> str | None:
+    """The title of the part that a stack of calls is in, the innermost one; None outside of natgrad."""
+    while frame is not None:
+        if (title := title_of(frame.f_code.co_filename, frame.f_code.co_name)) is not None:
+            return title
+        frame = frame.f_back
+    return None
+
+
+def items_of(optimizer: torch.optim.Optimizer) -> Counter[str]:
+    """How many layers have each statistic, how many are measured, and how many sizes of matrices are inverted."""
+    found, sizes = Counter[str](), set[Any]()
+    for cell in getattr(optimizer, "cells", ()):
+        found["layers"] += bool(cell.statistics)
+        for moment in cell.statistics:
+            found[moment.key] += 1
+            shape = () if moment.key == "U" else moment.shape(cell.layer)[1:]
+            sizes.add((moment.key, shape))
+    found["sizes"] = len(sizes)
+    return found
+
+
 class Counted(TorchDispatchMode):
-    """Counts operations."""
+    """Counts operations, and those of each part of natgrad's steps."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
+        self.operations, self.parts = 0, Counter[str]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += not is_view(function)
+        if not is_view(function):
+            self.operations += 1
+            if (title := part_of(sys._getframe(1))) is not None:
+                self.parts[title] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -128,11 +211,28 @@ class Contender:
         else:
             self.optimizer.step()
 
-    def counted(self, x: Tensor, passes: int) -> int:
-        """Operations of one more step; `passes`: those of the bare passes."""
-        with Counted() as whole:
-            self.finish(self.descend(x))
-        return whole.operations - passes
+    def counted(self, x: Tensor, passes: int) -> tuple[int, list[dict[str, Any]]]:
+        """Operations of a step, and those of each part; the mean over as many steps as checksums take turns.
+
+        passes: operations of the bare passes.
+        """
+        with Counted() as counted:
+            for _ in range(EVERY):
+                self.finish(self.descend(x))
+        items, parts = items_of(self.optimizer), []
+        for part in PARTS:
+            own = round(counted.parts[part.title] / EVERY)
+            times = items[part.items] if part.items else 1
+            if own:
+                parts.append(
+                    {
+                        "part": part.title,
+                        "of": times,
+                        "operations": own,
+                        "least": part.least * times if part.least else own,
+                    }
+                )
+        return round(counted.operations / EVERY) - passes, parts
 
 
 def bare_passes(net: Net, x: Tensor) -> int:
@@ -149,11 +249,11 @@ def measure(net: Net, rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(1)
     x, built = net.inputs(), {name: Contender(net, build) for name, build in CONTENDERS.items()}
     passes = bare_passes(net, x)
-    counts = {}
+    counts, parts = {}, {}
     for name, contender in built.items():
         for _ in range(12):  # later measurements have fewer checksums
             contender.step(x)
-        counts[name] = contender.counted(x, passes)
+        counts[name], parts[name] = contender.counted(x, passes)
     seconds: dict[str, list[float]] = {name: [] for name in built}
     for _ in range(rounds):
         for name, contender in built.items():
@@ -166,6 +266,7 @@ def measure(net: Net, rounds: int) -> list[dict[str, Any]]:
             "waits": waits(net, CONTENDERS[name]),
             "ms": round(1e3 * statistics.median(seconds[name]), 3),
             "ratio": round(statistics.median(a / b for a, b in zip(seconds[name], base)), 3),
+            **({"parts": parts[name]} if parts[name] else {}),
         }
         for name in built
     ]
@@ -183,7 +284,24 @@ def table(content: dict[str, Any]) -> str:
             lines.append(
                 f"| {r['optimizer']} | {r['operations']:,} | {r['waits']} | {r['ms']:.1f} | {r['ratio']:.2f} |"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *parts_table(content["cases"][0])])
+
+
+def parts_table(case: dict[str, Any]) -> list[str]:
+    """Where the operations of steps that measure go."""
+    lines = []
+    for row in case["rows"]:
+        if row["optimizer"] not in PARTED or "parts" not in row:
+            continue
+        least = sum(part["least"] for part in row["parts"])
+        lines += [
+            f"\n{row['optimizer']}, the layers of {case['case']}, by part:\n",
+            "| part | times | operations | least |",
+            "| --- | ---: | ---: | ---: |",
+            *(f"| {p['part']} | {p['of']} | {p['operations']:,} | {p['least']:,} |" for p in row["parts"]),
+            f"| all | | {sum(p['operations'] for p in row['parts']):,} | {least:,} |",
+        ]
+    return lines
 
 
 def main() -> None:
@@ -209,7 +327,6 @@ def profile(name: str) -> None:
     """Print the operations of one step by how often they are issued, and python's functions by time."""
     import cProfile
     import pstats
-    from collections import Counter
 
     net = next(iter(NETS.values()))
     contender, x = Contender(net, CONTENDERS[name]), net.inputs()

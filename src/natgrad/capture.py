@@ -28,13 +28,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.checksum import Checksum
+from natgrad.checksum import Checksum, numbers_of
 from natgrad.curvature.curvature import Draw, Moment, Statistic
 from natgrad.curvature.per_sample import Rows, Sample, count, longer, places_of, stacked, thinned
 from natgrad.eager import Eager
@@ -760,6 +759,7 @@ class Capture:
         if not parts:
             return
         with calm(self.layers[next(iter(parts))[0]].parameters[0].device):
+            alike: dict[Moment, list[Key]] = defaultdict(list)  # statistics of one kind, which are closed together
             for (index, key), found in parts.items():
                 if index not in self.watches:
                     continue
@@ -769,8 +769,11 @@ class Capture:
                     self._rows[index, key] = own
                     self._weights[index, key] = self._weights.get((index, key), 0) + episode.counts[index]
                 elif isinstance(moment, Moment):
-                    value, before = moment.close(found), self._sums.get((index, key))
-                    self._sums[index, key] = value if before is None else before + value
+                    alike[moment].append((index, key))
+            for moment, keys in alike.items():
+                for one, value in zip(keys, moment.close_all([parts[one] for one in keys])):
+                    before = self._sums.get(one)
+                    self._sums[one] = value if before is None else before + value
 
     def _stacked(self, index: int, moment: Rows, parts: list[Sample], episode: Episode) -> Sample:
         """A layer's rows of this step so far, after one more episode."""
@@ -870,15 +873,12 @@ class Capture:
         checks = {k: c for k, c in self._checks.items() if k in self._checked and self._seen[k].passes}
         if not checks:
             return
-        found = {index: check.numbers() for index, check in checks.items()}
 
         def hear(numbers: Tensor) -> None:
-            told = iter(numbers.tolist())
-            for index, own in found.items():
-                check = checks[index]
-                self._seen[index].agrees = check.agrees(*check.sides(islice(told, len(own))))
+            for (index, check), sides in zip(checks.items(), numbers.view(-1, 4).tolist()):
+                self._seen[index].agrees = check.agrees(*sides)
 
-        readings.ask(together([one for own in found.values() for one in own]), hear)
+        readings.ask(numbers_of(list(checks.values())), hear)
 
 
 def hear_episodes(asked: Iterable[tuple[Episode, str, Tensor]], numbers: Tensor) -> None:

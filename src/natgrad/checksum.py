@@ -14,8 +14,7 @@ module computes something else (a subclass, an activation inside), and where the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from natgrad.generators import generator_on
 from natgrad.layers import Layer
 from natgrad.layers.layer import at_least_single
+from natgrad.readings import to_device, together
 
 ROUNDINGS = 64  # units of rounding by which both sides may differ in single and double precision
 MOST_ADDED_UP = 0.03  # of the gradient: where torch itself is further off, nothing could be told
@@ -103,15 +103,6 @@ class Checksum:
             limits = torch.finfo(dtype)
             self.least = limits.smallest_normal * limits.eps * math.sqrt(self.layer.shape.numel)
 
-    def numbers(self) -> list[Tensor]:
-        """The terms of the two sides and those of the sums of their squares, scalars, one list behind the other."""
-        return [own for sums in self.sums for own in sums]
-
-    def sides(self, numbers: Iterable[float]) -> list[float]:
-        """The two sides, and the sums of squares of their terms, from `numbers` on the host."""
-        told = iter(numbers)
-        return [sum(islice(told, len(own))) for own in self.sums]
-
     def agrees(self, claimed: float, deposited: float, terms: float, squares: float) -> bool:
         """Whether the two sides are equal to rounding; true where they cannot be compared."""
         difference = abs(claimed - deposited)
@@ -134,6 +125,16 @@ class Checksum:
         halves = self.layer.kind == "embedding" and weight in (torch.bfloat16, torch.float16)
         epsilon = torch.finfo(weight if halves else at_least_single(weight)).eps
         return min(epsilon * self.rows / 4, 1.0 if halves else MOST_ADDED_UP)
+
+
+def numbers_of(checks: Sequence[Checksum]) -> Tensor:
+    """The two sides of each check and the sums of squares of their terms, four numbers a check, on one device."""
+    places = [4 * k + side for k, check in enumerate(checks) for side, sums in enumerate(check.sums) for _ in sums]
+    terms = [term for check in checks for sums in check.sums for term in sums]
+    if not terms:
+        return torch.zeros(4 * len(checks), dtype=torch.float64)
+    joined = together(terms)
+    return joined.new_zeros(4 * len(checks)).index_add_(0, to_device(places, joined.device, torch.long), joined)
 
 
 def rounds_products(device: torch.device) -> bool:

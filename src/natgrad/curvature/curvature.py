@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -117,6 +117,10 @@ class Moment(Statistic):
     def close(self, parts: list[Tensor]) -> Tensor:
         """The statistic of one forward pass from the parts of its calls. Those of an order 0 weigh by their rows."""
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def close_all(self, parts: Sequence[list[Tensor]]) -> list[Tensor]:
+        """`close` for several layers."""
+        return [self.close(own) for own in parts]
 
     @property
     def additive(self) -> bool:

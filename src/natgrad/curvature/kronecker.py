@@ -46,19 +46,15 @@ class InputMoment(Moment):
         return (b, i) if self.diagonal else (b, i, i)
 
     def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Tensor:
+        """The sum over all rows, by which calls weigh; of some rows, as much as it would be of all."""
         samples, places = layer.count(x)
-        return self._measure(layer, x, samples * places, draw).mul_(samples * places)  # calls weigh by their rows
-
-    def _measure(self, layer: Layer, x: Tensor, total: int, draw: Draw) -> Tensor:
+        total, b, i = samples * places, layer.shape.blocks, layer.shape.inner
         if self.diagonal:
-            return layer.mean_square(x)
-        if self.samples is None:
-            return layer.second_moment(x)
-        b, _, i = layer.shape
-        index = draw(total, wanted_rows(self.samples, i))
+            return layer.mean_square(x).mul_(total)
+        index = None if self.samples is None else draw(total, wanted_rows(self.samples, i))
         if index is None or layer.second_moment_cost(x) <= b * gram_cost(len(index), i):
-            return layer.second_moment(x)
-        return moment(layer.rows(x, index), mean=True)
+            return layer.moment_total(x)
+        return moment(layer.rows(x, index), mean=False).mul_(total / len(index))
 
     def after(self, layer: Layer, kept: Tensor, dy: Tensor, draw: Draw) -> Tensor:
         return kept

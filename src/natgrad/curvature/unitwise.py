@@ -7,7 +7,7 @@ channel with (scale, shift), and the 2x2 block has a closed-form inverse (eq. 15
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -112,7 +112,24 @@ class SampleMoment(Moment):
         return total
 
     def close(self, parts: list[Tensor]) -> Tensor:
-        units = self.gradients(parts)
+        return self._products(self.gradients(parts))
+
+    def close_all(self, parts: Sequence[list[Tensor]]) -> list[Tensor]:
+        """Units know nothing of each other, so those of all layers that look alike are one product."""
+        if type(self).close is not SampleMoment.close:
+            return super().close_all(parts)
+        units, found = [self.gradients(own) for own in parts], list[Tensor](torch.empty(0) for _ in parts)
+        alike: dict[Any, list[int]] = {}
+        for k, own in enumerate(units):
+            alike.setdefault((len(own), own.shape[2], own.dtype, own.device), []).append(k)
+        for ks in alike.values():
+            joined = torch.cat([units[k] for k in ks], 1) if len(ks) > 1 else units[ks[0]]
+            for k, own in zip(ks, self._products(joined).split([units[k].shape[1] for k in ks])):
+                found[k] = own
+        return found
+
+    def _products(self, units: Tensor) -> Tensor:
+        """The sums over samples of what units [n, u, i] make, [u, i, i] or [u, i]."""
         if self.diagonal:
             return units.square().sum(0)
         return torch.einsum("nui,nuj->uij", units, units)

@@ -115,34 +115,37 @@ class Conv(Layer):
         return x.flatten(1 + len(self.kernel), -2).flatten(0, len(self.kernel))
 
     def second_moment(self, x: Tensor) -> Tensor:
+        return self.moment_total(x).div_(math.prod(self.count(x)))
+
+    def moment_total(self, x: Tensor) -> Tensor:
         x = self._batched(x)
         if self._pointwise and self.groups == 1:
-            return self._pointwise_moment(promote(x))
+            return self._pointwise_total(promote(x))
         if self.offsets_apply(x):
             (k, _, _, _, _), (kw, _, _, _, _) = self.geometry
             padding, dilation = tuple(g[2] for g in self.geometry), tuple(g[4] for g in self.geometry)
-            return offset_moment(promote(x), (k, kw), padding, dilation, self.biased).unsqueeze(0)
+            return offset_moment(promote(x), (k, kw), padding, dilation, self.biased, mean=False).unsqueeze(0)
         step = max(1, CHUNK // max(1, self.shape.inner * self.groups * self._taps(x).shape[0]))
         first, *parts = x.split(step)
         total = moment(self.rows(first), mean=False)
         for part in parts:
             total.add_(moment(self.rows(part), mean=False))
-        return total.div_(math.prod(self.count(x)))
+        return total
 
     @property
     def _pointwise(self) -> bool:
         """Whether every place reads one pixel, its own."""
         return all(k == stride == 1 and not total for k, stride, _, total, _ in self.geometry)
 
-    def _pointwise_moment(self, x: Tensor) -> Tensor:
-        """`second_moment` of pixels as they are."""
-        total, pixels = None, math.prod(x.shape[2:])
-        for part in x.split(max(1, PIXELS // max(1, x.shape[1] * pixels))):
+    def _pointwise_total(self, x: Tensor) -> Tensor:
+        """`moment_total` of pixels as they are."""
+        total = None
+        for part in x.split(max(1, PIXELS * len(x) // max(1, x.numel()))):
             rows = with_ones(part.movedim(1, -1).reshape(-1, 1, x.shape[1]), self.biased)
             own = moment(rows, mean=False)
             total = own if total is None else total.add_(own)
         assert total is not None
-        return total.div_(len(x) * pixels)
+        return total
 
     def offsets_apply(self, x: Tensor) -> bool:
         """Whether A is a correlation of the input with itself (docs/math.md)."""

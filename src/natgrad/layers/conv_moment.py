@@ -18,9 +18,14 @@ CHUNK = 2**22  # numbers of the input at a time: its padded copy stays small
 
 
 def offset_moment(
-    x: Tensor, kernel: tuple[int, int], padding: tuple[int, ...], dilation: tuple[int, ...], biased: bool
+    x: Tensor,
+    kernel: tuple[int, int],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    biased: bool,
+    mean: bool = True,
 ) -> Tensor:
-    """Mean over samples and places of a a^T for zero-padded stride-1 convolution of x [n, c, h, w].
+    """Mean or sum over samples and places of a a^T for zero-padded stride-1 convolution of x [n, c, h, w].
 
     Columns are ordered (tap, channel); with `biased` a constant 1 is appended. Returns [i, i].
     Derived in docs/math.md; its two levels of border corrections are kept apart below.
@@ -28,7 +33,8 @@ def offset_moment(
     (k, kw), (p, q), (d, e) = kernel, padding, dilation
     n, c, h, w = x.shape
     out_h, out_w = h + 2 * p - d * (k - 1), w + 2 * q - e * (kw - 1)
-    share = 1 / (n * out_h * out_w)
+    count = n * out_h * out_w
+    share = 1 / count if mean else 1.0
     lines = _column_level(x, kernel, q, dilation, out_w, share)
     size = k * kw * c
     moment = x.new_empty(size + biased, size + biased)
@@ -40,8 +46,9 @@ def offset_moment(
                 if 0 <= row + a * d < h:
                     blocks[i, :, i + a].sub_(_strip(x[:, :, row], x[:, :, row + a * d], kw, q, e, out_w, share))
     if biased:
-        moment[-1, :-1] = moment[:-1, -1] = _mean_patch(x, _starts(k, d, p), _starts(kw, e, q), (out_h, out_w))
-        moment[-1, -1] = 1
+        patch = _mean_patch(x, _starts(k, d, p), _starts(kw, e, q), (out_h, out_w)).mul_(share * count)
+        moment[-1, :-1] = moment[:-1, -1] = patch
+        moment[-1, -1] = share * count
     return moment
 
 
@@ -59,7 +66,9 @@ def _column_level(
     def column(number: int) -> Tensor:  # of all images, as rows [n*(h+below), c]
         return _line(x[:, :, :, number], below)
 
-    upper = _spread(_correlations(x, k, kw, d, e).mul_(share))
+    upper = _spread(_correlations(x, k, kw, d, e))
+    if share != 1:
+        upper.mul_(share)
     for j, m, one, other in _unread(x.shape[3], kw, q, e, out_w):
         first, second = column(one), column(other)
         for a in range(k):
@@ -83,7 +92,7 @@ def _strip(first: Tensor, second: Tensor, kw: int, q: int, e: int, out_w: int, s
         r[:, 0, kw - 1 + b] = forward = left[:stop].T @ right[b * e :]
         if b:
             r[:, 0, kw - 1 - b] = forward.T if same else left[b * e :].T @ right[:stop]
-    blocks = _spread(r.mul_(share))[0]
+    blocks = _spread(r if share == 1 else r.mul_(share))[0]
     for j, m, one, other in _unread(w, kw, q, e, out_w):
         blocks[j, :, m].addmm_(first[:, :, one].T, second[:, :, other], alpha=-share)
     return blocks.flatten(2).flatten(0, 1)

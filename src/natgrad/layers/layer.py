@@ -119,6 +119,12 @@ class Layer(ABC):
         """The mean over all rows of a a^T [b, i, i]."""
         return moment(self.rows(x), mean=True)
 
+    def moment_total(self, x: Tensor) -> Tensor:
+        """The sum over all rows of a a^T [b, i, i]."""
+        if type(self).second_moment is Layer.second_moment:
+            return moment(self.rows(x), mean=False)
+        return self.second_moment(x) * math.prod(self.count(x))
+
     def second_moment_cost(self, x: Tensor) -> float:
         """Multiplications that `second_moment` takes, to be weighed against a sample of rows."""
         n, s = self.count(x)
