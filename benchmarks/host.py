@@ -7,8 +7,8 @@ On a GPU a step cannot be faster than the host issues its operations. The networ
 transformer of 12 blocks and of a perceptron of 100 layers, so narrow that on one CPU thread next to nothing but the
 issuing is left. A row is what natgrad does in `step()` and, where it measures, in its hooks: what the forward and
 backward passes do without it is taken off. The clock is the thread's own, which stands still while other processes have
-the core. Rounds are interleaved with SGD(foreach) and AdamW(foreach): the column of
-ratios is the median of a round's time over AdamW's in the same round.
+the core. Rounds are interleaved with SGD(foreach) and AdamW(foreach): the column of ratios is the median of a round's
+time over AdamW's in the same round.
 
 A second table says which part of a step issues the operations: each is laid to the innermost function of natgrad that
 PARTS names. Its column `least` is what the computation needs as it is defined, with one operation for each product, sum

@@ -40,7 +40,7 @@ def operations(kind, layers):
     return counted.operations
 
 
-@pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.KFAC, natgrad.NLCG], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 def test_a_step_of_many_layers_issues_what_one_of_few_does(kind):
     few, many = operations(kind, 4), operations(kind, 24)
     assert few == many
@@ -192,6 +192,34 @@ def test_a_rule_keeps_what_it_likes():
     ((segments,),) = opt.update.aim.outlines.known.values()
     with pytest.raises(KeyError, match="of another shape in every layer"):
         Segment(segments[0], torch.zeros(segments[0].numel), opt.update.aim.inputs, []).state["rows"]
+
+
+def test_a_rule_may_keep_its_gradients():
+    """The memory of a step's gradients is free between steps, unless somebody still has it."""
+
+    class Keeping(natgrad.Momentum):
+        def __call__(self, segments, natural, world):
+            kept.append([segment.gradient for segment in segments])
+            copies.append([segment.gradient.clone() for segment in segments])
+            super().__call__(segments, natural, world)
+
+    def trained(rule):
+        model = deep(2)
+        opt = natgrad.SPNGD(model, lr=0.05, rule=rule)
+        train(opt, model, [points(8, k) for k in range(4)])
+        (vector,) = opt.storage.gradients
+        return weights(model), vector.flat().untyped_storage().nbytes(), opt
+
+    kept, copies = [], []
+    mine, _, _ = trained(Keeping())
+    for own, same in zip(kept, copies):
+        for one, other in zip(own, same):
+            assert torch.equal(one, other)
+    plain, nbytes, opt = trained(natgrad.Momentum())
+    assert torch.equal(mine, plain)
+    assert nbytes > 0
+    opt.storage.release()
+    assert opt.storage.gradients[0]._flat.untyped_storage().nbytes() == 0
 
 
 def test_layers_that_take_no_part_keep_their_vectors():
