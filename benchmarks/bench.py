@@ -28,6 +28,7 @@ from natgrad_lab.report.compare_curves import curves
 from natgrad_lab.report.compare_plots import scaling
 from natgrad_lab.report.compare_read import KINDS, Comparison, read_comparison
 from natgrad_lab.report.compare_table import findings, headings, rows, verdicts
+from natgrad_lab.report.drawing import sheet
 from natgrad_lab.report.style import look
 from natgrad_lab.train.log import write_json
 
@@ -101,9 +102,9 @@ def keep(found: Comparison, name: str) -> None:
         return
     metadata: Any = {"Date": None}
     with look():
-        for kind, figure in {"steps": scaling(found), "curves": curves(found, found.batches[-1])}.items():
-            if figure is not None:
-                figure.savefig(HERE.parent / "docs" / f"compare-{name}-{kind}.svg", metadata=metadata)
+        for kind, picture in {"steps": scaling(found), "curves": curves(found, found.batches[-1])}.items():
+            if picture is not None:
+                sheet(picture).savefig(HERE.parent / "docs" / f"compare-{name}-{kind}.svg", metadata=metadata)
 
 
 def digest(found: Comparison, name: str) -> dict[str, object]:

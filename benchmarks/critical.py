@@ -23,7 +23,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,6 +36,7 @@ import natgrad
 from natgrad.parallel import World
 from natgrad_lab.compare.tasks import find_task
 from natgrad_lab.data import Splits
+from natgrad_lab.report.critical import ABOVE, critical_batch
 from natgrad_lab.report.style import look
 from natgrad_lab.schedules import Constant, WarmUp
 from natgrad_lab.train.log import write_json
@@ -50,7 +50,6 @@ PLOT = Path(__file__).parents[1] / "docs" / "critical.svg"
 BATCHES = (250, 500, 1000, 2000, 4000, 8000, 16000, 32000, 50000)
 TARGET = 0.3
 WARM_UP = 5
-ABOVE = 1.2
 NEAR = 3.2
 """The training loss below which a run is judged at all: at the target it is about 2.9."""
 FAR = 3.0
@@ -191,15 +190,8 @@ def count_of(row: dict[str, Any]) -> float:
 
 def critical(rows: list[dict[str, Any]]) -> tuple[float, bool]:
     """The critical batch size of one optimizer, and whether a batch above it was measured."""
-    points = [(row["batch"], count_of(row)) for row in rows]
-    least = min(batch * count for batch, count in points)
-    start = next(place for place, (batch, count) in enumerate(points) if batch * count == least)
-    above = [(batch, batch * count / least) for batch, count in points[start:]]
-    for (small, low), (large, high) in pairwise(above):
-        if high >= ABOVE:
-            share = (math.log(ABOVE) - math.log(low)) / (math.log(high) - math.log(low))
-            return math.exp(math.log(small) + share * (math.log(large) - math.log(small))), True
-    return float(points[-1][0]), False
+    points = [(float(row["batch"]), count_of(row)) for row in rows]
+    return critical_batch(points) or (points[0][0], False)
 
 
 def by_optimizer(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -129,7 +129,7 @@ def test_a_plan_in_the_terminal_as_json_and_as_a_page(capsys):
         assert sum(row["stages"]["average"].values()) == pytest.approx(row["step"]["average"])
         assert row["step"]["stale"] < row["step"]["average"] < row["step"]["fresh"]
     html = Path("p.html").read_text()
-    assert html.count("<img") == 4
+    assert html.count("<img") == 2 + 3 + 2  # steps, stages, costs
     assert "Where the machine" in html
     assert "<script" not in html
     assert page(plan) == html

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from natgrad_lab.report import write
+from natgrad_lab.report.drawing import sheet
 from natgrad_lab.report.run_page import HEADINGS, cells
 from natgrad_lab.report.run_plots import POINTS, intervals, numbers, progress, shade, stages, traffic
 from natgrad_lab.report.runs import differing, read_run, read_runs
@@ -98,7 +99,7 @@ def test_the_table_has_a_runs_figures(tmp_path):
         "best (step)": "77.50 (8)",
         "step time": "500 ms",
         "images/s": "200",
-        "refreshed": "25%",
+        "measured": "25%",
         "sent per step": "3 MB",
         "memory": "1 GB",
         "training time": "0:06",
@@ -132,21 +133,22 @@ def test_the_page_of_a_run_needs_no_other_file(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "summary.json").write_text('{"status": "failed", "resume": "natgrad train mine --resume"}')
     html = write([folder]).read_text()
-    assert html.count("data:image/svg+xml;base64,") == 5  # progress, numbers, stages, traffic, intervals
+    assert html.count("data:image/svg+xml;base64,") == 2 + 5 + 3  # progress, numbers; stages, traffic, intervals
     assert not re.findall(r"(?:src|href)=\"(?!data:)", html)
     assert "<script" not in html
-    for said in ("natgrad train &lt;&amp;&gt;", "to go on: natgrad train mine --resume", 'class="status failed"'):
+    for said in ("natgrad train &lt;&amp;&gt;", "to resume: natgrad train mine --resume", 'class="status failed"'):
         assert said in html
 
 
-def titles(figure):
-    return [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes if axes.get_visible()]
+def titles(picture):
+    return [plot.title for plot in picture.plots]
 
 
 def test_several_runs_are_compared_by_step_epoch_and_time(tmp_path):
     logs = read_runs([write_run(tmp_path / "a", lr=0.1), write_run(tmp_path / "b", lr=0.2, count=8)])
-    figure = progress(logs)
-    assert titles(figure) == [
+    picture = progress(logs)
+    figure = sheet(picture)
+    assert titles(picture) == [
         f"{what} by {by}" for what in ("Training loss", "Test accuracy") for by in ("step", "epoch", "time")
     ]
     assert [list(line.get_xdata())[-1] for line in figure.axes[0].lines] == [12, 8]
@@ -169,7 +171,7 @@ def test_runs_that_differ_in_their_seed_share_a_colour(tmp_path):
 
 def test_long_runs_become_few_points_and_small_pages(tmp_path):
     log = read_runs([write_run(tmp_path / "long", count=3000)])[0]
-    line = progress([log]).axes[0].lines[0]
+    line = sheet(progress([log])).axes[0].lines[0]
     assert len(line.get_xdata()) == POINTS
     assert line.get_ydata()[0] == pytest.approx(sum(1 / n for n in range(1, 11)) / 10)
     assert len(write([log.folder]).read_text()) < 1_500_000
@@ -179,7 +181,7 @@ def test_the_share_of_refreshed_statistics_is_a_running_mean(tmp_path):
     folder = write_run(tmp_path / "run", count=40)
     shares = [{"kind": "step", "step": n, "refreshed": float(n % 5 == 1)} for n in range(1, 41)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shares))
-    drawn = numbers(read_runs([folder])).axes[0].lines[0].get_ydata()
+    drawn = sheet(numbers(read_runs([folder]))).axes[0].lines[0].get_ydata()
     assert drawn[0] == pytest.approx(100)
     assert drawn[1] == pytest.approx(50)
     assert list(drawn[9:]) == pytest.approx([20] * 31)
@@ -190,8 +192,7 @@ def test_what_a_plain_optimizer_does_not_tell_is_not_drawn(tmp_path):
     assert traffic([log]) is None
     assert intervals(log) is None
     assert titles(numbers([log])) == ["Learning rate", "Memory of rank 0, GB", "Images a second"]
-    figure = stages([log])
-    assert [part.get_label() for part in figure.axes[0].collections] == ["network", "own"]
+    assert [key.label for key in stages([log]).keys] == ["network", "own"]
 
 
 def test_lines_that_are_broken_are_counted_and_left_out(tmp_path):
@@ -235,7 +236,7 @@ def test_folders_that_are_none_are_refused_by_name(tmp_path):
     for folders, says in (
         (["absent"], "absent"),
         (["run", "empty"], "empty.*recipe.json"),
-        (["half"], "half.*no readable recipe.json"),
+        (["half"], "half.*recipe.json' is no JSON"),
         (["list"], "list.*no readable recipe.json"),
         (["foreign"], "foreign.*no readable recipe.json"),
         (["compared", "run"], "name it alone"),

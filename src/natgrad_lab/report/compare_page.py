@@ -1,33 +1,58 @@
 """A comparison as one HTML page with everything in it: no script, no font, no file beside it."""
 
-from html import escape
+from collections.abc import Sequence
 from typing import Any
 
 from natgrad_lab.report import compare_curves as curves
 from natgrad_lab.report import compare_plots as plots
 from natgrad_lab.report.compare_read import KINDS, Comparison
-from natgrad_lab.report.compare_table import KIND_WORDS, at_edges, fewer_points, findings, headings, rows, verdicts
-from natgrad_lab.report.page import document, framed, pair
+from natgrad_lab.report.compare_table import (
+    HALF,
+    KIND_WORDS,
+    at_edges,
+    fewer_points,
+    findings,
+    headings,
+    rows,
+    verdicts,
+)
+from natgrad_lab.report.critical import Measured, section, words
+from natgrad_lab.report.drawing import framed, pair
+from natgrad_lab.report.markup import NOTHING, Markup, join, tag, text
+from natgrad_lab.report.page import document, facts, folded, note, numbers
 from natgrad_lab.report.style import look
 
 MEASURES = {"end": "{metric} after all steps", "steps": "steps to the goal", "seconds": "seconds to the goal"}
+FINDINGS = 8
+"""Sentences that are shown at once."""
+SCALING = (
+    "The goal is where the best first-order optimizer ends. Medians over seeds; where an optimizer was tuned for two "
+    "numbers of steps, the one that gets there sooner. Along the line of linear scaling twice the batch takes half of "
+    "the steps. At the critical batch an optimizer takes 20 % more than that, counted from the batch at which it needs "
+    "the fewest samples: larger batches stop helping it."
+)
+ENDS = "Medians over seeds; values far from the best lie outside."
+CURVES = "With all steps. Lines are medians over seeds. The goal is where the best first-order optimizer ends."
+VERDICTS = (
+    "The best of each kind, by name. Shaded: natgrad is behind. The goal is the best first-order optimizer's end."
+)
 
 
-def page(results: Comparison) -> str:
-    """Return the page as text."""
+def page(results: Comparison, measured: Sequence[Measured] = ()) -> str:
+    """Return the page as text; `measured` are critical batches that lie beside the comparison."""
     with look():
-        body = "\n".join(section for section in _sections(results) if section)
-    return document(f"comparison: {results.name}", body)
+        return document(f"comparison: {results.name}", _sections(results, measured))
 
 
-def _sections(results: Comparison) -> list[str]:
-    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(results))
+def _sections(results: Comparison, measured: Sequence[Measured]) -> list[Markup]:
     sizes = list(reversed(results.batches))
     return [
-        f"<header><h1>Comparison: {escape(results.name)}</h1><p>{escape(results.about)}</p></header>",
-        f'<ul class="findings">{said}</ul>' if said else "",
+        tag("header", tag("h1", f"Comparison: {results.name}"), tag("p", results.about)),
+        _findings(results),
         _verdicts(results),
-        framed(plots.scaling(results), "Steps to a target against the size of a batch", SCALING),
+        framed(plots.scaling(results), "Steps to a target by the size of a batch", SCALING),
+        _critical(results),
+        *(section(one) for one in measured),
         framed(plots.ends(results), "Where everyone ends", ENDS),
         *(_size(results, batch, first=batch == sizes[0]) for batch in sizes),
         _choices(results),
@@ -35,107 +60,117 @@ def _sections(results: Comparison) -> list[str]:
     ]
 
 
-SCALING = (
-    "Where two budgets are tuned for, the one that gets there sooner; medians over seeds. Along the "
-    "dotted line twice the batch takes half the steps; where an optimizer leaves that slope, larger batches stop "
-    "helping it. A cross: not reached."
-)
-ENDS = "Medians over seeds; values far from the best lie outside."
-CURVES = (
-    "With all steps; lines are medians over seeds, thick for the best of each kind, with their range. Dotted: "
-    "the goal, the best first-order optimizer's end."
-)
+def _findings(results: Comparison) -> Markup:
+    """Say what was found; where that is much, for the largest batch at once and for all of them when it is opened."""
+    said = findings(results)
+    if not said:
+        return NOTHING
+    if len(said) <= FINDINGS:
+        return _sentences(said)
+    starts = [place for place, sentence in enumerate(said) if sentence.startswith("Batch ")]
+    first = said[: starts[1]] if len(starts) > 1 else said[:FINDINGS]
+    return join(_sentences(first), folded("The same for every size of batch", _sentences(said)))
 
 
-def _size(results: Comparison, batch: str, first: bool) -> str:
+def _sentences(said: Sequence[str]) -> Markup:
+    return tag("ul", [tag("li", sentence) for sentence in said], class_="findings")
+
+
+def _size(results: Comparison, batch: str, first: bool) -> Markup:
     """All about one size of batch; only the largest is open at first."""
-    body = (
-        _table(results, batch)
-        + framed(curves.curves(results, batch), f"Test {results.metric} at batch {batch}", CURVES)
-        + pair(
+    return folded(
+        f"Batch {batch}: {results.samples(batch)} samples, {results.full(batch)} steps",
+        _table(results, batch),
+        framed(curves.curves(results, batch), f"Test {results.metric} at batch {batch}", CURVES),
+        pair(
             framed(curves.losses(results, batch), "Training loss"),
             framed(curves.stages(results, batch), "Where a step's time goes"),
-        )
-        + framed(curves.tuning(results, batch), "What tuning tried")
+        ),
+        framed(curves.tuning(results, batch), "What tuning tried: held-out loss by learning rate"),
+        opened=first,
     )
-    title = f"Batch {batch}: {results.samples(batch)} samples, {results.full(batch)} steps"
-    return f"<details{' open' if first else ''}><summary>{escape(title)}</summary>{body}</details>"
 
 
-def _table(results: Comparison, batch: str) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings(results))
-    lines = [
-        f'<tr class="{row.kind}">' + "".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) + "</tr>"
-        for row in rows(results, batch)
-    ]
+def _table(results: Comparison, batch: str) -> Markup:
+    listed = rows(results, batch)
     unit = "%" if results.metric == "accuracy" else "nats"
-    note = (
-        f"Medians over seeds (range), in {unit}. Goal: {results.text(results.goal(batch))}. Where two budgets are "
-        "tuned for, steps and seconds to the goal are of the one that gets there sooner. Share of steps: over the "
-        f"steps that the goal's setter had. Seconds count training, not judging. {fewer_points(results, batch)}"
-    )
-    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return f'<div class="wide">{table}</div><p class="note">{escape(note)}</p>'
+    goal = results.goal_line(batch)
+    told = [f"Medians over seeds (range), in {unit}."]
+    if goal is not None:
+        told.append(
+            f"The goal is where {goal.name} ends after {goal.steps} steps: {results.text(results.goal(batch))}."
+        )
+    if results.halved:
+        told.append(
+            "An optimizer was tuned for two numbers of steps; steps and seconds to the goal are of the sooner one."
+        )
+    told += ["Seconds do not count evaluations.", fewer_points(results, batch)]
+    kept = [place for place in range(len(headings(results))) if results.halved or place != HALF]
+    cells = [[row.cells()[place] for place in kept] for row in listed]
+    table = numbers([headings(results)[place] for place in kept], cells, [row.kind for row in listed])
+    return join(table, note(" ".join(told).strip()))
 
 
-def _verdicts(results: Comparison) -> str:
+def _critical(results: Comparison) -> Markup:
+    """The critical batch of each optimizer, for each target that somebody reaches."""
+    found = plots.critical(results)
+    if not found:
+        return NOTHING
+    some = [target for target in results.targets if plots.anybody(results, target)]
+    heads = ["critical batch, in samples", *(f"to {results.metric} {results.text(target)}" for target in some)]
+    told = "Above: no measured batch takes 20 % more than linear scaling. -: reached at fewer than two sizes of batch."
+    return join(numbers(heads, [[name, *map(words, sizes)] for name, sizes in found.items()]), note(told))
+
+
+def _verdicts(results: Comparison) -> Markup:
     """Who wins at each size of batch by each measure, marked where it is not ours."""
-    head = "".join(
-        f"<th>{escape(text)}</th>" for text in ("batch", "by", *(KIND_WORDS[kind] for kind in KINDS), "ahead")
-    )
-    lines = []
+    lines, kinds = [], []
     for verdict in verdicts(results):
         best = [" ".join(verdict.best.get(kind, "-")).strip() for kind in KINDS]
         measure = MEASURES[verdict.measure].format(metric=results.metric)
         ahead = " and ".join(KIND_WORDS[kind] for kind in verdict.winner.split(" and ")) if verdict.winner else "nobody"
-        cells = "".join(f"<td>{escape(text)}</td>" for text in (verdict.batch, measure, *best, ahead))
-        lines.append(f'<tr class="{"lost" if verdict.lost else ""}">{cells}</tr>')
-    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    note = (
-        "The best of each kind, by name. Shaded: natgrad is behind. The goal is the best first-order optimizer's end."
-    )
-    return f'<h2>Who wins</h2><div class="wide">{table}</div><p class="note">{note}</p>'
+        lines.append([verdict.batch, measure, *best, ahead])
+        kinds.append("lost" if verdict.lost else "")
+    heads = ("batch", "measured by", *(KIND_WORDS[kind] for kind in KINDS), "ahead")
+    return join(tag("h2", "Who wins"), numbers(heads, lines, kinds), note(VERDICTS))
 
 
-def _choices(results: Comparison) -> str:
+def _choices(results: Comparison) -> Markup:
     """What tuning chose, and what of it lies on an edge."""
     lines = []
     for line in results.lines:
-        text = ", ".join(
-            f"<b>{escape(f'{name} {value}')}</b>" if name in line.at_edge else escape(f"{name} {value}")
+        pieces = [
+            tag("b", f"{name} {value}") if name in line.at_edge else join(f"{name} {value}")
             for name, value in line.values.items()
-        )
-        lines.append(f"<tr><td>{escape(line.name)}</td><td>{line.batch}</td><td>{line.steps}</td><td>{text}</td></tr>")
-    head = "<tr><th>optimizer</th><th>batch</th><th>steps</th><th>chosen</th></tr>"
+        ]
+        chosen = Markup(", ".join(pieces))
+        lines.append([line.name, line.batch, str(line.steps), chosen])
+    heads = ("optimizer", "batch", "steps", "chosen")
     edges = len(at_edges(results))
-    note = f"Bold: on the edge of the declared space (somewhere {edges} numbers); a wider one might hold better."
-    table = f'<table class="numbers left"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
-    told = {name: "; ".join(map(": ".join, space.items())) for name, space in results.plan["spaces"].items()}
-    spaces = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in told.items())
-    return (
-        f'<details><summary>What tuning chose</summary><div class="wide">{table}</div>'
-        f'<p class="note">{note}</p></details>'
-        f'<details><summary>The declared spaces</summary><table class="facts"><tbody>{spaces}</tbody></table></details>'
+    told = f"Bold: on the edge of the declared space (somewhere {edges} numbers); a wider one might hold better."
+    spaces = [(name, "; ".join(map(": ".join, space.items()))) for name, space in results.plan["spaces"].items()]
+    return join(
+        folded("What tuning chose", numbers(heads, lines, style="numbers left"), note(told)),
+        folded("The declared spaces", facts(spaces)),
     )
 
 
-def _facts(results: Comparison) -> str:
+def _facts(results: Comparison) -> Markup:
     machine, plan = results.machine, results.plan
-    profile, task = plan["profile"], plan["task"]
-    facts = {
+    task = plan["task"]
+    rows = {
         "tuning": _tuning(plan),
-        "seeds": f"1 to {profile['seeds']}",
+        "seeds": f"1 to {plan['profile']['seeds']}",
         "processes": f"{plan['ranks']} ranks a run, {plan['workers']} runs at a time",
         "machine": f"{machine['device']}, {machine['cores']} cores, {machine['system']}",
         "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         "commit": ", ".join(sorted({str(run.made_by["commit"]) for line in results.lines for run in line.finals})),
-        "network": str(_words(task["recipe"]["model"])),
-        "data": str(_words(task["recipe"]["data"])),
+        "network": _words(task["recipe"]["model"]),
+        "data": _words(task["recipe"]["data"]),
         "date": machine["date"],
     }
-    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items())
-    command = escape(machine["command"])
-    return f'<h2>How this was made</h2><pre>{command}</pre><table class="facts"><tbody>{lines}</tbody></table>'
+    told = facts((name, text(value, 500)) for name, value in rows.items())
+    return join(tag("h2", "How this was made"), tag("pre", str(machine["command"])), told)
 
 
 def _tuning(plan: dict[str, Any]) -> str:

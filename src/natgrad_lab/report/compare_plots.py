@@ -1,4 +1,4 @@
-"""The figures of a comparison, each a function of its lines alone. Lines are medians over seeds.
+"""The pictures of a comparison over all sizes of batch. Lines are medians over seeds.
 
 An optimizer has one colour and mark everywhere: blues and greys are first-order, greens Muon, Shampoo, SOAP and DASH,
 warm ones natgrad.
@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from natgrad_lab.report.compare_read import Comparison
+from natgrad_lab.report.critical import Point, by_batch, critical_batch, mark
+from natgrad_lab.report.drawing import Key, Picture, Plot, logarithmic
+from natgrad_lab.report.style import INK
 
 COLOURS = {
     "first-order": ("#08519C", "#3182BD", "#6BAED6", "#7A7A7A", "#B0B0B0"),
@@ -21,6 +23,7 @@ COLOURS = {
     "natgrad": ("#D55E00", "#E69F00", "#B2182B", "#CC79A7", "#8C6D00", "#762A83"),
 }
 MARKS = "osD^vP"
+DOTTED = (0, (1, 2))
 
 
 def looks(results: Comparison) -> dict[str, dict[str, Any]]:
@@ -41,28 +44,31 @@ def looks(results: Comparison) -> dict[str, dict[str, Any]]:
     return found
 
 
-def scaling(results: Comparison) -> Figure | None:
-    """Steps to each target against the size of a batch: where a line stops falling, larger batches stop helping."""
+def keys(results: Comparison, marked: bool = True) -> list[Key]:
+    """Return the legend of all optimizers."""
+    return [Key(name, style["color"], style["marker"] if marked else "") for name, style in looks(results).items()]
+
+
+def scaling(results: Comparison) -> Picture | None:
+    """Steps to each target by batch: where a line stops falling, larger batches stop helping."""
     if len(results.batches) < 2:
         return None
     targets: list[tuple[str, Callable[[str], float | None]]] = [
-        ("the best first-order end", results.goal),
-        *((f"{results.metric} {results.text(target)}", lambda batch, t=target: t) for target in results.targets),
+        ("Steps to the goal", results.goal),
+        *((f"Steps to {results.metric} {results.text(target)}", _always(target)) for target in results.targets),
     ]
     targets = targets[:1] + [one for one in targets[1:] if _anybody(results, one[1])]
-    count = len(targets)
-    across = 3 if count % 3 == 0 else 2
-    down = math.ceil(count / across)
-    figure = Figure(figsize=(10.4, 4.2 * down), layout="constrained")
-    panels = np.asarray(figure.subplots(down, across, squeeze=False)).flatten()
-    for axes, (title, target) in zip(panels, targets):
-        _steps_to(axes, results, target)
-        axes.set_title(f"Steps to {title}", fontsize=9.5)
-    for axes in panels[count:]:
-        axes.axis("off")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=7, fontsize=8.5)
-    return figure
+    plots = [Plot(title, _steps_to(results, target)) for title, target in targets]
+    explained = [
+        Key("linear scaling", "#999999", dash=(0, (2, 3)), width=1.4),
+        Key("critical batch", INK, "|", line=False),
+        Key("not reached", INK, "x", line=False),
+    ]
+    return Picture(plots, keys(results) + explained, "third" if len(plots) % 3 == 0 else "half")
+
+
+def _always(target: float) -> Callable[[str], float | None]:
+    return lambda batch: target
 
 
 def _anybody(results: Comparison, target: Callable[[str], float | None]) -> bool:
@@ -71,78 +77,106 @@ def _anybody(results: Comparison, target: Callable[[str], float | None]) -> bool
     return any(math.isfinite(results.fewest(batch, name, target(batch))[0]) for batch, name in pairs)
 
 
-def _steps_to(axes: Axes, results: Comparison, target: Callable[[str], float | None]) -> None:
+def anybody(results: Comparison, target: float) -> bool:
+    """Whether a fixed target is reached by some optimizer at some size of batch."""
+    return _anybody(results, _always(target))
+
+
+def reached(results: Comparison, name: str, target: Callable[[str], float | None]) -> list[Point]:
+    """Return the sizes of batch at which an optimizer reaches a target, with its steps."""
+    pairs = [(results.samples(batch), results.fewest(batch, name, target(batch))[0]) for batch in results.batches]
+    return [(float(samples), steps) for samples, steps in pairs if math.isfinite(steps)]
+
+
+def critical(results: Comparison) -> dict[str, list[tuple[float, bool] | None]]:
+    """Return each optimizer's critical batch for each fixed target that somebody reaches, where any is known."""
+    some = [target for target in results.targets if anybody(results, target)]
+    if len(results.batches) < 2 or not some:
+        return {}
+    found = {
+        name: [critical_batch(reached(results, name, _always(target))) for target in some] for name in results.names
+    }
+    return {name: sizes for name, sizes in found.items() if any(sizes)}
+
+
+def _steps_to(results: Comparison, target: Callable[[str], float | None]) -> Callable[[Axes], None]:
     sizes = [results.samples(batch) for batch in results.batches]
     most = max(results.full(batch) for batch in results.batches)
-    found = {
-        name: [
-            results.fewest(batch, name, target(batch))[0] if results.at(batch, name) else math.inf
-            for batch in results.batches
-        ]
-        for name in results.names
-    }
-    never = 1.6 * most
+    found = {name: reached(results, name, target) for name in results.names}
     styles = looks(results)
-    for name, values in found.items():
-        shown = [value if math.isfinite(value) else math.nan for value in values]
-        axes.plot(sizes, shown, label=name, **styles[name])
-    missed = {
-        size: [name for name, values in found.items() if not math.isfinite(values[place])]
-        for place, size in enumerate(sizes)
-    }
-    for size, names in missed.items():
+
+    def draw(axes: Axes) -> None:
+        for name, points in found.items():
+            if points:
+                axes.plot(*zip(*points), **styles[name])
+        _missed(axes, results, found, most)
+        steps = [steps for points in found.values() for _, steps in points]
+        first = [points[0] for points in found.values() if points]
+        if steps:
+            least = min(batch * count for batch, count in first)
+            axes.plot(sizes, [least / size for size in sizes], color="#999999", linewidth=1, linestyle=(0, (2, 3)))
+            for name, points in found.items():
+                mark(axes, points, styles[name]["color"])
+            axes.set_ylim(bottom=max(0.8, 0.7 * min(steps)))
+        logarithmic(axes.yaxis)
+        by_batch(axes, sizes, _names(results))
+
+    return draw
+
+
+def _names(results: Comparison) -> list[str]:
+    """Return what stands at each size of batch on an axis."""
+    return [f"{results.samples(batch)} (full)" if batch == "full" else batch for batch in results.batches]
+
+
+def _missed(axes: Axes, results: Comparison, found: dict[str, list[Point]], most: int) -> None:
+    """Draw a cross above all steps for each optimizer that does not get there."""
+    styles, any_missed = looks(results), False
+    for batch in results.batches:
+        size = results.samples(batch)
+        names = [name for name in found if results.at(batch, name) and size not in dict(found[name])]
+        any_missed = any_missed or bool(names)
         for place, name in enumerate(names):
-            axes.plot(
-                size, never * 1.13**place, marker="x", color=styles[name]["color"], markersize=5, linestyle="none"
-            )
-    if any(missed.values()):
+            style = {"color": styles[name]["color"], "markersize": 5, "linestyle": "none"}
+            axes.plot(size, 1.6 * most * 1.13**place, marker="x", **style)
+    if any_missed:
         axes.axhline(1.3 * most, color="#CCCCCC", linewidth=0.8)
-        place = ("axes fraction", "data")
-        axes.annotate("never:", (0.01, 1.36 * most), xycoords=place, fontsize=8, color="#777777")
-    finite = [values[0] for values in found.values() if math.isfinite(values[0])]
-    if finite:
-        least = min(finite)
-        ideal = [least * sizes[0] / size for size in sizes]
-        axes.plot(sizes, ideal, color="#999999", linewidth=1, linestyle=(0, (2, 3)))
-        axes.set_ylim(bottom=max(0.8, 0.7 * min(v for values in found.values() for v in values if math.isfinite(v))))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    _by_batch(axes, results, sizes)
 
 
-def _by_batch(axes: Axes, results: Comparison, sizes: list[int]) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(sizes))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([batch if batch != "full" else f"full\n{results.samples(batch)}" for batch in results.batches])
-    axes.set_xlabel("samples in a batch")
-
-
-def ends(results: Comparison) -> Figure | None:
-    """Where everyone ends, against the size of a batch: all steps, and half of them."""
+def ends(results: Comparison) -> Picture | None:
+    """Where everyone ends, by batch: after all steps, and after half of them."""
     if len(results.batches) < 2:
         return None
-    figure = Figure(figsize=(10.4, 3.9), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    sizes, styles = [results.samples(batch) for batch in results.batches], looks(results)
-    values: list[float] = []
-    for axes, place, title in zip(panels, (0, -1), ("after all steps", "after half of the steps, tuned for them")):
-        for name in results.names:
-            lines = [results.at(batch, name) for batch in results.batches]
-            shown = [_number(some[place].end(results.column)) if some else math.nan for some in lines]
-            axes.plot(sizes, shown, label=name, **styles[name])
-            values += [value for value in shown if math.isfinite(value)]
-        axes.set_title(f"Test {results.metric} {title}")
-        _by_batch(axes, results, sizes)
-    zoom(panels[0], results, values)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8.5)
-    return figure
+    places = ((0, "after all steps"), (-1, "after half of the steps, tuned for them"))
+    shown = {place: _ends(results, place) for place, _ in places}
+    values = [end for lines in shown.values() for points in lines.values() for _, end in points]
+    plots = [
+        Plot(f"Test {results.metric} {title}", _ending(results, shown[place], values))
+        for place, title in (places if results.halved else places[:1])
+    ]
+    return Picture(plots, keys(results), "half")
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _ends(results: Comparison, place: int) -> dict[str, list[Point]]:
+    """Return each optimizer's median ends by batch: of its longest budget of steps (0), or its shortest (-1)."""
+    found: dict[str, list[Point]] = {}
+    for name in results.names:
+        lines = [some[place] for batch in results.batches if (some := results.at(batch, name))]
+        ended = [(float(line.samples), line.end(results.column)) for line in lines]
+        found[name] = [(samples, end) for samples, end in ended if end is not None]
+    return found
+
+
+def _ending(results: Comparison, lines: dict[str, list[Point]], values: list[float]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        styles = looks(results)
+        for name, points in lines.items():
+            if points:
+                axes.plot(*zip(*points), **styles[name])
+        zoom(axes, results, values)
+        by_batch(axes, [results.samples(batch) for batch in results.batches], _names(results))
+
+    return draw
 
 
 def zoom(axes: Axes, results: Comparison, values: list[float]) -> None:

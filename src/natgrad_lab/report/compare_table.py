@@ -25,8 +25,8 @@ class Row:
     half: str
     steps: float
     """Steps until the goal, infinite where not reached."""
-    share: float
-    """The same over the steps that the best first-order optimizer was given to set the goal."""
+    given: int
+    """The steps that the best first-order optimizer was given to set the goal."""
     seconds: float
     train_loss: str
     step_ms: float
@@ -42,8 +42,7 @@ class Row:
             self.name + STAR * self.far_behind,
             self.end,
             self.half,
-            f"{self.steps:g}" if reached else "never" if self.goal else "-",
-            f"{self.share:.2f}" if reached else "-",
+            f"{self.steps:g} of {self.given}" if reached else "never" if self.goal else "-",
             f"{self.seconds:.1f}" if reached else "-",
             self.train_loss,
             f"{1e3 * self.step_ms:.0f}" if self.step_ms < math.inf else "-",
@@ -55,19 +54,18 @@ HEADINGS = (
     "{metric}, all steps",
     "{metric}, half of them",
     "steps to goal",
-    "share of steps",
     "seconds to goal",
     "train loss",
     "ms a step",
 )
-
+HALF = 2
+"""Where a row has the end after half of the steps."""
 
 NARROW = (
     "\noptimizer",
     "{metric},\nall steps",
     "\nhalf of them",
     "steps\nto goal",
-    "share\nof all",
     "seconds\nto goal",
     "train\nloss",
     "ms a\nstep",
@@ -96,7 +94,7 @@ def _row(results: Comparison, batch: str, name: str) -> Row:
         end=spread(full, results),
         half=spread(half, results) if half is not full else "-",
         steps=steps,
-        share=steps / results.full(batch),
+        given=results.full(batch),
         seconds=seconds,
         train_loss=f"{median(full.train_losses()):.2g}" if full.train_losses() else "-",
         step_ms=full.step_seconds(),
@@ -206,10 +204,8 @@ def _reaching(results: Comparison, batch: str, kind: str) -> list[str]:
     steps, seconds = reached[name]
     if not math.isfinite(steps):
         return [f"Of {OF_KIND[kind]} none gets there."]
-    share = steps / results.full(batch)
-    return [
-        f"Of {OF_KIND[kind]} {name} is there first, after {steps:g} steps ({share:.2f} of them) and {seconds:.1f} s."
-    ]
+    full = results.full(batch)
+    return [f"Of {OF_KIND[kind]} {name} is there first, after {steps:g} of {full} steps and {seconds:.1f} s."]
 
 
 MEASURES = {"end": "in {metric} after all steps", "steps": "in steps to the goal", "seconds": "in seconds to the goal"}

@@ -1,4 +1,4 @@
-"""The figures of runs' pages, each a function of logs alone; None where no run tells what it would show.
+"""The pictures of runs' pages, each a function of logs alone; None where no run tells what it would show.
 
 A colour is a recipe; runs of one recipe that differ in their seeds alone share it. Of long runs, lines are means over
 neighbouring steps and light bands their range.
@@ -6,21 +6,30 @@ neighbouring steps and light bands their range.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from natgrad_lab.report.drawing import Key, Picture, Plot, logarithmic, name
 from natgrad_lab.report.interval_heatmap import heat
 from natgrad_lab.report.runs import Log
 from natgrad_lab.report.style import COLOURS, STAGES
 
 POINTS = 300
 """Points of a line at most."""
+KINDS = 12
+"""Kinds of a stack at most; the smallest of more are added up."""
+ROWS = 512
+"""Statistics of a heat map at most."""
 TRAFFIC = {"gradients": "#0072B2", "weights": "#56B4E9", "statistics": "#E69F00", "inverses": "#D55E00"}
 PALETTE = (*COLOURS[3:], *COLOURS[:3])
+OTHERS = "others"
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))
+BESIDE = (0, (4, 2))
+"""How a bound is drawn beside what it bounds."""
 
 Line = dict[str, Any]
 Place = Callable[[Line], float]
@@ -35,162 +44,262 @@ def shade(logs: list[Log], log: Log) -> str:
 def dashes(logs: list[Log], log: Log) -> Any:
     """Return a run's kind of line, which tells it from others of its colour."""
     alike = [other for other in logs if shade(logs, other) == shade(logs, log)]
-    return ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))[alike.index(log) % 4]
+    return DASHES[alike.index(log) % 4]
 
 
 def _recipe(log: Log) -> str:
-    return repr((log.about["name"], sorted((k, repr(v)) for k, v in log.fields.items() if k != "seed")))
+    return repr((log.name, sorted((k, repr(v)) for k, v in log.fields.items() if k != "seed")))
 
 
-def progress(logs: list[Log]) -> Figure | None:
+def _keys(logs: list[Log]) -> list[Key]:
+    """Return what tells runs apart; nothing where there is one."""
+    if len(logs) == 1:
+        return []
+    return [Key(log.label, shade(logs, log), dash=dashes(logs, log)) for log in logs]
+
+
+def _band(logs: list[Log]) -> list[Key]:
+    """Return what a band is, where lines have one."""
+    long = any(len(log.steps) > POINTS for log in logs)
+    return [Key("light band: range of neighbouring steps", "#999999", "area", line=False)] if long else []
+
+
+def progress(logs: list[Log]) -> Picture | None:
     """Loss and test accuracy: by step, and of several runs by epoch and time as well."""
     if not any(log.steps for log in logs):
         return None
     unit, seconds = _unit(max(log.elapsed for log in logs))
     places: list[tuple[str, Place]] = [("step", lambda line: line["step"])]
     if len(logs) > 1:
-        places.append(("epoch", lambda line: line.get("epoch", math.nan)))
-        places.append((f"{unit} of training", lambda line: line.get("elapsed", math.nan) / seconds))
-    rows = 1 if len(logs) == 1 else 2
-    figure = Figure(figsize=(10.4, 3.7 if rows == 1 else 6.4), layout="constrained")
-    grid = np.asarray(figure.subplots(rows, 2 if rows == 1 else 3, squeeze=False))
-    figure.set_layout_engine("constrained", h_pad=0.1)
-    losses, scores = (grid[0][:1], grid[0][1:]) if rows == 1 else (grid[0], grid[1])
-    for axes, place in zip(losses, places):
-        _losses(axes, logs, *place)
-    for axes, place in zip(scores, places):
-        _scores(axes, logs, *place)
-    losses[0].legend(fontsize=8)
-    return figure
+        places.append(("epoch", _value("epoch")))
+        places.append((f"{unit} of training", _value("elapsed", 1 / seconds)))
+    plots = [Plot(_by_what("Loss" if len(logs) == 1 else "Training loss", p), _losses(logs, *p)) for p in places]
+    plots += [Plot(_by_what("Test accuracy", p), _scores(logs, *p)) for p in places]
+    keys = _keys(logs)
+    if len(logs) == 1:
+        keys = [Key("each batch of training", COLOURS[0]), Key("test samples", COLOURS[1], "o")]
+    return Picture(plots, keys + _band(logs), "half" if len(logs) == 1 else "third")
 
 
-def _losses(axes: Axes, logs: list[Log], label: str, where: Place) -> None:
-    for log in logs:
-        name = log.label if len(logs) > 1 else "each batch"
-        _draw(axes, log.steps, where, _value("loss"), name, shade(logs, log), dashes(logs, log))
-        if len(logs) == 1:
-            points = [(where(line), line.get("test_loss")) for line in log.evaluations]
-            style: dict[str, Any] = {"color": COLOURS[1], "marker": "o", "markersize": 3, "label": "test images"}
-            axes.plot([x for x, _ in points], [math.nan if y is None else y for _, y in points], **style)
-    told = [line["loss"] for log in logs for line in log.steps if line.get("loss")]
-    if told and min(told) > 0 and max(told) > 20 * min(told):
-        axes.set_yscale("log")
-    axes.set_title(f"{'Loss' if len(logs) == 1 else 'Training loss'} by {_short(label)}")
-    _by(axes, label)
+def _by_what(what: str, place: tuple[str, Place]) -> str:
+    return f"{what} by {'time' if place[0].endswith('training') else place[0]}"
 
 
-def _scores(axes: Axes, logs: list[Log], label: str, where: Place) -> None:
-    for log in logs:
-        points = [(where(line), line["test_accuracy"]) for line in log.evaluations if line.get("test_accuracy")]
-        style: dict[str, Any] = {"marker": "o", "markersize": 3 if len(points) < 60 else 0}
-        style |= {"color": shade(logs, log), "linestyle": dashes(logs, log)}
-        axes.plot([x for x, _ in points], [y for _, y in points], **style)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title(f"Test accuracy by {_short(label)}")
-    _by(axes, label)
-
-
-def numbers(logs: list[Log]) -> Figure | None:
-    """Small multiples by step: learning rate, damping, statistics refreshed, lengths of steps, memory, speed."""
-    shown: list[tuple[str, Place]] = [
-        ("Learning rate", _value("lr")),
-        ("Damping", _value("damping")),
-        ("Refreshed, %, mean of 10 steps", _value("refreshed", 100)),
-        ("Step as made, % of lr times direction", _value("factor", 100)),
-        ("Predicted change of outputs, 2 KL", _value("change")),
-        ("Curvature, shown over predicted", _value("ratio")),
-        ("Noise scale of the gradient, samples", _value("noise_scale")),
-        ("Memory of rank 0, GB", _value("memory", 1e-9)),
-        ("Images a second", _value("images_per_second")),
-    ]
-    shown = [
-        (title, value) for title, value in shown if any(math.isfinite(value(s)) for log in logs for s in log.steps)
-    ]
-    if not shown:
-        return None
-    rows = -(-len(shown) // 3)
-    figure = Figure(figsize=(10.4, 2.5 * rows), layout="constrained")
-    grid = np.asarray(figure.subplots(rows, 3, squeeze=False)).flatten()
-    for axes in grid[len(shown) :]:
-        axes.set_visible(False)
-    figure.set_layout_engine("constrained", h_pad=0.1)
-    for axes, (title, value) in zip(grid, shown):
+def _losses(logs: list[Log], label: str, where: Place) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
         for log in logs:
-            style = log.label, shade(logs, log), dashes(logs, log)
-            smooth = 10 if "10 steps" in title else 1
-            _draw(axes, log.steps, lambda line: line["step"], value, *style, smooth=smooth)
-        axes.set_title(title)
+            _draw(axes, log.steps, where, _value("loss"), shade(logs, log), dashes(logs, log))
+            if len(logs) == 1:
+                _points(axes, log.evaluations, where, _value("test_loss"), COLOURS[1], "-")
+        told = [line["loss"] for log in logs for line in log.steps if line.get("loss")]
+        if told and min(told) > 0 and max(told) > 20 * min(told):
+            logarithmic(axes.yaxis)
+        _by(axes, label)
+
+    return draw
+
+
+def _scores(logs: list[Log], label: str, where: Place) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for log in logs:
+            colour = COLOURS[1] if len(logs) == 1 else shade(logs, log)
+            _points(axes, log.evaluations, where, _value("test_accuracy"), colour, dashes(logs, log))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _by(axes, label)
+
+    return draw
+
+
+def _points(axes: Axes, lines: list[Line], where: Place, value: Place, colour: str, dash: Any) -> None:
+    """Draw what was measured at some steps; nothing where no value is known."""
+    points = [(where(line), value(line)) for line in lines if math.isfinite(value(line))]
+    if points:
+        x, y = (_bins(column)[0] for column in zip(*points))
+        axes.plot(x, y, color=colour, linestyle=dash, marker="o", markersize=3 if len(points) < 60 else 0)
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of every step: its title, what it means, how it is read, what stands beside it as a dashed line."""
+
+    title: str
+    value: Place
+    note: str = ""
+    beside: Place | None = None
+    smooth: int = 1
+
+
+def numbers(logs: list[Log]) -> Picture | None:
+    """Small plots by step: what the schedules set, what was measured, how steps were shortened, what they cost."""
+    shown = [
+        Number("Learning rate", _value("lr")),
+        Number("Damping", _value("damping"), "Added to the curvature before it is inverted."),
+        Number(
+            "Statistics measured, %",
+            _value("refreshed", 100),
+            "Share of all statistics of the curvature that a step measures; mean of 10 steps.",
+            smooth=10,
+        ),
+        Number(
+            "Weights preconditioned, %",
+            _value("preconditioned", 100),
+            "Share of the weights of layers with a curvature whose direction it made. The rest takes the fallback.",
+        ),
+        Number(
+            "Length of the step, %",
+            _value("factor", 100),
+            "100: learning rate times direction. Below: the step was shortened to stay within the bound.",
+        ),
+        Number(
+            "Change of the outputs",
+            _value("change"),
+            "Twice the KL divergence (nats) that the curvature predicts for the step. Dashed: the bound.",
+            _value("bound"),
+        ),
+        Number(
+            "Curvature, measured over predicted",
+            _value("ratio"),
+            "Above 1: gradients have changed faster along the steps than the curvature predicts.",
+        ),
+        Number(
+            "Noise scale of the gradient, samples",
+            _value("noise_scale"),
+            "The batch at which the gradient's noise equals its signal. Batches far above it save few steps."
+            + (" Dashed: the batch." if len(logs) == 1 else ""),
+            _batch(logs[0]) if len(logs) == 1 else None,
+        ),
+        Number("Steps skipped so far", _skipped(logs), "Their gradients were not finite."),
+        Number("Memory of rank 0, GB", _value("memory", 1e-9)),
+        Number("Images a second", _value("images_per_second")),
+    ]
+    shown = [one for one in shown if any(math.isfinite(one.value(line)) for log in logs for line in log.steps)]
+    plots = [Plot(one.title, _small(logs, one), one.note) for one in shown]
+    return Picture(plots, _keys(logs) + _band(logs)) if plots else None
+
+
+def _batch(log: Log) -> Place:
+    """Return the recipe's batch, where it stays the same."""
+    batch, steady = log.fields.get("batch"), log.fields.get("batch_schedule.kind") in (None, "Constant")
+    value = float(batch) if isinstance(batch, int) and 0 < batch < 2**53 and steady else math.nan
+    return lambda line: value
+
+
+def _skipped(logs: list[Log]) -> Place:
+    """Return the count of skipped steps, where any was."""
+    read = _value("skipped")
+    some = any(read(line) > 0 for log in logs for line in log.steps)
+    return read if some else lambda line: math.nan
+
+
+def _small(logs: list[Log], one: Number) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for log in logs:
+            look = shade(logs, log), dashes(logs, log)
+            _draw(axes, log.steps, lambda line: line["step"], one.value, *look, smooth=one.smooth)
+            if one.beside is not None:
+                colour = COLOURS[1] if len(logs) == 1 else look[0]
+                _draw(axes, log.steps, lambda line: line["step"], one.beside, colour, BESIDE, width=1.2)
         _by(axes, "step")
-        axes.set_ylim(bottom=0)
-    return figure
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0] if axes.dataLim.y0 < 0 else 0.0))
+
+    return draw
 
 
-def stages(logs: list[Log], wide: bool = False) -> Figure | None:
+def stages(logs: list[Log], wide: bool = False) -> Picture | None:
     """Where a step's time goes: stacked by step for one run, one bar a run for several."""
-    parts = [[line.get("stages", {}) for line in log.steps] for log in logs]
-    ordered = [*STAGES, *sorted({name for run in parts for part in run for name in part} - {*STAGES})]
-    colours = {**{name: PALETTE[k % len(PALETTE)] for k, name in enumerate(ordered)}, **STAGES}
-    return _stacks(logs, parts, ordered, colours, "Step time by stage", "milliseconds", 1e3, wide)
+    return _stacks(logs, "stages", STAGES, "milliseconds", 1e3, wide)
 
 
-def traffic(logs: list[Log]) -> Figure | None:
+def traffic(logs: list[Log]) -> Picture | None:
     """What rank 0 sends in a step, by kind."""
-    parts = [[line.get("traffic", {}) for line in log.steps] for log in logs]
-    ordered = [*TRAFFIC, *sorted({name for run in parts for part in run for name in part} - {*TRAFFIC})]
-    colours = {**{name: PALETTE[k % len(PALETTE)] for k, name in enumerate(ordered)}, **TRAFFIC}
-    return _stacks(logs, parts, ordered, colours, "Sent by rank 0 in a step", "MB", 1e-6)
+    return _stacks(logs, "traffic", TRAFFIC, "MB", 1e-6, False)
 
 
-def _stacks(
-    logs: list[Log],
-    parts: list[list[dict[str, float]]],
-    ordered: list[str],
-    colours: dict[str, str],
-    title: str,
-    unit: str,
-    scale: float,
-    wide: bool = False,
-) -> Figure | None:
+def _stacks(logs: list[Log], key: str, known: dict[str, str], unit: str, scale: float, wide: bool) -> Picture | None:
     """Draw amounts by kind: [run][step][kind]."""
-    kinds = [name for name in ordered if any(part.get(name) for run in parts for part in run)]
+    parts, kinds = _amounts([[line.get(key) or {} for line in log.steps] for log in logs], known)
     if not kinds:
         return None
-    width = 10.4 if wide else 5.2
-    figure = Figure(figsize=(width, 3.6 if len(logs) == 1 else 1.9 + 0.32 * len(logs)), layout="constrained")
-    axes = figure.subplots()
-    if len(logs) == 1:
-        x = _bins([line["step"] for line in logs[0].steps], POINTS // 3)[0]
-        y = [scale * _bins([part.get(name, 0.0) for part in parts[0]], POINTS // 3)[0] for name in kinds]
-        axes.stackplot(x, *y, colors=[colours[name] for name in kinds], labels=kinds, linewidth=0)
-        axes.set_ylim(0, 1.15 * float(np.quantile(np.sum(y, axis=0), 0.98)) or None)  # the first step is often long
-        axes.set_ylabel(unit)
-        _by(axes, "step")
-    else:
-        left = np.zeros(len(logs))
-        for name in kinds:
-            mean = [scale * sum(part.get(name, 0.0) for part in run) / max(len(run), 1) for run in parts]
-            axes.barh(range(len(logs)), mean, left=left, height=0.55, color=colours[name], label=name)
-            left += mean
-        axes.set_yticks(range(len(logs)), [log.label for log in logs], fontsize=8)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"{unit} per step, means")
-    axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=8 if wide else 4, fontsize=8.5)
-    return figure
+    new = [kind for kind in kinds if kind not in known]
+    colours = known | {kind: PALETTE[place % len(PALETTE)] for place, kind in enumerate(new)}
+    keys = [Key(name(kind), colours[kind], "area", line=False) for kind in kinds]
+    draw = _areas if len(logs) == 1 else _bars
+    height = None if len(logs) == 1 else 1.1 + 0.32 * len(logs)
+    plot = Plot("", lambda axes: draw(axes, logs, parts, [(kind, colours[kind]) for kind in kinds], unit, scale))
+    return Picture([plot], keys, "full" if wide else "half", height)
 
 
-def intervals(log: Log) -> Figure | None:
+def _amounts(parts: list[list[Line]], known: dict[str, str]) -> tuple[list[list[Line]], list[str]]:
+    """Return amounts and their kinds, known ones first; of very many kinds the smallest are one."""
+    sums: dict[str, float] = {}
+    for part in (part for run in parts for part in run):
+        for kind, amount in part.items():
+            sums[kind] = sums.get(kind, 0.0) + amount
+    kinds = [kind for kind in known if sums.get(kind)]
+    rest = sorted(kind for kind in sums if kind not in known and sums[kind])
+    if len(kinds) + len(rest) <= KINDS:
+        return parts, kinds + rest
+    kept = sorted(rest, key=lambda kind: -sums[kind])[: KINDS - len(kinds) - 1]
+    least = set(rest) - set(kept)
+    told = [
+        [
+            {
+                **{k: v for k, v in part.items() if k not in least},
+                OTHERS: sum(part.get(k, 0.0) for k in part if k in least),
+            }
+            for part in run
+        ]
+        for run in parts
+    ]
+    return told, [*kinds, *sorted(kept), OTHERS]
+
+
+def _areas(
+    axes: Axes, logs: list[Log], parts: list[list[Line]], kinds: list[tuple[str, str]], unit: str, scale: float
+) -> None:
+    x = _bins([line["step"] for line in logs[0].steps], POINTS // 3)[0]
+    y = [scale * _bins([part.get(kind, 0.0) for part in parts[0]], POINTS // 3)[0] for kind, _ in kinds]
+    axes.stackplot(x, *y, colors=[colour for _, colour in kinds], linewidth=0)
+    most = 1.15 * float(np.quantile(np.sum(y, axis=0), 0.98))  # the first step is often long
+    if most > 0:
+        axes.set_ylim(0, most)
+    axes.set_ylabel(unit)
+    _by(axes, "step")
+
+
+def _bars(
+    axes: Axes, logs: list[Log], parts: list[list[Line]], kinds: list[tuple[str, str]], unit: str, scale: float
+) -> None:
+    left = np.zeros(len(logs))
+    for kind, colour in kinds:
+        mean = np.array([scale * sum(part.get(kind, 0.0) for part in run) / max(len(run), 1) for run in parts])
+        axes.barh(range(len(logs)), mean, left=left, height=0.55, color=colour)
+        left += mean
+    axes.set_yticks(range(len(logs)), [name(log.label) for log in logs], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{unit} per step, means")
+
+
+def intervals(log: Log) -> Picture | None:
     """Steps for which each statistic is kept."""
     told = [(line["step"], line["intervals"]) for line in log.steps if line.get("intervals")]
     if not told:
         return None
-    title = f"Steps from one measurement to the next: {log.label}"
-    return heat([ages for _, ages in told], title, [step for step, _ in told])
+    names = list(dict.fromkeys(name for _, ages in told for name in ages))[:ROWS]
+    ages = [{name: ages[name] for name in names if name in ages} for _, ages in told]
+    return heat(ages, [step for step, _ in told])
 
 
 def _draw(
-    axes: Axes, lines: list[Line], where: Place, value: Place, label: str, colour: str, dash: Any, smooth: int = 1
+    axes: Axes,
+    lines: list[Line],
+    where: Place,
+    value: Place,
+    colour: str,
+    dash: Any,
+    smooth: int = 1,
+    width: float = 1.5,
 ) -> None:
     """Draw a line over steps, its range where several steps make a point; each the mean of the last `smooth`."""
     x, *_ = _bins([where(line) for line in lines])
@@ -200,7 +309,8 @@ def _draw(
         first = np.maximum(np.arange(1, len(sums)) - smooth, 0)
         told = (sums[1:] - sums[first]) / (np.arange(1, len(sums)) - first)
     mean, low, high = _bins(told)
-    axes.plot(x, mean, color=colour, linestyle=dash, linewidth=1.5, label=label)
+    few = np.isfinite(mean).sum() < 2  # a line through one point is none
+    axes.plot(x, mean, color=colour, linestyle=dash, linewidth=width, marker="o" if few else "none", markersize=3)
     if len(lines) > POINTS:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
@@ -215,22 +325,18 @@ def _bins(values: Any, most: int = POINTS) -> tuple[np.ndarray, np.ndarray, np.n
     return mean, low, high
 
 
-def _value(name: str, scale: float = 1.0) -> Place:
+def _value(key: str, scale: float = 1.0) -> Place:
     """Return a reader of one number of a line, NaN where it is not there."""
 
     def read(line: Line) -> float:
-        value = line.get(name)
-        return scale * value if isinstance(value, int | float) else math.nan
+        value = line.get(key)
+        return math.nan if value is None else scale * value
 
     return read
 
 
 def _unit(seconds: float) -> tuple[str, float]:
     return ("seconds", 1.0) if seconds < 300 else ("minutes", 60.0) if seconds < 3 * 3600 else ("hours", 3600.0)
-
-
-def _short(label: str) -> str:
-    return "time" if label.endswith("training") else label
 
 
 def _by(axes: Axes, label: str) -> None:
