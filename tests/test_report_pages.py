@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from natgrad_lab.report import compare_plots, plan, run_plots, style, write
+from natgrad_lab.report import compare_curves, compare_plots, plan, run_plots, style, write
 from natgrad_lab.report.compare_page import page as compare_page
 from natgrad_lab.report.compare_read import comparison_of
 from natgrad_lab.report.drawing import MARKS, Picture, Plot, drawn, framed
@@ -149,6 +149,18 @@ def test_what_a_step_was_has_its_pictures(tmp_path):
         axes = drawn(found[title], (3, 2)).axes[0]
         for line, expected in zip(axes.lines, values, strict=True):
             assert list(line.get_ydata()) == pytest.approx(expected)
+
+
+def test_everyone_s_best_point_of_tuning_is_seen():
+    some = results()
+    for one in some["cells"][0]["budgets"]:  # Nesterov's
+        for tried in one["tried"]:
+            tried["runs"][0]["loss"] = None if tried["values"]["lr"] > 1 else 50.0
+    some["cells"][1]["budgets"][0]["tried"] *= 10
+    picture = compare_curves.tuning(comparison_of(some), "10")
+    axes = drawn(picture.plots[0], (3, 2)).axes[0]
+    assert axes.get_ylim()[1] > 50
+    assert 50.0 in axes.lines[0].get_ydata()
 
 
 def test_every_mark_of_a_comparison_is_in_its_legend():

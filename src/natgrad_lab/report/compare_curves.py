@@ -104,7 +104,8 @@ def tuning(results: Comparison, batch: str) -> Picture | None:
     seen = [loss for lines in points.values() for line in lines for _, loss in line]
     if not seen:
         return None
-    low, high = min(seen), float(np.quantile(seen, 0.8))
+    best = [min(losses) for lines in points.values() if (losses := [loss for line in lines for _, loss in line])]
+    low, high = min(seen), max(float(np.quantile(seen, 0.8)), *best)  # the best of everyone is seen
     limits = (low - 0.08 * (high - low) - 1e-3, high + 0.3 * (high - low) + 1e-3)
     styles = looks(results)
 
