@@ -191,6 +191,11 @@ class CurvatureEngine:
         self.capture.halves = self.world.size == 1  # several ranks have shares of their own to compare
         self._plan: list[Key] = []
 
+    def stored_anew(self) -> None:
+        """The layers' state lies elsewhere now, in the middle of a step: what was measured of them is kept."""
+        self.cells = list(self.cells)
+        self._settled = None
+
     def count_with(self, clock: Callable[[], float]) -> None:
         """Count stages and hooks with this clock from now on: operations, for one, instead of seconds."""
         self.clock = self.capture.clock = clock

@@ -90,6 +90,11 @@ class LayerState:
         """Whether other ranks than the owner hold statistics."""
         return any(holder != self.owner for holder in self.holders.values())
 
+    def belong_to(self, owner: int) -> None:
+        """Give the whole layer to one rank."""
+        self.owner, self.holders = owner, dict.fromkeys(self.holders, owner)
+        vars(self).pop("split", None)
+
     def place_of(self, name: str) -> int:
         """The rank that certainly has the state called `name`."""
         return self.holders.get(name.removesuffix("_before"), self.owner)

@@ -51,18 +51,21 @@ class Census:
         """Whether parameters that were frozen when the census was taken are to train now."""
         return any(p.requires_grad for p in self.resting)
 
+    def moved(self) -> bool:
+        """Whether a parameter of this optimizer is of another type or on another device than it was."""
+        same = all(map(is_, [p.dtype for p in self.parameters], self.dtypes))
+        return not (same and [p.device for p in self.parameters] == self.devices)
+
     def changes(self) -> list[str]:
         """What trains unlike its user may think, one line each.
 
         Raises:
-            ValueError: for a parameter of this optimizer that is no longer the model's, or that has moved.
+            ValueError: for a parameter of this optimizer that is no longer the model's.
 
         """
         now = [owner._parameters.get(key) for owner, key in zip(self.owners, self.keys)]
         alike = (
             all(map(is_, now, self.parameters))
-            and all(map(is_, [p.dtype for p in self.parameters], self.dtypes))
-            and [p.device for p in self.parameters] == self.devices
             and [len(m._modules) for m in self.modules] == self.sizes
             and [len(m._parameters) for m in self.modules] == self.counts
             and all(map(is_, [m._modules.get(key) for m, key in self.children], self.child))
@@ -79,12 +82,6 @@ class Census:
                 raise ValueError(
                     f"{known.name} is no longer the parameter that this optimizer was built with (replaced, removed or "
                     f"parametrised since): {REBUILD}, or build the optimizer after changing the model"
-                )
-            if known.parameter.dtype is not known.dtype or known.parameter.device != known.device:
-                raise ValueError(
-                    f"{known.name} was {known.dtype} on {known.device} when the optimizer was built and is "
-                    f"{known.parameter.dtype} on {known.parameter.device} now: {REBUILD}, or build the optimizer after "
-                    "moving the model"
                 )
         before = {id(known.parameter) for known in self.known}
         return [

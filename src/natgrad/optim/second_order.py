@@ -28,7 +28,7 @@ from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature_engine import TWICE, Assumed, Clocks, CurvatureEngine, Step, shortened
 from natgrad.layer_state import LayerState
 from natgrad.layers import FoundLayer, Layer, UncurvedParameter, find_layers
-from natgrad.layers.layer import UNREGISTERED, real
+from natgrad.layers.layer import UNREGISTERED, at_least_single, real
 from natgrad.optim import gradient_noise, validation
 from natgrad.optim.aim import Aim
 from natgrad.optim.blocks import Blocks
@@ -146,10 +146,8 @@ class SecondOrder(Optimizer):
         self._model = model
         with calm():
             cells = self._lay_out()
-            for cell in cells:
-                for parameter, state in self.fresh_state(cell, self.world.rank).items():
-                    self.state[parameter] = state
             self.engine = self._engine(cells, predictions)
+            self.state.update(self.fresh_states())  # type: ignore[arg-type]
             self._store()
             self.world.start([real(t.detach()) for t in (*model.parameters(), *model.buffers())])
         if graph:
@@ -214,6 +212,7 @@ class SecondOrder(Optimizer):
 
     def _lay_out(self) -> list[LayerState]:
         """Cells for the layers of the model as it is now, with their owners."""
+        self._divided = self.world.size > 1 and self.world.owners  # layers have owners, which alone keep their state
         found = find_layers(self._model, [p for group in self.param_groups for p in group["params"]], self.batch_dim)
         blocks = [self.curvature(f.layer, self.samples, self.max_size) for f in found]
         for k, (layer, curvature) in enumerate(zip(found, blocks)):
@@ -224,8 +223,12 @@ class SecondOrder(Optimizer):
         validation.no_loose(found, self.strict)
         owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world)
         self.whys = [f.why for f in found]
-        self.census = Census(self._model, [p for group in self.param_groups for p in group["params"]], self._scope)
+        self.census = self._take_census()
         return [self.make_cell(f, c, *where) for f, c, where in zip(found, blocks, owners)]
+
+    def _take_census(self) -> Census:
+        """The model's parameters as they are now."""
+        return Census(self._model, [p for group in self.param_groups for p in group["params"]], self._scope)
 
     def make_cell(self, found: FoundLayer, curvature: Curvature, owner: int, holders: Mapping[str, int]) -> LayerState:
         """The cell of a layer that was found."""
@@ -269,6 +272,21 @@ class SecondOrder(Optimizer):
         if mine:
             self.method.allocate(cell.layer, own)
         return states
+
+    def fresh_states(self, before: Mapping[nn.Parameter, Mapping[str, Any]] | None = None) -> dict[nn.Parameter, dict]:
+        """What this rank holds of all cells, by parameter: at the start, or with the values `before` where they fit."""
+        fresh: dict[nn.Parameter, dict[str, Any]] = {}
+        for cell in self.cells:
+            for parameter, state in self.fresh_state(cell, self.world.rank).items():
+                fresh[parameter] = state if before is None else carried(state, before.get(parameter, {}))
+            weight = cell.layer.parameters[0]
+            if before and cell.by_rows and cell.owner == self.world.rank:
+                rows = {k: v for k, v in before.get(weight, {}).items() if k in cell.row_names}
+                kind = at_least_single(weight.dtype)
+                fresh[weight] |= {
+                    k: v.to(weight.device, kind if v.is_floating_point() else v.dtype) for k, v in rows.items()
+                }
+        return fresh
 
     @property
     def distributed_state(self) -> DistributedState:
@@ -470,11 +488,13 @@ class SecondOrder(Optimizer):
 
     def _stages(self, away: bool) -> None:
         self.world.check()
+        if self.census.moved():
+            self._follow()
         self.storage.sync(self.state)
-        if uneven.enabled(self):
-            self._agree_with_joined(away)
         for message in self.census.changes():
             self.say(message)
+        if uneven.enabled(self):
+            self._agree_with_joined(away)
         if not self.gradients.reduced and self.gradients.overlap is None:  # else traffic counts from reduce()
             self.world.sent.clear()
         for group in self.param_groups:
@@ -490,6 +510,9 @@ class SecondOrder(Optimizer):
             self.skipped += 1
             self.engine.capture.discard()
             return
+        averaged = self.world.replicates and self.gradients.mode == "averaged"
+        if self._divided and (averaged or not self.world.owners):
+            self._own_everything()
         found = self.engine.refresh(step, scale.seen, self.method.reduction, self.readings)
         self.engine.factor([self.param_groups[place]["damping"] for place in self._groups], self.readings)
         if self.engine.unfinished:
@@ -689,27 +712,47 @@ class SecondOrder(Optimizer):
             validation.regroup(self._model, self.param_groups, self._scope)
             self._places = {}
             cells = self._lay_out()
-            fresh: dict[nn.Parameter, dict[str, Any]] = {}
-            for cell in cells:
-                for parameter, state in self.fresh_state(cell, self.world.rank).items():
-                    fresh[parameter] = carried(state, before.get(parameter, {}))
-                    fresh[parameter]["step"] = torch.tensor(float(steps))
-                weight = cell.layer.parameters[0]
-                if cell.by_rows and cell.owner == self.world.rank:
-                    rows = {k: v.to(weight.device) for k, v in before.get(weight, {}).items() if k in cell.row_names}
-                    fresh[weight] |= rows
-            self.state.clear()
-            self.state.update(fresh)  # type: ignore[arg-type]
             old = self.engine
             self.engine = self._engine(cells, predictions)
             for name in ("judged", "local", "seconds", "retries", "dropped", "samples", "assumed"):
                 setattr(self.engine, name, getattr(old, name))
             self.engine.replace(cells)
-            self._store()
-            self.method.forget()
+            self._replace_state(before, steps)
             self.world.start([real(t.detach()) for t in (*self._model.parameters(), *self._model.buffers())])
         self.gradients.begin_early(cells)
         self.engine.arm(steps + 1)
+
+    def _replace_state(self, before: Mapping[nn.Parameter, Mapping[str, Any]], steps: int) -> None:
+        """Give the cells, as they are now, a new state with the values `before` where they fit."""
+        fresh = self.fresh_states(before)
+        for own in fresh.values():
+            own["step"] = torch.tensor(float(steps))
+        self.state.clear()
+        self.state.update(fresh)  # type: ignore[arg-type]
+        self._store()
+        self.method.forget()
+
+    def _own_everything(self) -> None:
+        """Somebody else averages gradients: this rank keeps the whole state and makes all of every step from now on.
+
+        One gathering brings what other ranks have kept so far; none where no step has been made.
+        """
+        steps = self.steps_made
+        self.world.owners = True  # another optimizer in this world may have come to it before
+        before = self.distributed_state.whole() if steps else dict(self.state)
+        self.world.owners = False
+        self._divided = False
+        for cell in self.cells:
+            cell.belong_to(self.world.rank)
+        self._replace_state(before, steps)
+        self.engine.stored_anew()
+
+    def _follow(self) -> None:
+        """The model was moved to another device or type after the optimizer was built: the state goes along."""
+        self.settle()
+        self._replace_state(dict(self.state), self.steps_made)
+        self.engine.stored_anew()
+        self.census = self._take_census()
 
     def gather_state_dict(self) -> dict[str, Any]:
         """The whole state on every rank, to be loaded by any number of ranks. All ranks must call it."""
@@ -724,30 +767,39 @@ class SecondOrder(Optimizer):
         never = self.distributed_state.loosened(saved)
         if never:
             self.loosen(dict.fromkeys(never, "in the run that was saved it had been found to have no curvature"))
-        fresh = self.distributed_state.copies(saved)
+        fresh, parts = self.distributed_state.copies(saved)
         super().load_state_dict({**state_dict, "state": {}})  # torch's copies would only be dropped
         self.state.clear()
         self.state.update(fresh)
         self.storage.sync(self.state)
         self.method.forget()
         self.gradients.loaded = True
-        lost = [cell.name for cell in self.cells if not cell.by_rows and cell.lost(self.world.rank)]
+        lost = [
+            cell.name
+            for cell in self.cells
+            if cell.layer.parameters[0] in parts or (not cell.by_rows and cell.lost(self.world.rank))
+        ]
         if lost:
             self.say(
-                f"the state that was loaded has no curvature of {shortened(lost)}, which this rank owns (a checkpoint "
-                "of one rank's part, as full_state_dict=True makes it of plain tensors): it is measured again, and "
-                "momentum begins anew. Save gather_state_dict(), or a torch.distributed.checkpoint of shards",
+                f"the state that was loaded has nothing of what the owner of {shortened(lost)} keeps, which this rank "
+                "is now (a checkpoint of one rank's part): curvature is measured again, and momentum begins anew. "
+                "Save gather_state_dict(), or a torch.distributed.checkpoint of shards",
                 "lost",
             )
         self.engine.arm(self.steps_made + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that this rank holds. On several ranks that is a part: `gather_state_dict()` is whole."""
+        """The state that this rank holds.
+
+        It is whole on one rank, and under a wrapper or trainer that averages gradients (World(owners=None)). Where
+        layers have owners it is a part: `gather_state_dict()` is whole.
+        """
         self.settle()
-        if self.world.size > 1 and self.world.owners:
+        if self.world.size > 1 and self.world.owners and self.steps_made:
             self.say(
                 "state_dict() holds this rank's part of the state: save gather_state_dict(), which all ranks call, or "
-                "a torch.distributed.checkpoint of all ranks",
+                "a torch.distributed.checkpoint of all ranks, or let every rank keep everything with "
+                "world=World(owners=False)",
                 "state_dict",
             )
         return super().state_dict()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class DistributedState:
         """A saved state by parameter, in the form in which the parameters' layers keep it (`LayerState.packed`).
 
         Raises:
-            ValueError: the state is of another model, or a part of one.
+            ValueError: the state is of another model or another optimizer.
 
         """
         if not {"state", "param_groups"} <= saved.keys():
@@ -67,10 +68,10 @@ class DistributedState:
                 continue
             theirs = found[parameter] = converted(theirs, mine, cells.get(parameter))
             missing = sorted(key for key in mine if key not in theirs and not dispensable(key))
-            if missing:
+            if missing and not self._is_part(parameter, theirs):
                 raise ValueError(
                     f"this state_dict lacks {', '.join(missing)} of a parameter of shape {tuple(parameter.shape)}: it "
-                    "is of another optimizer, or one rank's part (save gather_state_dict() to load on other ranks)"
+                    "is of another optimizer"
                 )
             for key, value in mine.items():
                 if key in theirs and isinstance(value, Tensor) and value.shape != theirs[key].shape:
@@ -79,6 +80,15 @@ class DistributedState:
                         f"here it is {tuple(value.shape)}"
                     )
         return found
+
+    @cached_property
+    def _everywhere(self) -> dict[nn.Parameter, set[str]]:
+        """What every rank has of each parameter."""
+        return {p: needed(state) for cell in self.cells for p, state in self.fresh(cell, NOBODY).items()}
+
+    def _is_part(self, parameter: nn.Parameter, theirs: Mapping[str, Any]) -> bool:
+        """Whether a saved state of a parameter is what every rank has of it, and nothing of what its owner has."""
+        return needed(theirs) == self._everywhere[parameter]
 
     def _pairs(self, saved: Mapping[str, Any]) -> Iterator[tuple[nn.Parameter, Mapping[str, Any]]]:
         """(parameter, its saved state) for every parameter."""
@@ -91,22 +101,32 @@ class DistributedState:
         weights = [cell.layer.parameters[0] for cell in self.cells]
         return [k for k, w in enumerate(weights) if w in theirs and was_loosened(self.state[w], theirs[w])]
 
-    def copies(self, theirs: Mapping[nn.Parameter, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    def copies(
+        self, theirs: Mapping[nn.Parameter, Mapping[str, Any]]
+    ) -> tuple[dict[Any, dict[str, Any]], set[nn.Parameter]]:
         """New tensors of this rank with the values of `saved()`, each in the type and on the device it has here.
 
         torch's own loading casts everything to the parameter's type, which would round curvature in bf16 models and
-        turn clocks into floats.
+        turn clocks into floats. Also returns the parameters that this rank owns and of which only another rank's part
+        was saved: what their owner keeps begins anew.
         """
+        fixed = self.without_rows()
+        parts = {p for p, own in theirs.items() if needed(fixed[p]) > self._everywhere[p] and self._is_part(p, own)}
+        cells = {cell for cell in self.cells if not parts.isdisjoint(cell.layer.parameters)}
+        anew = {p: state for cell in cells for p, state in self.fresh(cell, self.world.rank).items() if p in parts}
         found = {
-            parameter: {key: _like(theirs[parameter].get(key, value), value) for key, value in mine.items()}
-            for parameter, mine in self.without_rows().items()
+            parameter: {
+                key: _like(theirs[parameter].get(key, anew.get(parameter, mine).get(key, value)), value)
+                for key, value in mine.items()
+            }
+            for parameter, mine in fixed.items()
         }
         for cell in self.cells:
             weight = cell.layer.parameters[0]
             if cell.by_rows and cell.owner == self.world.rank:
                 own = {key: value for key, value in theirs[weight].items() if key in cell.row_names}
                 found[weight] |= {key: value.detach().to(weight.device, copy=True) for key, value in own.items()}
-        return found
+        return found, parts
 
     def without_rows(self) -> dict[Any, dict[str, Any]]:
         """What this rank holds, without what has the shape of the last measurement."""
@@ -209,6 +229,15 @@ def converted(theirs: Mapping[str, Any], mine: Mapping[str, Any], cell: LayerSta
     if "stretch" in mine and "last" in found and "stretch" not in found:
         found |= {key: torch.zeros_like(mine[key]) for key in ("stretch", "went")}
     return found
+
+
+NOBODY = -1
+"""A rank that owns nothing."""
+
+
+def needed(state: Iterable[str]) -> set[str]:
+    """The names in a state that it cannot be loaded without."""
+    return {key for key in state if not dispensable(key)}
 
 
 def dispensable(key: str) -> bool:

@@ -53,8 +53,11 @@ class World:
     overlap: gradients of a plain model travel in buckets during the backward pass (see SecondOrder.no_sync).
     per_host: ranks of a host, which have consecutive numbers: reductions to owners and gatherings go inside of hosts
         first, then between them, so that a thousand ranks wait for hundreds of latencies less. None: all in one ring.
-    owners: False makes every rank the owner of everything: sums go to all, and nothing needs to be sent back. Memory
-        and work are then those of one rank, and equal weights rest on equal machines.
+    owners: True gives every layer to one rank, which keeps the layer's state and makes its step. False makes every rank
+        the owner of everything: sums go to all, and nothing needs to be sent back. Memory and work are then those of
+        one rank, and equal weights rest on equal machines. None is True while ranks hold their own gradients, and False
+        from the step on in which somebody else has averaged them: whoever does so (a trainer) writes rank 0's
+        `state_dict()`, which is whole then. `weights=` keeps the owners.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class World:
         wire: torch.dtype | None = None,
         weights: torch.dtype | None = None,
         overlap: bool = False,
-        owners: bool = True,
+        owners: bool | None = None,
         per_host: int | None = None,
     ):
         if gradients not in ("auto", "local", "averaged"):
@@ -77,10 +80,13 @@ class World:
                 'World(overlap=True, gradients="averaged"): a wrapper that averages gradients overlaps them itself; '
                 "leave overlap off"
             )
-        if weights is not None and not owners:
+        if weights is not None and owners is False:
             raise ValueError(f"World(weights={weights}, owners=False): nothing is sent back then; leave weights out")
         self.gradients: Gradients = "local" if overlap else gradients
-        self.wire, self.weights, self.overlap, self.owners = wire, weights, overlap, owners
+        self.wire, self.weights, self.overlap = wire, weights, overlap
+        self.replicates = owners is None and weights is None
+        """Whether every rank becomes the owner of everything where gradients are averaged by somebody else."""
+        self.owners = not (self.replicates and gradients == "averaged") if owners is None else owners
         self._default = group is None
         if group is None:
             opened = dist.is_available() and dist.is_initialized()
@@ -147,9 +153,10 @@ class World:
         if self.size == 1:
             return lambda: [p.tensor for p in parcels]
         if not self.owners:
-            copies = [p.tensor.clone() for p in parcels]
+            flat = flattened([p.tensor for p in parcels], [p.symmetric for p in parcels])
+            copies = [part.clone() for part in flat]
             self._everyone(copies, "sum", kind)
-            return lambda: list(copies)
+            return lambda: [unpack(c, [p.tensor.shape], [p.symmetric])[0] for c, p in zip(copies, parcels)]
         self.count(kind, parcels)
         under_way = []
         flat = flattened([p.tensor for p in parcels], [p.symmetric for p in parcels])
