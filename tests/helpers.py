@@ -24,7 +24,7 @@ def subclasses(base):
     return list(dict.fromkeys(found))
 
 
-OPTIMIZERS = subclasses(SecondOrder)
+OPTIMIZERS = [kind for kind in subclasses(SecondOrder) if kind is not natgrad.Preconditioner]  # it leaves weights alone
 
 
 def made(kind, model, **options):

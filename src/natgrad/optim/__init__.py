@@ -18,6 +18,7 @@ from natgrad.optim.kl_clip import KLClip, LastStep, MeasuredChange, kl_clip, mea
 from natgrad.optim.likelihoods import Bernoulli, Categorical, Normal
 from natgrad.optim.line_search import CurvatureStep, Scheduled
 from natgrad.optim.nlcg import NLCG
+from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.second_order import SecondOrder
 from natgrad.optim.seng import SENG
 from natgrad.optim.spngd import SPNGD
@@ -42,6 +43,7 @@ __all__ = [
     "Momentum",
     "NatgradWarning",
     "Normal",
+    "Preconditioner",
     "Products",
     "Scheduled",
     "SecondMoment",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature_engine import CurvatureEngine
-from natgrad.optim.directions import directions_kept
+from natgrad.optim.directions import directions_kept, leaves_weights
 from natgrad.optim.fallback import Recalls
 from natgrad.optim.method import Method
 from natgrad.optim.segments import Outlines, Segment
@@ -93,6 +93,9 @@ class Aim:
 
     def _stretch(self, segment: Segment, bare: bool) -> None:
         """The fallback's direction, or the gradient's, as long as the weight."""
+        if leaves_weights(self.method.rule):
+            segment.direction = segment.gradient  # the optimizer that makes the step knows how long its own are
+            return
         direction = segment.gradient if bare else self.method.fallback.direction(segment)
         segment.direction = segment.add_weights(direction)
         ratios = trust_ratios(segment)

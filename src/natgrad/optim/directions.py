@@ -46,7 +46,8 @@ def heavy_ball(momentum: float, lr: float, last: float, first: float) -> float:
 class Rule(Protocol):
     """A rule of direction. One that has `moved` too hears of weights that were rescaled (see Momentum); one that has
     `takes_loose = True` is given the parameters without curvature too, which else train by the fallback. One that keeps
-    each layer's last direction in its state says under which name (`keeps_directions`).
+    each layer's last direction in its state says under which name (`keeps_directions`). With
+    `leaves_weights = True` directions go into `.grad`.
     """
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
@@ -59,6 +60,11 @@ class Rule(Protocol):
 def takes_loose(rule: Rule) -> bool:
     """Whether a rule directs the parameters without curvature."""
     return getattr(rule, "takes_loose", False)
+
+
+def leaves_weights(rule: Rule) -> bool:
+    """Whether directions become the parameters' gradients, for another optimizer to make the step."""
+    return getattr(rule, "leaves_weights", False)
 
 
 def directions_kept(rule: Rule) -> str | None:

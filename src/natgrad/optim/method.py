@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.layer import real_type
-from natgrad.optim.directions import Momentum, Rule, directions_kept, takes_loose
+from natgrad.optim.directions import Momentum, Rule, directions_kept, leaves_weights, takes_loose
 from natgrad.optim.fallback import Adam, Fallback, Recalls
 from natgrad.optim.kl_clip import KLClip, MeasuredChange
 from natgrad.optim.rescale import Rescale
@@ -56,7 +56,8 @@ class Method:
 
     def vectors(self) -> tuple[int, int]:
         """How many vectors of a layer's size an owner keeps: with curvature, and without."""
-        curved, loose = 1 + isinstance(self.length, Keeps), 2  # the rule's, the length's; of the fallback
+        own = not leaves_weights(self.rule)
+        curved, loose = own + isinstance(self.length, Keeps), 2 * own  # the rule's, the length's; of the fallback
         if self.looks_back:  # the last direction, if it is nowhere else
             curved += directions_kept(self.rule) is None
             loose += not isinstance(self.fallback, Recalls)

@@ -34,7 +34,7 @@ from natgrad.optim.aim import Aim
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import Census
 from natgrad.optim.coverage import CoverageTable, Preconditioned, count_preconditioned, coverage
-from natgrad.optim.directions import Rule, takes_loose
+from natgrad.optim.directions import Rule, leaves_weights, takes_loose
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.graphs import CudaRecorder, Graphs
@@ -266,14 +266,15 @@ class SecondOrder(Optimizer):
     def fresh_state(self, cell: LayerState, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
         """What a rank holds of a cell at the start, by parameter; None: what any rank holds."""
         mine = rank in (None, cell.owner)
-        kept = partial(master, narrow=self.narrow) if mine or self.method.gather == "directions" else lambda p: {}
+        moves = (mine or self.method.gather == "directions") and not leaves_weights(self.method.rule)
+        kept = partial(master, narrow=self.narrow) if moves else lambda p: {}
         states: dict = {p: {"step": torch.tensor(0.0), **kept(p)} for p in cell.layer.parameters}
         cell.allocate(own := states[cell.layer.parameters[0]], rank)
         if mine:
             self.method.allocate(cell.layer, own)
         return states
 
-    def fresh_states(self, before: Mapping[nn.Parameter, Mapping[str, Any]] | None = None) -> dict[nn.Parameter, dict]:
+    def fresh_states(self, before: Mapping[Any, Mapping[str, Any]] | None = None) -> dict[nn.Parameter, dict]:
         """What this rank holds of all cells, by parameter: at the start, or with the values `before` where they fit."""
         fresh: dict[nn.Parameter, dict[str, Any]] = {}
         for cell in self.cells:
@@ -722,7 +723,7 @@ class SecondOrder(Optimizer):
         self.gradients.begin_early(cells)
         self.engine.arm(steps + 1)
 
-    def _replace_state(self, before: Mapping[nn.Parameter, Mapping[str, Any]], steps: int) -> None:
+    def _replace_state(self, before: Mapping[Any, Mapping[str, Any]], steps: int) -> None:
         """Give the cells, as they are now, a new state with the values `before` where they fit."""
         fresh = self.fresh_states(before)
         for own in fresh.values():

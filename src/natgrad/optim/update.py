@@ -13,6 +13,7 @@ from natgrad.layer_state import LayerState
 from natgrad.layers import UncurvedParameter
 from natgrad.layers.layer import promote, real
 from natgrad.optim.aim import Aim
+from natgrad.optim.directions import leaves_weights
 from natgrad.optim.graphs import Graphs
 from natgrad.optim.rescale import rescale
 from natgrad.optim.segments import Segment
@@ -104,7 +105,10 @@ class Update:
             with timed("probe"):
                 self.method.probe({p: like(p, part) for p, part in parts.items()})
         with timed("update"):
-            self._move_all(moving, parts)
+            if leaves_weights(self.method.rule):
+                write_gradients({p: like(p, part) for p, part in parts.items()})
+            else:
+                self._move_all(moving, parts)
 
     def _constants(self, chosen: Sequence[int]) -> Hashable:
         """All by which `_advance` decides on the host: a recorded step holds as long as it is the same."""
@@ -204,6 +208,14 @@ def move_segment(segment: Segment, factor: Tensor | float) -> None:
         if place in rates:
             torch._foreach_mul_(views, rates[place])
         torch._foreach_add_(weights, views)
+
+
+def write_gradients(parts: Mapping[nn.Parameter, Tensor]) -> None:
+    """Put a direction for each parameter into its `.grad`."""
+    for parameter, part in parts.items():
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(part)
 
 
 def like(parameter: nn.Parameter, part: Tensor) -> Tensor:
