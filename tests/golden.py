@@ -93,17 +93,19 @@ def nlcg(**options):
     return lambda model, world: natgrad.NLCG(model, world=world, **given)
 
 
+COUPLED = Momentum(decoupled=False)  # as the releases decay
+
 CASES = {
     "spngd": spngd(),
     "spngd, trust": spngd(length=natgrad.trust, momentum=0.5),
     "spngd, predicted change": spngd(length=KLClip(1e-3)),
     "spngd, measured change": lambda model, world: natgrad.SPNGD(model, 0.1, damping=1e-2, world=world),
     "spngd, groups": lambda model, world: natgrad.SPNGD(
-        model, 0.02, params=groups(model), length=natgrad.plain, damping=3e-2, world=world
+        model, 0.02, params=groups(model), length=natgrad.plain, rule=COUPLED, damping=3e-2, world=world
     ),
     "spngd, rescaled displacements": spngd(rescale="always", rule=Momentum(displaced=True)),
     "spngd, running means, all rows": spngd(samples=None, decay=0.5, refresh=2),
-    "spngd, clipped, decay": spngd(max_norm=0.5, weight_decay=0.05),
+    "spngd, clipped, decay": spngd(max_norm=0.5, weight_decay=0.05, rule=COUPLED),
     "spngd, sampled labels": spngd(fisher="sampled"),
     "spngd, directions": spngd(gather="directions"),
     "spngd, eigenvectors, full norms": spngd(curvature=LayerBlocks(natgrad.EigenKronecker, natgrad.Full)),

@@ -34,9 +34,9 @@ def dot(a, b, names):
 
 
 RULES = {
-    "after": natgrad.Momentum(),
-    "before": natgrad.Momentum(before=True),
-    "displaced": natgrad.Momentum(displaced=True),
+    "after": natgrad.Momentum(decoupled=False),
+    "before": natgrad.Momentum(before=True, decoupled=False),
+    "displaced": natgrad.Momentum(displaced=True, decoupled=False),
 }
 
 

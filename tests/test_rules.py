@@ -124,6 +124,75 @@ def test_weight_decay_is_not_curved(before):
     assert_close(moves[1] - moves[0], -0.1 * 0.3 * path[0][0], rtol=1e-9, atol=1e-12)
 
 
+class Scaled(nn.Module):
+    """A parameter without curvature."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+
+    def forward(self, x):
+        return x * self.gain
+
+
+LENGTHS = {
+    "plain": natgrad.plain,
+    "trust": natgrad.trust,
+    "kl": natgrad.KLClip(1e-6),
+    "measured": natgrad.measured_change,
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("way", ["simple", "directions", "half"])
+def test_decay_takes_the_same_share_of_every_weight(length, way):
+    """As AdamW: w <- (1 - lr c) w - lr d. No momentum repeats it, no length shortens it, no fallback stretches it."""
+    start = nn.Sequential(Scaled(), nn.Linear(4, 3)).double()
+    if way == "half":
+        start = start.bfloat16()
+    dtype = start[1].weight.dtype
+    kind = natgrad.KFAC if way == "directions" else natgrad.SPNGD
+    options = {"gather": "directions"} if way == "directions" else {}
+    model = clone(start)
+    opt = kind(model, lr=0.1, momentum=0.9, samples=None, weight_decay=0.3, length=LENGTHS[length], **options)
+    for k in range(3):  # directions come to nothing, so that what moves is decay
+        before = clone(model)
+        backward(model, points(8, k, dtype))
+        for p in model.parameters():
+            p.grad.zero_()
+        opt.step()
+        opt.zero_grad()
+        tolerance = {"rtol": 1e-2, "atol": 1e-3} if way == "half" else {"rtol": 1e-12, "atol": 0}
+        for p, q in zip(model.parameters(), before.parameters()):
+            assert_close(p, 0.97 * q, **tolerance)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_decay_beside_the_direction_leaves_the_direction_alone(decoupled):
+    """The same gradients, with decay and without, differ by the decay of each step alone."""
+    start = nn.Sequential(Scaled(), nn.Linear(4, 3)).double()
+    found = []
+    for decay in (0.0, 0.3):
+        model = clone(start)
+        rule = natgrad.Momentum(decoupled=decoupled)
+        opt = natgrad.KFAC(
+            model, lr=0.1, samples=None, refresh=100, weight_decay=decay, rule=rule, length=natgrad.plain
+        )
+        with torch.no_grad():  # the same weights before every step
+            for k in range(3):
+                before = [p.clone() for p in start.parameters()]
+                for p, q in zip(model.parameters(), before):
+                    p.copy_(q)
+                with torch.enable_grad():
+                    backward(model, points(8, k, torch.float64))
+                opt.step()
+                opt.zero_grad()
+        found.append([p - q for p, q in zip(model.parameters(), start.parameters())])
+    for with_decay, without, weight in zip(found[1], found[0], start.parameters()):
+        same = torch.allclose(with_decay - without, -0.03 * weight, rtol=1e-9, atol=1e-12)
+        assert same == decoupled
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_each_parameter_has_its_own_groups_weight_decay(before):
     """The weight and the bias of one layer in two groups."""

@@ -151,7 +151,7 @@ def test_a_part_of_a_state_is_said_once():
     def look(opt):
         told.append(said_by(opt.state_dict))
 
-    run(2, mlp(), [points(12, 0)], lambda m, w: natgrad.SPNGD(m, lr=0.1, world=w), before=look)
+    run(2, mlp(), [points(12, 0), points(12, 1)], lambda m, w: natgrad.SPNGD(m, lr=0.1, world=w), before=look)
     assert sum(bool(h) for h in told) >= 1
     assert all("gather_state_dict()" in text for h in told for text in h)
     assert not said_by(natgrad.SPNGD(mlp(), lr=0.1).state_dict)

@@ -32,6 +32,7 @@ OTHER = {
     "coefficient": "tied",
     "before": True,
     "displaced": True,
+    "decoupled": True,
     "inverse": "eigen",
     "norms": "full",
     "norm_damping": 16.0,

@@ -18,6 +18,7 @@ from natgrad.optim.kl_clip import KLClip, LastStep, MeasuredChange, kl_clip, mea
 from natgrad.optim.likelihoods import Bernoulli, Categorical, Normal
 from natgrad.optim.line_search import CurvatureStep, Scheduled
 from natgrad.optim.nlcg import NLCG
+from natgrad.optim.param_groups import decay_groups
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.second_order import SecondOrder
 from natgrad.optim.seng import SENG
@@ -51,6 +52,7 @@ __all__ = [
     "adam",
     "corrected",
     "dai_yuan",
+    "decay_groups",
     "fletcher_reeves",
     "hager_zhang",
     "heavy_ball",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature_engine import CurvatureEngine
-from natgrad.optim.directions import directions_kept, leaves_weights
+from natgrad.optim.directions import decouples, directions_kept, leaves_weights
 from natgrad.optim.fallback import Recalls
 from natgrad.optim.method import Method
 from natgrad.optim.segments import Outlines, Segment
@@ -97,7 +97,7 @@ class Aim:
             segment.direction = segment.gradient  # the optimizer that makes the step knows how long its own are
             return
         direction = segment.gradient if bare else self.method.fallback.direction(segment)
-        segment.direction = segment.add_weights(direction)
+        segment.direction = direction if decouples(self.method.rule) else segment.add_weights(direction)
         ratios = trust_ratios(segment)
         segment.direction = segment.direction * segment.spread(ratios)
         if "stretch" in segment.state and not bare:
@@ -108,13 +108,13 @@ class Aim:
 
         It was d = r (a + c w): r the trust ratio of `_stretch`, a the fallback's direction, c the weight decay. The
         step has made w - s d of the weights w, so d = r (a + c (w - s d)) / (1 - r c s). Where somebody else has
-        changed the weights since, the decay is that of what they have become.
+        changed the weights since, the decay is that of what they have become. Decoupled decay is no part of d.
         """
         if not isinstance(self.method.fallback, Recalls):
             return None
         ratios, direction = segment.state["stretch"], self.method.fallback.again(segment)
         decay = segment.group.get("weight_decay_last", segment.group["weight_decay"])
-        if decay:
+        if decay and not decouples(self.method.rule):
             direction = segment.add_weights(direction, decay)
             ratios = ratios / (1 - decay * ratios * segment.state["went"][:, 0])
         return direction * segment.spread(ratios.to(direction))

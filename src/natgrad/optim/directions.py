@@ -47,7 +47,8 @@ class Rule(Protocol):
     """A rule of direction. One that has `moved` too hears of weights that were rescaled (see Momentum); one that has
     `takes_loose = True` is given the parameters without curvature too, which else train by the fallback. One that keeps
     each layer's last direction in its state says under which name (`keeps_directions`). With
-    `leaves_weights = True` directions go into `.grad`.
+    `leaves_weights = True` directions go into `.grad`. With `decoupled = True` weights decay beside the directions;
+    other rules add the decay themselves, if they want any.
     """
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
@@ -67,6 +68,11 @@ def leaves_weights(rule: Rule) -> bool:
     return getattr(rule, "leaves_weights", False)
 
 
+def decouples(rule: Rule) -> bool:
+    """Whether weights decay beside a rule's directions, and not as a part of them."""
+    return getattr(rule, "decoupled", False)
+
+
 def directions_kept(rule: Rule) -> str | None:
     """The name under which a rule keeps a layer's last direction in its state, or None."""
     return getattr(rule, "keeps_directions", None)
@@ -76,14 +82,20 @@ def directions_kept(rule: Rule) -> str | None:
 class Momentum:
     """A buffer of gradients that is then preconditioned (before=True), or of preconditioned gradients (False).
 
-    Weight decay is added to the preconditioned gradient: it is not curved. `before=False` is SP-NGD's order (eq. 23);
-    momentum on gradients sees today's curvature in all of its past. `displaced`: what is repeated is the weight's whole
-    last displacement w(t) - w(t-1), rescaling included, as eq. 23 reads; the release's buffer leaves it out.
+    `before=False` is SP-NGD's order (eq. 23); momentum on gradients sees today's curvature in all of its past.
+    `displaced`: what is repeated is the weight's whole last displacement w(t) - w(t-1), rescaling included, as eq. 23
+    reads; the release's buffer leaves it out.
+
+    `decoupled`: weight decay takes lr * weight_decay of each weight and nothing else, as in AdamW (Loshchilov and
+    Hutter 2019): momentum does not repeat it, no length shortens it, and the fallback does not stretch it. False adds
+    the decay to the preconditioned gradient (to the fallback's direction), as the releases do: it is not curved, but
+    is repeated, shortened and stretched with the direction.
     """
 
     before: bool = False
     coefficient: Coefficient = corrected
     displaced: bool = False
+    decoupled: bool = True
 
     def __post_init__(self):
         if self.before and self.displaced:
@@ -101,10 +113,9 @@ class Momentum:
                 segment.state["momentum"].add_(segment.gradient)
         curved = natural(segments, [s.state["momentum"] if self.before else s.gradient for s in segments])
         for segment, direction in zip(segments, curved):
-            if self.before:
-                segment.direction = segment.add_weights(direction)
-            else:
-                segment.direction = segment.state["momentum"].add_(segment.add_weights(direction))
+            if not self.decoupled:
+                direction = segment.add_weights(direction)
+            segment.direction = direction if self.before else segment.state["momentum"].add_(direction)
 
     def constant(self, group: dict[str, Any]) -> float:
         """What a group's buffer of directions is multiplied by in the coming step."""

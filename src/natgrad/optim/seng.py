@@ -42,9 +42,9 @@ class SENG(SecondOrder):
     Args:
         model: any nn.Module, plain or wrapped by DistributedDataParallel.
         lr: learning rate.
-        momentum: share of the last direction that is repeated; it and weight_decay act after preconditioning.
+        momentum: share of the last direction that is repeated, after preconditioning.
         damping: lambda, absolute. A new value acts at once.
-        weight_decay: coefficient of the weights added to the direction.
+        weight_decay: as for SPNGD.
         refresh: steps between measurements, or Budget(share, then=steps) with block="layer".
         samples: columns of U, drawn over all samples of the step on all ranks; None takes all.
         sketch: a map for products of columns of many weights: CountSketch(), Uniform(), RowNorm(), Gaussian(), or None.

@@ -23,7 +23,8 @@ class SPNGD(SecondOrder):
         lr: learning rate, above 0.
         momentum: of `rule`, in [0, 1).
         damping: lambda > 0 of F + lambda I, in units of squared per-sample gradients (paper section 3.3.3).
-        weight_decay: coefficient of the weights added to the preconditioned gradient.
+        weight_decay: weights lose lr * weight_decay of themselves in a step, as in AdamW;
+            rule=Momentum(decoupled=False) adds the decay to the direction instead.
         refresh: a Staleness, or a whole number of steps between measurements; Budget(share, then=...) of either spreads
             the work over steps.
         samples: rows measured per dimension of a factor, drawn over all samples and places; None measures all.
@@ -34,14 +35,15 @@ class SPNGD(SecondOrder):
         length: how far a step goes: measured_change, kl_clip, trust, plain or a function of yours.
         rule: where it goes: Momentum(before=..., coefficient=corrected | tied | heavy_ball) or a Rule of yours.
         rescale: "always" (the paper, eq. 24) or "shrink" (its release) holds weights at their He norm.
-        **shared: params (torch's groups; a group may set lr, momentum, weight_decay, damping, refresh), reduction of
-            the loss ("mean" or "sum"; None is a mean), predictions (how many predictions of a sample a mean loss
-            averages: one class of an image, all places of a text; None counts the rows of logits that have a gradient),
-            batch_dim (where samples are in inputs of several dimensions, for all modules or by name; None: first, or
-            as `batch_first` of the modules around says), max_norm, scaler (a GradScaler, if you unscale yourself, call
-            reduce() or overlap), fallback (direction of parameters without curvature), max_size (sides above it stay
-            diagonal), strict (refuse such parameters), seed, world, graph (on GPUs, the launches of a step in which
-            nothing is measured are recorded once and made again as CUDA graphs; one gradient more stays in memory).
+        **shared: params (parameters, named parameters or torch's groups; a group may set lr, momentum, weight_decay,
+            damping, refresh), reduction of the loss ("mean" or "sum"; None is a mean), predictions (how many
+            predictions of a sample a mean loss averages: one class of an image, all places of a text; None counts the
+            rows of logits that have a gradient), batch_dim (where samples are in inputs of several dimensions, for all
+            modules or by name; None: first, or as `batch_first` of the modules around says), max_norm, scaler (a
+            GradScaler, if you unscale yourself, call reduce() or overlap), fallback (direction of parameters without
+            curvature), max_size (sides above it stay diagonal), strict (refuse such parameters), seed, world, graph (on
+            GPUs, the launches of a step in which nothing is measured are recorded once and made again as CUDA graphs;
+            one gradient more stays in memory).
 
     Raises:
         ValueError: names the value that cannot be and the way out.

@@ -13,7 +13,7 @@ from natgrad.layer_state import LayerState
 from natgrad.layers import UncurvedParameter
 from natgrad.layers.layer import promote, real
 from natgrad.optim.aim import Aim
-from natgrad.optim.directions import leaves_weights
+from natgrad.optim.directions import decouples, leaves_weights
 from natgrad.optim.graphs import Graphs
 from natgrad.optim.rescale import rescale
 from natgrad.optim.segments import Segment
@@ -92,7 +92,7 @@ class Update:
         if self._simple():
             with timed("update"):
                 for segment, factor in zip(segments, factors):
-                    move_segment(segment, factor)
+                    move_segment(segment, factor, decouples(self.method.rule))
             return
         parts: dict[nn.Parameter, Tensor] = {}
         moving = [self.storage.cells[k] for k in chosen]
@@ -153,9 +153,14 @@ class Update:
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return self.groups[self.aim.outlines.group_of(parameter)]
 
+    def _rates(self, parameter: nn.Parameter) -> tuple[float, float]:
+        """The learning rate of a parameter, and the share of its value that decay beside the direction leaves."""
+        group = self._group_of(parameter)
+        return group["lr"], 1 - group["lr"] * group["weight_decay"] * decouples(self.method.rule)
+
     def _move_all(self, moving: Sequence[LayerState], parts: Mapping[nn.Parameter, Tensor]) -> None:
         """W <- w - lr * part for every parameter, in one call a learning rate where nothing else is to be done."""
-        plain: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        plain: dict[tuple[float, float], tuple[list[Tensor], list[Tensor]]] = {}
         for cell in moving:
             for parameter in cell.layer.parameters:
                 if parameter not in parts:
@@ -164,17 +169,21 @@ class Update:
                 if rescaled or "master" in self.state()[parameter]:
                     self._move(cell, parameter, like(parameter, parts[parameter]))
                 else:
-                    weights, moves = plain.setdefault(self._group_of(parameter)["lr"], ([], []))
+                    weights, moves = plain.setdefault(self._rates(parameter), ([], []))
                     weight = real(parameter.detach())
                     weights.append(weight)
                     moves.append(parts[parameter].to(weight.dtype))
-        for lr, (weights, moves) in plain.items():
+        for (lr, kept), (weights, moves) in plain.items():
+            if kept != 1:
+                torch._foreach_mul_(weights, kept)
             torch._foreach_add_(weights, moves, alpha=-lr)
 
     def _move(self, cell: LayerState, parameter: nn.Parameter, part: Tensor) -> None:
         """W <- w - lr * part with the lr of the parameter's own group, and rescaled if asked for."""
-        state, lr = self.state()[parameter], self._group_of(parameter)["lr"]
+        state, (lr, kept) = self.state()[parameter], self._rates(parameter)
         weight = latest(parameter, state, self.narrow)
+        if kept != 1:
+            weight.mul_(kept)
         if self.method.rescale is None or parameter is not cell.layer.parameters[0]:
             weight.add_(part.to(weight.dtype), alpha=-lr)
         else:
@@ -189,9 +198,11 @@ class Update:
             parameter.copy_(weight)
 
 
-def move_segment(segment: Segment, factor: Tensor | float) -> None:
-    """W <- w - lr * factor * direction for all parameters of a segment, each with the lr of its own group."""
+def move_segment(segment: Segment, factor: Tensor | float, decay: bool) -> None:
+    """W <- w - lr * (factor * direction + decay * w) for a segment's parameters, each with the numbers of its group."""
     outline, direction = segment.outline, segment.direction
+    lost = {place: outline.groups()[place]["weight_decay"] if decay else 0.0 for place in outline.by_group}
+    kept = {place: 1 - segment.all_rates[place] * share for place, share in lost.items() if share}
     if isinstance(factor, Tensor) and factor.dim():
         direction, factor = direction * segment.spread(factor.to(direction)), 1.0
     rates = {place: segment.all_rates[place] * -factor for place in outline.by_group}
@@ -207,6 +218,8 @@ def move_segment(segment: Segment, factor: Tensor | float) -> None:
         views = outline.room.views(parameters)
         if place in rates:
             torch._foreach_mul_(views, rates[place])
+        if place in kept:
+            torch._foreach_mul_(weights, kept[place])
         torch._foreach_add_(weights, views)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.layers import FoundLayer
+from natgrad.optim.param_groups import as_groups
 from natgrad.parallel import sharded_by
 
 
@@ -67,13 +68,7 @@ def batch_dims(value: Any) -> None:
 
 def scope_of(params: Sequence[Any]) -> dict[Any, int]:
     """The group of every parameter that `params=` names, frozen ones too."""
-    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-    scope: dict[Any, int] = {}
-    for place, group in enumerate(groups):
-        own: Any = group["params"]
-        for parameter in [own] if isinstance(own, Tensor) else list(own):
-            scope[parameter] = place
-    return scope
+    return {parameter: place for place, group in enumerate(as_groups(params)) for parameter in group["params"]}
 
 
 def regroup(model: nn.Module, groups: list[dict[str, Any]], scope: Mapping[nn.Parameter, int] | None) -> None:
@@ -96,7 +91,7 @@ def plain_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"got {type(model).__name__} where the model belongs: pass the model itself, as in SPNGD(model, lr=...); "
-            "parameter groups go in params="
+            "parameters, named parameters and groups go in params="
         )
     while True:
         if isinstance(model, DistributedDataParallel):
@@ -121,14 +116,12 @@ def plain_model(model: Any) -> nn.Module:
 
 
 def groups_of(model: nn.Module, params: Iterable | None) -> list[dict[str, Any]]:
-    """`params` (parameters or torch's groups; None: all of the model's) as groups of trainable parameters."""
-    given: list[Any] = list(model.parameters()) if params is None else list(params)
-    groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
+    """`params` (in any of torch's forms; None: all of the model's) as groups of trainable parameters."""
+    groups = as_groups(list(model.parameters()) if params is None else list(params))
     known = set(model.parameters())
     result = []
     for group in groups:
         own = group["params"]
-        own = [own] if isinstance(own, Tensor) else list(own)
         if any(p not in known for p in own):
             raise ValueError("params= has a parameter that is not the model's: take them from the model that is passed")
         trained = [p for p in own if p.requires_grad]

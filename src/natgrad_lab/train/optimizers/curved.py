@@ -87,6 +87,8 @@ class Curved(Settings):
     """Average gradients and precondition the average, instead of averaging preconditioned gradients."""
     displaced: bool = False
     """Repeat a weight's whole last displacement, rescaling included (the paper), instead of its direction."""
+    decoupled: bool = False
+    """Decay weights beside the direction, as AdamW does; False: as a part of it, as the comparison was tuned."""
     rescale: Literal["always", "shrink"] | None = None
     """Hold each weight at the norm it had at initialisation (always, or only when it has grown)."""
     max_norm: float | None = None
@@ -123,7 +125,7 @@ class Curved(Settings):
             "curvature": self.blocks(),
             "max_size": self.max_size,
             "length": how_far(self.length, self.largest_change),
-            "rule": Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
+            "rule": Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced, self.decoupled),
             "rescale": self.rescale,
             "max_norm": self.max_norm,
             "strict": self.strict,

@@ -71,6 +71,8 @@ class Seng(Settings):
     """Average gradients and precondition the average, instead of averaging preconditioned gradients."""
     displaced: bool = False
     """Repeat a weight's whole last displacement, rescaling included, instead of its direction."""
+    decoupled: bool = False
+    """Decay weights beside the direction, as AdamW does; False: as a part of it, as the comparison was tuned."""
     rescale: Literal["always", "shrink"] | None = None
     """Hold each weight at the norm it had at initialisation (always, or only when it has grown)."""
     max_norm: float | None = None
@@ -107,7 +109,7 @@ class Seng(Settings):
             budget=self.budget,
             legacy=self.release(),
             length=how_far(self.length, self.largest_change),
-            rule=Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced),
+            rule=Momentum(self.before, COEFFICIENTS[self.coefficient], self.displaced, self.decoupled),
             rescale=self.rescale,
             max_norm=self.max_norm,
             strict=self.strict,
