@@ -2,6 +2,7 @@
 to run compiled.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -40,3 +41,10 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "NATGRAD_DEBUG"):
         monkeypatch.delenv(name, raising=False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which trainers the suite did not run with."""
+    missing = [name for name in ("lightning", "accelerate", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        terminalreporter.write_line(f"not installed, so their examples and trainers were skipped: {', '.join(missing)}")

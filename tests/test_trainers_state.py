@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (  # noqa: TID251  (what trainers call)
     StateDictOptions,
     get_state_dict,
@@ -256,3 +257,70 @@ def test_reading_the_state_before_the_first_step_says_nothing():
 
     with unwarned():
         run_threads(2, work)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["single", "bf16"])
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_gradients_may_be_cleared_between_the_passes(precision, fisher):
+    """As Lightning does in its closure: forward, zero_grad, backward. It is the run of the usual order."""
+    start, ends = mlp(), []
+    for between in (False, True):
+        model = clone(start)
+        opt = natgrad.SPNGD(model, lr=0.05, fisher=fisher)
+
+        def closure(k, model=model, opt=opt, between=between):
+            x, y = points(16, k)
+            if not between:
+                opt.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                output = model(x)
+                if fisher == "sampled":
+                    opt.sample(output)
+                loss = F.cross_entropy(output, y)
+            if between:
+                opt.zero_grad()
+            loss.backward()
+            return loss.detach()
+
+        with unwarned():
+            for k in range(5):
+                opt.step(lambda k=k: closure(k))
+        assert all(row.curvature == "kronecker" for row in opt.coverage())
+        ends.append(weights(model))
+    assert torch.equal(*ends)
+
+
+def test_outputs_that_nobody_uses_are_passed_on_by_wrappers():
+    """Their hooks are called without a gradient, as DistributedDataParallel's are."""
+
+    class PassedOn(torch.autograd.Function):
+        """Hands on two tensors, and no gradient to the second one."""
+
+        @staticmethod
+        def forward(ctx, loss, logits):
+            ctx.set_materialize_grads(False)
+            return loss.view_as(loss), logits.view_as(logits)
+
+        @staticmethod
+        def backward(ctx, of_loss, of_logits):
+            return of_loss, of_logits
+
+    class Told(nn.Module):
+        """Returns its loss, and its logits made anew."""
+
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x, y):
+            logits = self.body(x)
+            return {"loss": F.cross_entropy(logits, y), "logits": logits * 1}
+
+    model = Told()
+    opt = natgrad.KFAC(model, lr=0.05)
+    for _ in range(3):
+        loss, _ = PassedOn.apply(*model(*points(16, 0)).values())
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    assert opt.assumed.samples == 16

@@ -62,9 +62,7 @@ class Checksum:
     def look(self, x: Tensor, output: Tensor, form: Layer | None = None, late: bool = False) -> Any:
         """What is needed of a call on x until its output's gradient is known. `form`: the layer as the call uses it."""
         self.round(x.dtype)
-        self.round(output.dtype)
-        if self.layer.kind != "embedding" and rounds_products(x.device):
-            self.epsilon = max(self.epsilon, torch.finfo(torch.bfloat16).eps)
+        self._see(output)
         return () if late else (form or self.layer).look(x, self.u, output)
 
     def claim(self, looked: Any, dy: Tensor, rows: int, form: Layer | None = None, late: Tensor | None = None) -> None:
@@ -74,6 +72,7 @@ class Checksum:
         """
         layer = form or self.layer
         self.calls += 1
+        self._see(dy)  # again: gradients may be cleared, and all of this with them, between the passes
         if late is not None:
             x, dy = layer.exchanged(late, dy)
             looked = layer.look(x, self.u, dy)
@@ -92,6 +91,12 @@ class Checksum:
         products = direction.reshape(gradient.shape) * gradient
         self.sums[1].append(products.sum(dtype=torch.float64))
         self.sums[3].append(torch.linalg.vector_norm(products, dtype=torch.float64).square())
+
+    def _see(self, output: Tensor) -> None:
+        """A call has rounded its output as this type and device do."""
+        self.round(output.dtype)
+        if self.layer.kind != "embedding" and rounds_products(output.device):
+            self.epsilon = max(self.epsilon, torch.finfo(torch.bfloat16).eps)
 
     def round(self, dtype: torch.dtype) -> None:
         """Numbers of this type are on the way from a call to the gradient."""

@@ -68,9 +68,9 @@ class Arrival(Hook):
         super().__init__(capture)
         self.call = call
 
-    def __call__(self, dy: Tensor) -> None:
+    def __call__(self, dy: Tensor | None) -> None:
         capture = self.capture()
-        if capture is None or transformed():
+        if dy is None or capture is None or transformed():  # no gradient: a wrapper passes on outputs that nobody uses
             return
         start = capture.clock()
         capture.arrived(self.call, dy)

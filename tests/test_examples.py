@@ -1,0 +1,69 @@
+"""Every example runs as it stands, where its package is installed, and learns; trainers make the steps of a loop."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
+NEEDS = {"hf_trainer": "transformers", "lightning_module": "lightning", "accelerate_loop": "accelerate"}
+RANKS = {"join": 2}
+
+
+def run(*command, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+
+
+def installed(package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install 'natgrad[integrations]'")
+
+
+def test_every_example_is_short():
+    assert set(NEEDS) | set(RANKS) <= set(EXAMPLES)
+    for name, path in EXAMPLES.items():
+        assert len(path.read_text().splitlines()) <= 40, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_learns(name, tmp_path):
+    if name in NEEDS:
+        installed(NEEDS[name])
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS[name])] if name in RANKS else []
+    )
+    done = run(sys.executable, *launch, str(EXAMPLES[name]), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    assert last < 0.8 * first, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["lightning", "accelerate", "transformers"])
+def test_a_trainer_makes_the_steps_of_a_loop(package, monkeypatch):
+    """On one rank, bit for bit; benchmarks/trainers.py has two ranks too."""
+    installed(package)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import trainers
+
+    found, _ = trainers.table([package], ranks=(1,))
+    assert {way: told["1"] for way, told in found[package].items()} == dict.fromkeys(trainers.WAYS, "equal")
+
+
+def test_the_committed_table_has_nothing_but_equal_runs():
+    result = json.loads((ROOT / "benchmarks" / "results" / "trainers.json").read_text())
+    runs = [told for ways in result["equal to the loop"].values() for both in ways.values() for told in both.values()]
+    assert len(runs) == 3 * 5 * 2
+    assert set(runs) == {"equal"}
+    whole, divided = result["memory"].values()
+    assert whole["state of the largest rank"] > divided["state of the largest rank"]
