@@ -292,3 +292,17 @@ def test_a_saved_state_is_not_one_with_the_storage():
     first = saved["state"][0]
     assert float(first["step"]) == 1
     assert not torch.equal(first["momentum"], opt.state[model[0].weight]["momentum"])
+
+
+def test_without_torchs_count_of_users_a_step_is_the_same(monkeypatch):
+    """The count is not public and may go; then a step's vector is made anew each time."""
+    ends = []
+    for there in (True, False):
+        if not there:
+            monkeypatch.delattr(torch._C, "_storage_Use_Count")
+        torch.manual_seed(0)
+        model = deep(2)
+        opt = natgrad.SPNGD(model, 0.1)
+        train(opt, model, [points(8, k) for k in range(4)])
+        ends.append(weights(model))
+    assert torch.equal(*ends)

@@ -174,8 +174,9 @@ class StepVector:
         """The step is over. Where somebody keeps a part of the vector, all of it becomes theirs."""
         if self._flat is None or self.lasting:
             return
-        storage = self._flat.untyped_storage()
-        if torch._C._storage_Use_Count(storage._cdata) > 2 + len(self._views):  # the vector, `storage` and the views
+        storage, count = self._flat.untyped_storage(), getattr(torch._C, "_storage_Use_Count", None)
+        ours = 2 + len(self._views)  # the vector, `storage` and the views
+        if count is None or count(storage._cdata) > ours:  # torch's count is not public: without it nothing is reused
             self._flat, self._views = None, {}
         else:
             storage.resize_(0)
