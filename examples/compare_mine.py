@@ -26,16 +26,11 @@ class Signs(torch.optim.Optimizer):
 
 
 def network(shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 64), nn.Tanh(), nn.Linear(64, classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[1] * shape[2], 64), nn.Tanh(), nn.Linear(64, classes))
 
 
 SIGNS = Contender("Signs", "first-order", Anybodys(0.01, f"{__file__}:Signs"), {"lr": LogUniform(1e-4, 0.1)})
-TASK = Task(
-    name="digits-mlp",
-    about="scikit-learn's digits on a network of two layers",
-    recipe=Recipe(Digits(), UserModel(f"{__file__}:network"), Sgd()),
-    steps=((128, 40), (479, 16)),
-    full=10,
-    targets=(0.9, 0.95),
-    profiles={"quick": Profile(("SGD", "SPNGD"), (479,), trials=4, half=False)},
-)
+RECIPE = Recipe(Digits(), UserModel(f"{__file__}:network"), Sgd())
+QUICK = Profile(("SGD", "SPNGD"), batch=(479,), trials=4, half=False)
+STEPS = ((128, 40), (479, 16))  # samples in a batch, steps
+TASK = Task("digits-mlp", "digits on two layers", RECIPE, STEPS, full=10, targets=(0.9,), profiles={"quick": QUICK})

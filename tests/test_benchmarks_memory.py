@@ -21,14 +21,15 @@ SMALL = memory.Net(lambda: Mlp((200, 30)).build((1, 4, 40), 10), lambda: torch.z
 
 
 @pytest.mark.parametrize("kind", ["SP-NGD", "K-FAC"])
-@pytest.mark.parametrize("name", ["ResNet-50", "GPT-2 small"])
-def test_a_state_takes_at_most_55_percent_of_what_squares_took(name, kind):
+@pytest.mark.parametrize(("name", "share"), [("ResNet-50", 0.55), ("GPT-2 small", 0.57)])
+def test_a_state_takes_little_more_than_half_of_what_squares_took(name, share, kind):
+    """A weight that is shared by lookup and head has a curvature, whose vectors are no smaller than before."""
     net = memory.NETS[name]
     model = memory.on_meta(net)
     optimizer = quiet(memory.OURS[kind], model, 0.1, world=World(memory.Silent(1)))
     (held,) = memory.of_ours(optimizer, model, net.sample())
     now = sum(held.values())
-    assert now <= 0.55 * memory.as_squares(optimizer, now)
+    assert now <= share * memory.as_squares(optimizer, now)
     assert now > held["momentum"] + held["A_inverse"] > 0
 
 

@@ -29,10 +29,6 @@ def mine(tmp_path, elsewhere, monkeypatch):
         del sys.modules[name]
 
 
-def test_the_example_is_short():
-    assert len(EXAMPLE.read_text().splitlines()) <= 50
-
-
 def test_a_task_a_network_and_optimizers_of_ones_own(mine):
     words = ["compare", f"{mine}:TASK", "--optimizers", "SGD", f"{mine}:SIGNS", "torch.optim:Adagrad", "natgrad:SENG"]
     assert main([*words[:-1], "--seeds", "1", "--trials", "2", "--out", "here"]) == 0

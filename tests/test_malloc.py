@@ -19,7 +19,7 @@ COMMAND = """
 import sys
 from natgrad_lab.__main__ import main
 from test_malloc import left_over
-sys.argv = ["natgrad"]
+sys.argv = ["natgrad", "compare", "--list"]
 main()
 print(left_over())
 """

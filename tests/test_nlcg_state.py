@@ -79,7 +79,7 @@ def test_a_whole_state_loads_on_any_number_of_ranks(double):
             assert memory == rows[0][2]
 
 
-def test_resuming_a_model_with_a_layer_that_is_never_called():
+def test_resuming_a_model_with_a_layer_that_is_used_otherwise():
     model = behind()
     options = {"preconditioner": natgrad.spngd_blocks, "step": QUIET, "damping": 0.03}
     opt = nlcg(model, **options)

@@ -90,19 +90,19 @@ def test_loading_shares_nothing_with_what_was_loaded():
 
 def behind():
     class Behind(nn.Module):
-        """The second layer's weight is used without calling it."""
+        """The second layer's weight is changed before its use."""
 
         def __init__(self):
             super().__init__()
             self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
 
         def forward(self, x):
-            return F.linear(torch.tanh(self.first(x)), self.second.weight, self.second.bias)
+            return F.linear(torch.tanh(self.first(x)), torch.tanh(self.second.weight), self.second.bias)
 
     return Behind()
 
 
-def test_resuming_a_model_with_a_layer_that_is_never_called():
+def test_resuming_a_model_with_a_layer_that_is_used_otherwise():
     model = behind()
     opt = natgrad.SPNGD(model, lr=0.05)
     quiet(train, opt, model, [points(16, k) for k in range(3)])

@@ -214,7 +214,8 @@ def _plan(plan: dict[str, Any]) -> dict[str, Any]:
         },
         "targets": _list(plan["targets"]),
         "profile": {
-            **{name: _count(profile[name]) for name in ("trials", "finalists", "seeds")},
+            **{name: _count(profile[name]) for name in ("finalists", "seeds")},
+            "trials": _count(profile["trials"], least=0),  # none where settings are those of another comparison
             "halving": bool(profile["halving"]),
             "far_behind": 0.0 if share is None else share,
         },
