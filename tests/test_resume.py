@@ -211,7 +211,7 @@ def test_a_rank_that_is_killed_is_restarted_and_changes_nothing(tmp_path):
     words = [
         sys.executable,
         "-m",
-        "natgrad",
+        "natgrad_lab",
         "train",
         "digits_sgd",
         "--epochs",

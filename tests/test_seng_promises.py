@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import natgrad
-from helpers import Mixed, Net, clone, mlp, points, train, weights
+from helpers import Mixed, Net, clone, mlp, points, quiet, train, weights
 from multi import SAME, run, share
 from natgrad.parallel import run_threads
 
@@ -106,24 +106,47 @@ def test_one_solve_takes_one_damping():
 
 
 class Folding(nn.Module):
-    """The first layer sees halves of samples as samples."""
+    """The first layer is given halves of samples, in one line or as places."""
 
-    def __init__(self, output=lambda logits: logits):
+    def __init__(self, line=True, output=lambda logits: logits):
         super().__init__()
-        self.first, self.last, self.output = nn.Linear(2, 4), nn.Linear(8, 3), output
+        self.line, self.output, self.first, self.last = line, output, nn.Linear(2, 4), nn.Linear(8, 3)
 
     def forward(self, x):
-        halves = torch.tanh(self.first(x.view(-1, 2)))
+        halves = torch.tanh(self.first(x.view(-1, 2) if self.line else x.view(-1, 2, 2)))
         return self.output(self.last(halves.view(len(x), -1)))
 
 
-def test_layers_that_fold_other_dimensions_into_the_first(double):
-    model = Folding()
-    train(seng(model), model, [points(8, k, torch.float64) for k in range(4)])  # columns of halves
-    with pytest.raises(ValueError, match=r"there are 8 to 16.*block=\"layer\""):
-        train(seng(model, block="network"), model, [points(8, 0, torch.float64)])
-    with pytest.raises(ValueError, match=r"they have 8 samples, a layer has 16"):
-        train(seng(model, columns="improved"), model, [points(8, 0, torch.float64)])
+@pytest.mark.parametrize("options", [{}, {"block": "network"}, {"columns": "improved"}], ids=str)
+def test_halves_of_samples_in_one_line_are_places(double, options):
+    ends, start = [], Folding(True).state_dict()
+    for line in (True, False):
+        model = Folding(line)
+        model.load_state_dict(start)
+        train(seng(model, **options), model, [points(8, k, torch.float64) for k in range(4)])
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
+class Half(nn.Module):
+    """The first layer sees half of the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        n = len(x) // 2
+        return self.last(torch.cat([torch.tanh(self.first(x[:n])), x[n:]]))
+
+
+def test_layers_that_see_other_samples(double):
+    model = Half()
+    quiet(train, seng(model), model, [points(8, k, torch.float64) for k in range(4)])  # columns of its own
+    with pytest.raises(ValueError, match=r"there are 4 to 8.*block=\"layer\""):
+        quiet(train, seng(model, block="network"), model, [points(8, 0, torch.float64)])
+    with pytest.raises(ValueError, match=r"they have 8 samples, a layer has 4"):
+        quiet(train, seng(model, columns="improved"), model, [points(8, 0, torch.float64)])
 
 
 class Answer(dict):

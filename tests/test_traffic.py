@@ -87,9 +87,9 @@ def test_an_all_fresh_step_of_a_resnet50_sends_the_papers_bytes(wire):
     opt = natgrad.SPNGD(model, lr=0.1, samples=None, refresh=1, world=world)
     world.sent.clear()
     keys = [(k, m.key) for k, cell in enumerate(opt.cells) for m in cell.curvature.statistics]
-    nothing = Measured({}, {}, 1, {}, 1.0, None, 0.0, {})
+    nothing = Measured({}, {}, {}, 1, {}, 1.0, None, 0.0, {})
     weights = dict.fromkeys(keys, 1.0)
-    parcels = opt.engine._parcels(keys, nothing, SeenByRanks(1, 1, "", None, weights, {}), 1.0, "mean", 1.0)
+    parcels = opt.engine._parcels(keys, nothing, SeenByRanks(1, 1, "", None, weights, {}, {}), 1.0, "mean", 1.0)
     world.reduce_narrow(parcels, "statistics")
     narrower = 1 if wire is None else 2
     assert world.sent["statistics"] / 1e6 == pytest.approx(308.2 / narrower, abs=0.1)
