@@ -22,6 +22,7 @@ import defaults
 import gpu_results
 import host
 import memory
+import sharded
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -120,6 +121,11 @@ def held(results: dict[str, Any], which: str | None) -> str:
     return memory.table(results).strip()
 
 
+def in_parts(results: dict[str, Any], which: str | None) -> str:
+    """What the fullest rank of a sharded model holds, beside AdamW's."""
+    return sharded.table(results).strip()
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "compare": compared,
     "scaling": scaling,
@@ -130,6 +136,7 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "gpu": on_gpu,
     "budget": under_a_budget,
     "memory": held,
+    "sharded": in_parts,
 }
 
 

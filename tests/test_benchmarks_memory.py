@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import in_parts
 import natgrad
 from helpers import quiet
 from natgrad.parallel import World, run_threads
@@ -16,6 +17,7 @@ from natgrad_lab.models import Mlp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import memory
+import sharded as counts
 
 SMALL = memory.Net(lambda: Mlp((200, 30)).build((1, 4, 40), 10), lambda: torch.zeros(1, 1, 4, 40, device="meta"))
 
@@ -68,3 +70,25 @@ def test_a_table_has_every_optimizer(tmp_path):
     packed = {row["optimizer"]: row for row in rows}["SP-NGD"]
     assert packed["squares"] > packed["held"]["1"][1] == packed["held"]["1"][0]
     assert packed["held"]["8"][1] < packed["held"]["1"][1]
+
+
+def held_in_parts(rank, ranks):
+    found = {}
+    for name in ("SP-NGD", "NLCG"):
+        model = in_parts.fully_shard(SMALL.build(), mesh=in_parts.mesh_of(ranks))
+        optimizer = memory.OURS[name](model, lr=0.1)
+        states = [v for state in optimizer.state.values() for v in state.values()]
+        held = [getattr(v, "to_local", lambda v=v: v)() for v in (*states, *model.parameters())]
+        found[name] = sum(map(memory.size_of, held))
+    return found
+
+
+@pytest.mark.slow
+def test_what_is_counted_in_parts_is_what_ranks_hold():
+    """Of a model that fully_shard has cut, on two ranks that are there."""
+    held = in_parts.on_ranks(2, held_in_parts)
+    for name in ("SP-NGD", "NLCG"):
+        model = memory.on_meta(SMALL)
+        optimizer = memory.OURS[name](model, lr=0.1, world=World(memory.Silent(2)))
+        counted = zip(counts.state_of(optimizer, model, SMALL), counts.parts(model, 2))
+        assert [state + weights for state, weights in counted] == [found[name] for found in held]

@@ -175,20 +175,6 @@ def group():
     dist.destroy_process_group()
 
 
-def test_sharded_models_are_refused_by_name(group):
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
-    from torch.distributed.fsdp import fully_shard  # noqa: TID251
-
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match="DTensor") as error:
-        natgrad.SPNGD(model, lr=0.1)
-    message = str(error.value)
-    assert "0.weight" in message
-    assert "DistributedDataParallel" in message
-    assert "\n" not in message
-
-
 def test_a_group_of_one_is_a_world(group):
     model = build("net")
     other = build("net")

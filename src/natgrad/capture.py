@@ -44,6 +44,7 @@ from natgrad.hooks import (
     Deposit,
     End,
     Enter,
+    Handed,
     LayerHook,
     Leave,
     LogitGradientScaling,
@@ -53,8 +54,10 @@ from natgrad.hooks import (
 from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.layer import at_least_single, promote
 from natgrad.layers.use import Form
+from natgrad.parallel import local_of
 from natgrad.readings import Readings, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
+from natgrad.slots import Slot, Slots
 from natgrad.weight_calls import Flat, WeightCalls
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
@@ -202,10 +205,16 @@ class Capture:
     """Hooks on the layers of a model, attached by `arm`, gone after `disarm`.
 
     dims: for each layer the dimension of its samples, where its input has more than one that is not features.
+    sharded: ranks hold parts of the parameters. Passes then compute with others, which FSDP gathers.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], model: nn.Module | None = None, dims: Sequence[int] | None = None, seed: int = 0
+        self,
+        layers: Sequence[Layer],
+        model: nn.Module | None = None,
+        dims: Sequence[int] | None = None,
+        seed: int = 0,
+        sharded: bool = False,
     ):
         self.layers = list(layers)
         self.dims = [0] * len(self.layers) if dims is None else list(dims)
@@ -224,13 +233,16 @@ class Capture:
         self._twice = False  # for a forward pass for which labels had been drawn before
         self.halves = False  # look at the gradients once between the passes of a step
         self.judged: LogitGradientScaling | None = None  # where rows are weighed by the gradients of the logits
+        self.sharded = sharded
+        self.slots = Slots({k: own for k, own in enumerate(self.layers) if not isinstance(own, UncurvedParameter)})
+        self._sent: set[int] = set()  # layers whose gradient FSDP has handed over since it was last cleared
         self._checks: dict[int, Checksum] = {}
         self._checked: set[int] = set()  # layers that have a checksum in this step
         self._measured: Counter[int] = Counter()  # how often each layer was measured
         self._handles: list[Any] = []
         self.calls: WeightCalls | None = None  # what sees the functions
         self.depth = threading.local()  # of modules within each other that are being watched, in each thread
-        self._hooked: set[tuple[int, int]] = set()  # parameters with a hook: a layer, and a place among its parameters
+        self._hooked: dict[Slot, nn.Parameter] = {}  # parameters with a hook
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._depth = 0  # calls of the model within each other
         self._inner: Episode | None = None  # of the model's call that is under way
@@ -260,10 +272,11 @@ class Capture:
         for index, layer in enumerate(self.layers):
             if isinstance(layer, UncurvedParameter):
                 continue  # nothing to read, and its module may take what it likes
-            for place, parameter in enumerate(layer.parameters):
-                if parameter.requires_grad and (index, place) not in self._hooked:  # it may have been frozen before
-                    self._handles.append(parameter.register_hook(Deposit(self, index, place)))
-                    self._hooked.add((index, place))
+            if self.sharded and not armed:
+                handed = layer.parameters[0].register_post_accumulate_grad_hook(Handed(self, index))
+                self._handles.append(handed)
+            for place, parameter in enumerate(() if self.sharded else layer.parameters):
+                self._hook((index, place), parameter)
             if not armed and not layer.by_weight:
                 hook = LayerHook(self, index)  # before the user's own, which may change the output
                 self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
@@ -275,6 +288,7 @@ class Capture:
             seen,
             lambda found, output, flat: (own := me()) is None or own.used(found, output, flat),
             lambda index: None if (own := me()) is None else own.strange(index),
+            lambda parameter: None if (own := me()) is None else own._stands_for(parameter),
         )
         for module in dict.fromkeys(layer.module for layer in seen.values()):
             self._handles.append(module.register_forward_pre_hook(Enter(self), prepend=True))
@@ -288,6 +302,7 @@ class Capture:
         """Remove every hook."""
         _remove(self._handles)
         self._hooked.clear()
+        self.slots.forget()
         self._depth, self._inner = 0, None
         self._abandon()
 
@@ -312,6 +327,7 @@ class Capture:
         self._half_square = 0.0
         self._settled = False  # the step's passes have ended
         self._outer = self._last = None
+        self._sent.clear()
         self.drew, self.drawn = False, 0.0
         self._claimed: dict[int, int] = {}  # the last backward pass that went through each layer's calls
         self._added: dict[int, int] = {}  # the last one that added to its weight's gradient
@@ -408,6 +424,8 @@ class Capture:
     def called(self, index: int, form: Form, output: Tensor, flat: Flat | None = None) -> Call:
         """A layer is called."""
         layer, x = form.layer, form.x
+        if self.sharded and not layer.by_weight:
+            self._look_up()
         watch, task = self.watches.get(index), self._pass()
         episode = self._episode() if task < 0 else self._through(task)
         arrange = self._arrangement(index, layer, x, flat, episode)
@@ -424,7 +442,7 @@ class Capture:
                 x = x.detach()
                 call.late = x if form.late else None
                 call.positions = layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
-                call.swapped = not layer.by_weight and swapped(layer)
+                call.swapped = not layer.by_weight and swapped(layer, self._computing(index))
                 if index in self._checked:
                     with self._timed():
                         call.looked = self._checksum(index).look(x, output, layer, form.late)
@@ -457,6 +475,37 @@ class Capture:
             if episode.whole or (base is not None and base.dim() > 0 and len(base) == given):
                 return Arrangement(fold=given)  # windows, or places in one line: more places of each sample
         return STRAIGHT
+
+    def weight(self, index: int, place: int = 0) -> nn.Parameter:
+        """The parameter that passes compute a layer with."""
+        own = self.layers[index].parameters[place]
+        return self.slots.standing.get((index, place), own) if self.sharded else own
+
+    def _computing(self, index: int) -> list[nn.Parameter]:
+        return [self.weight(index, place) for place in range(len(self.layers[index].parameters))]
+
+    def _stands_for(self, parameter: nn.Parameter) -> Slot | None:
+        """The layer's parameter in whose slot another one stands."""
+        if self.slots.find(parameter) is None:
+            self._look_up()
+        return self.slots.find(parameter)
+
+    def _look_up(self) -> None:
+        """Take the parameters that stand in the slots now, and watch those that FSDP has gathered."""
+        self.slots.look()
+        if self.sharded:
+            for slot, parameter in self.slots.standing.items():
+                self._hook(slot, parameter)
+
+    def _hook(self, slot: Slot, parameter: nn.Parameter) -> None:
+        """Watch a parameter, once; it may have been frozen before."""
+        if parameter.requires_grad and self._hooked.get(slot) is not parameter:
+            self._handles.append(parameter.register_hook(Deposit(self, *slot)))
+            self._hooked[slot] = parameter
+
+    def handed(self, index: int) -> None:
+        """FSDP has handed over a layer's gradient."""
+        self._sent.add(index)
 
     def _episode(self) -> Episode:
         """The one that a call belongs to: the model's, or that of layers called on their own."""
@@ -499,9 +548,8 @@ class Capture:
                 self._told = {e: t for e, t in self._told.items() if t[0] == task or t[0] in self._counted}
                 self._told[call.episode] = task, call, dy.detach()
             return
-        layer = self.layers[call.index]
         if not self.inside:
-            if not deposits(layer.parameters[0]):
+            if not deposits(self.weight(call.index)):
                 # with create_graph a loss of these gradients may follow
                 self._seen[call.index].twice |= torch.is_grad_enabled()
                 return
@@ -568,7 +616,7 @@ class Capture:
 
     def deposited(self, index: int, place: int, gradient: Tensor) -> None:
         """Autograd is about to add to a parameter's gradient."""
-        if self.inside or index not in self.watches or not deposits(self.layers[index].parameters[place]):
+        if self.inside or index not in self.watches or not deposits(self.weight(index, place)):
             return
         self.drew = False
         self._turn(self._pass(), None)
@@ -590,6 +638,7 @@ class Capture:
         check, layer = self._checks.get(index), self.layers[index]
         if check is None or not check.fits():
             check = self._checks[index] = Checksum(layer, Sampler(self.seed, 0, 0, 1.0).mix(index))
+        check.weight = self.weight(index)
         return check
 
     def _turn(self, task: int, episode: Episode | None) -> None:
@@ -611,6 +660,8 @@ class Capture:
         """
         if any(self._added.get(index) != last for index, last in self._claimed.items() if last == self._task):
             return self.discard(task)  # an error ended it between a layer's output and its weight
+        if self.sharded:
+            return self.discard(task) if self._cleared() else None
         grads = [(check, check.layer.parameters[0].grad) for check in self._checks.values()]
         if any(g is None and self._seen[k].passes for k, (_, g) in zip(self._checks, grads)):
             return self.discard(task)
@@ -623,6 +674,17 @@ class Capture:
             if zero and bool(torch.stack([z.cpu() for z in zero]).any()):
                 self.discard(task)
         return None
+
+    def _cleared(self) -> bool:
+        """Whether gradients of a sharded model that FSDP has handed over are gone, or all are zero.
+
+        Until it hands them over, FSDP keeps what it was told not to send yet (set_requires_gradient_sync).
+        """
+        there = [self.layers[k].parameters[0].grad for k in self._checks if k in self._sent and self._seen[k].passes]
+        if any(gradient is None for gradient in there):
+            return True
+        parts = [part for g in there if g is not None and (part := local_of(g)).numel()]
+        return bool(parts) and not any(bool(part.any()) for part in parts)
 
     def _reach(self, call: Call, dy: Tensor) -> None:
         """A pass with a call's gradient. While the graph is kept, another one may bring more of it."""
@@ -925,10 +987,10 @@ def turned(call: Call, dy: Tensor) -> Tensor:
     return dy.transpose(-1, -2) if call.turned else dy
 
 
-def swapped(layer: Layer) -> bool:
-    """Whether a module computes with other parameters than those of its layer, or with another method than its kind."""
+def swapped(layer: Layer, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether a module computes with other parameters than these, its layer's, or with another method than its kind."""
     own = layer.module._parameters.values()
-    return "forward" in vars(layer.module) or any(all(known is not p for p in own) for known in layer.parameters)
+    return "forward" in vars(layer.module) or any(all(known is not p for p in own) for known in parameters)
 
 
 def counts_up(x: Tensor) -> bool:

@@ -34,7 +34,7 @@ class Checksum:
     """Both sides of the equation for one layer, added up over the passes of one step."""
 
     def __init__(self, layer: Layer, seed: int):
-        weight = layer.parameters[0]
+        self.weight = weight = layer.parameters[0]  # with which passes compute
         b, o, i = layer.shape
         options: dict[str, Any] = {
             "generator": generator_on(weight.device, seed),
@@ -47,8 +47,7 @@ class Checksum:
 
     def reset(self) -> None:
         """Begin a step."""
-        weight = self.layer.parameters[0]
-        self.epsilon = torch.finfo(weight.dtype).eps
+        self.epsilon = torch.finfo(self.weight.dtype).eps
         self.least = 0.0  # what half precision cannot hold
         self.rows = self.calls = 0
         self.sizes: list[Tensor] = []  # of what was added to the weight's gradient
@@ -126,7 +125,7 @@ class Checksum:
         Rows that are alike are rounded alike, so errors add up: 0.02 to 0.07 units of rounding a row were seen. The
         gradient of a token is such a sum in the type of the weight; in half precision it may come to a standstill.
         """
-        weight = self.layer.parameters[0].dtype
+        weight = self.weight.dtype
         halves = self.layer.kind == "embedding" and weight in (torch.bfloat16, torch.float16)
         epsilon = torch.finfo(weight if halves else at_least_single(weight)).eps
         return min(epsilon * self.rows / 4, 1.0 if halves else MOST_ADDED_UP)

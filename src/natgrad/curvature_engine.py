@@ -133,7 +133,7 @@ class Clocks(NamedTuple):
 class CurvatureEngine:
     """The cells of a model with the hooks that feed them.
 
-    dims: the dimension of the samples in the inputs of each cell's layer.
+    dims: the dimension of the samples in the inputs of each cell's layer. sharded: ranks hold parts of the parameters.
     """
 
     def __init__(
@@ -145,7 +145,9 @@ class CurvatureEngine:
         model: nn.Module | None = None,
         predictions: float | None = None,
         purse: Purse | None = None,
+        sharded: bool = False,
     ):
+        self.sharded = sharded
         self.purse = purse  # of what a step may spend, where it has a limit
         self.spending: Spending | None = None
         self.storage: Storage | None = None  # of the cells' tensors
@@ -184,11 +186,12 @@ class CurvatureEngine:
         elif self.purse is not None:
             self.spending = Spending(self.cells, self.world, self.purse)
         dims = [cell.dim for cell in cells]
-        self.capture = Capture([cell.layer for cell in cells], self.model, dims, self.seed)
+        self.capture = Capture([cell.layer for cell in cells], self.model, dims, self.seed, self.sharded)
         self.capture.clock = self.clock
         self.capture.edges = [] if self.sampled else None
         self.capture.judged = self.judged
-        self.capture.halves = self.world.size == 1  # several ranks have shares of their own to compare
+        # several ranks have shares of their own to compare
+        self.capture.halves = self.world.size == 1 and not self.sharded
         self._plan: list[Key] = []
 
     def stored_anew(self) -> None:

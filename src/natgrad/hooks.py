@@ -93,6 +93,19 @@ class Deposit(Hook):
         capture.seconds += capture.clock() - start
 
 
+class Handed(Hook):
+    """The hook of a sharded parameter: FSDP has added to its gradient what it has gathered from all ranks."""
+
+    def __init__(self, capture: Capture, index: int):
+        super().__init__(capture)
+        self.index = index
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        capture = self.capture()
+        if capture is not None:
+            capture.handed(self.index)
+
+
 class Enter(Hook):
     """The forward pre-hook of a module with watched weights: functions are seen from here on."""
 

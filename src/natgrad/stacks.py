@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from natgrad.layer_state import LayerState
 from natgrad.layers import UncurvedParameter
 from natgrad.layers.layer import real, real_type
+from natgrad.parallel import is_sharded
 from natgrad.readings import Readings
 
 State = Mapping[Any, dict[str, Any]]
@@ -69,7 +70,7 @@ class Layout:
         self.kind = kind
         first = {key: k for k, key in reversed(list(enumerate(alike)))}
         loose = [isinstance(cell.layer, UncurvedParameter) for cell in cells]
-        sizes = [cell.layer.shape.numel for cell in cells]
+        sizes = [cell.layer.numel for cell in cells]
         least: dict[Hashable, int] = {}
         for key, size in zip(alike, sizes):
             least[key] = min(size, least.get(key, size))
@@ -212,10 +213,10 @@ class NumberTable:
         self.write()
         return self.base
 
-    def take(self, row: int, values: Tensor) -> None:
-        """New values for the rows from this one on."""
+    def take(self, rows: slice | list[int], values: Tensor) -> None:
+        """New values for these rows."""
         self.write()
-        self.base[row : row + len(values)] = values
+        self.base[rows] = values.to(self.base.dtype)
         self.read()
 
     def add(self, value: int) -> None:
@@ -278,7 +279,7 @@ class Storage:
         fixed: bool = False,
     ):
         self.cells, self.rank, self.readings = cells, rank, readings
-        alike = [likeness(cell, group, k) for k, cell in enumerate(cells)]
+        alike = self._alike(group)
         kinds: dict[Kind, list[int]] = {}
         for k, cell in enumerate(cells):
             kinds.setdefault(kind_of(cell), []).append(k)
@@ -330,6 +331,10 @@ class Storage:
         for vector in (*self.gradients, *self.outgoing, *self.moves):
             vector.release()
 
+    def _alike(self, group: Callable[[nn.Parameter], int]) -> list[Hashable]:
+        """For each layer what it has in common with others."""
+        return [likeness(cell, group, k) for k, cell in enumerate(self.cells)]
+
     def _bind(self, state: State, parameter: nn.Parameter, key: str, view: Tensor) -> None:
         state[parameter][key] = view
         self.bound.setdefault(parameter, {})[key] = view
@@ -355,7 +360,7 @@ class Storage:
             key
             for k in mine
             for key, value in state[weights[k]].items()
-            if isinstance(value, Tensor) and value.shape == self.cells[k].layer.shape and self._is_vector(k, key)
+            if isinstance(value, Tensor) and value.shape == self.cells[k].layer.shape and self._is_vector(k, key, value)
         )
         vectors = {}
         for key in keys:
@@ -369,11 +374,11 @@ class Storage:
             vectors[key] = Vector(flat, start)
         return vectors
 
-    def _is_vector(self, k: int, key: str) -> bool:
-        """Whether a name is not that of a statistic, of which some have a layer's shape."""
+    def _is_vector(self, k: int, key: str, value: Tensor) -> bool:
+        """Whether a name is not that of a statistic, of which some have a layer's shape; nor a part of all ranks."""
         cell = self.cells[k]
         names = {f"{name}{end}" for name in cell.keys for end in ("", "_before", "_inverse")}
-        return key != "master" and key not in names and key not in cell.row_names
+        return key != "master" and key not in names and key not in cell.row_names and not is_sharded(value)
 
     def _bind_statistics(self, state: State, layout: Layout, alike: Sequence[Hashable]) -> None:
         for _, group in groupby(layout.order, key=lambda k: (self.cells[k].owner, alike[k])):
@@ -450,12 +455,17 @@ class Storage:
                 if value is view:
                     continue
                 if value is None:
-                    raise ValueError(
-                        f"optimizer.state has lost {key} of a parameter of shape {tuple(parameter.shape)}: load a "
-                        "whole state with load_state_dict(), or build the optimizer again to begin anew"
-                    )
+                    raise ValueError(self.lost(key, parameter))
                 view.copy_(self._cell_of[parameter].packed(key, value))
                 own[key] = view
+
+    @staticmethod
+    def lost(key: str, parameter: nn.Parameter) -> str:
+        """What to say where a state lacks a name."""
+        return (
+            f"optimizer.state has lost {key} of a parameter of shape {tuple(parameter.shape)}: load a "
+            "whole state with load_state_dict(), or build the optimizer again to begin anew"
+        )
 
     @property
     def clocks_stamp(self) -> int:

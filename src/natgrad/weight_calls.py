@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.functions import PLUS, READERS, SAME_NUMBERS, Found, KnownWeight
 from natgrad.layers import Layer
 from natgrad.layers.use import Part, contiguous
+from natgrad.slots import Slot
 
 ATTENTION = F.multi_head_attention_forward
 
@@ -101,6 +102,7 @@ class WeightCalls:
     """Tells `used` of every use of a parameter of `layers`, and `strange` of every layer whose weight is changed.
 
     used(found, output, flat): a function has given `output`; it returns whether that is a call of the layer.
+    stands_for(parameter): the layer's parameter in whose place another one stands in a module.
     """
 
     def __init__(
@@ -108,9 +110,10 @@ class WeightCalls:
         layers: Mapping[int, Layer],
         used: Callable[[Found, Tensor, Flat | None], bool],
         strange: Callable[[int], None],
+        stands_for: Callable[[nn.Parameter], Slot | None],
     ):
-        self.layers, self.used, self.strange = layers, used, strange
-        self.own = {id(p): (k, place, p) for k, layer in layers.items() for place, p in enumerate(layer.parameters)}
+        self.layers, self.used, self.strange, self.stands_for = layers, used, strange, stands_for
+        self.own = {id(p): (k, place) for k, layer in layers.items() for place, p in enumerate(layer.parameters)}
         self.begin()
 
     def enter(self) -> None:
@@ -158,24 +161,23 @@ class WeightCalls:
     def _root(self, root: Tensor) -> KnownWeight | None:
         own = self.own.get(id(root))
         if own is not None:
-            index, place, parameter = own
-            return KnownWeight(index, Part(parameter, place, tuple(root.shape), contiguous(root.shape), 0))
+            return self._known(own)
         other = self.others.get(id(root))
         if other is not None and other[0] is root:
             return other[1]
         if isinstance(root, nn.Parameter):  # what a sharded parameter is gathered into stands in its module
-            found = self._in_module(root)
+            found = self._known(self.stands_for(root))
             self.others[id(root)] = root, found
             return found
         return None
 
-    def _in_module(self, root: nn.Parameter) -> KnownWeight | None:
-        for index, layer in self.layers.items():
-            for place, name in enumerate(layer.names):
-                parameter = layer.parameters[place]
-                if layer.module._parameters.get(name) is root and parameter.shape == root.shape:
-                    return KnownWeight(index, Part(parameter, place, tuple(root.shape), contiguous(root.shape), 0))
-        return None
+    def _known(self, slot: Slot | None) -> KnownWeight | None:
+        """The whole parameter of a slot."""
+        if slot is None or slot[0] not in self.layers:
+            return None
+        index, place = slot
+        parameter = self.layers[index].parameters[place]
+        return KnownWeight(index, Part(parameter, place, tuple(parameter.shape), contiguous(parameter.shape), 0))
 
     def look(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, flat: Flat | None = None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache, cached_property, reduce, singledispatch
+from functools import cache, reduce, singledispatch
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -75,12 +75,6 @@ class Layer(ABC):
         """Where blocks are `uneven`, how many rows of a call on x are each block's [b]."""
         raise TypeError(f"{type(self).__name__} has the same rows in all blocks")
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """What the module calls each of `parameters`."""
-        own = self.module._parameters.items()
-        return tuple(next((name for name, p in own if p is parameter), "") for parameter in self.parameters)
-
     @property
     def by_weight(self) -> bool:
         """Whether the functions of torch that are given the weight tell what the layer computes.
@@ -90,6 +84,11 @@ class Layer(ABC):
         """
         known = next(kind for kind in type(self).__mro__ if "form" in vars(kind))
         return known is not Layer and known.__module__ == type(self).__module__
+
+    @property
+    def numel(self) -> int:
+        """The numbers of the whole layer, also where this is a part of it (layers/shards.py)."""
+        return self.shape.numel
 
     @abstractmethod
     def count(self, x: Tensor) -> tuple[int, int]:

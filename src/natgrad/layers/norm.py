@@ -264,6 +264,15 @@ class Entrywise(Norm):
         return like.new_tensor([float(self.scales), float(not self.scales)] if self.biased else [1.0])
 
 
+def stand_in(parameter: Tensor | None, dy: Tensor) -> Tensor | None:
+    """What a kernel takes for a parameter where the gradient of the input is not wanted, so that its numbers do not
+    matter: itself, or if it lies in parts on many ranks, something of its shape.
+    """
+    if parameter is None or type(parameter) in (nn.Parameter, Tensor):
+        return parameter
+    return torch.ones(parameter.shape, dtype=dy.dtype, device=dy.device)
+
+
 class BatchNorm(Norm):
     """nn.BatchNorm1d/2d/3d: statistics over samples and places (training) or the running ones (eval)."""
 
@@ -295,7 +304,7 @@ class BatchNorm(Norm):
         found = torch.ops.aten.native_batch_norm_backward(
             dy,
             looked.x.to(dy.dtype),
-            self.module.weight,
+            stand_in(self.module.weight, dy),
             None,
             None,
             looked.mean,
@@ -340,7 +349,7 @@ class GroupNorm(Norm):
         sizes = len(x), x.shape[1], math.prod(x.shape[2:]), self.groups
         dy, x = dy.contiguous(), x.to(dy.dtype).contiguous()
         found = torch.ops.aten.native_group_norm_backward(
-            dy, x, looked.mean, looked.scale, self.module.weight, *sizes, [False, True, True]
+            dy, x, looked.mean, looked.scale, stand_in(self.module.weight, dy), *sizes, [False, True, True]
         )
         return found[1], found[2]
 
@@ -374,8 +383,9 @@ class LayerNorm(Norm):
             return super().summed(looked, dy)
         module, x = self.module, looked.x.to(dy.dtype)
         wanted = [False, True, module.bias is not None]
+        weight, bias = stand_in(module.weight, dy), stand_in(module.bias, dy)
         found = torch.ops.aten.native_layer_norm_backward(
-            dy, x, module.normalized_shape, looked.mean, looked.scale, module.weight, module.bias, wanted
+            dy, x, module.normalized_shape, looked.mean, looked.scale, weight, bias, wanted
         )
         return found[1].flatten(), (found[2] if wanted[2] else found[1]).flatten()
 

@@ -9,7 +9,7 @@ from natgrad.layers.layer import Layer, Shape, real
 
 
 class UncurvedParameter(Layer):
-    """One parameter of any shape as W[1, 1, numel]. Nothing is watched, so it has no rows.
+    """One parameter of any shape as W[1, first dimension, numbers of each of its rows]. Nothing is watched.
 
     A complex parameter is twice as many real ones.
     """
@@ -17,7 +17,9 @@ class UncurvedParameter(Layer):
     kind = "loose"
 
     def __init__(self, module: nn.Module, parameter: nn.Parameter):
-        super().__init__(module, Shape(1, 1, real(parameter.detach()).numel()), (parameter,), 0.02)
+        numbers = real(parameter.detach())
+        first = numbers.shape[0] if numbers.dim() else 1
+        super().__init__(module, Shape(1, first, numbers.numel() // max(first, 1)), (parameter,), 0.02)
 
     def count(self, x: Tensor) -> tuple[int, int]:
         raise TypeError("a loose parameter is not watched")
@@ -29,7 +31,7 @@ class UncurvedParameter(Layer):
         raise TypeError("a loose parameter is not watched")
 
     def pack(self, tensors) -> Tensor:
-        return real(tensors[0]).reshape(1, 1, -1)
+        return real(tensors[0]).reshape(self.shape)
 
     def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
         (parameter,) = self.parameters

@@ -13,6 +13,7 @@ from natgrad.optim.directions import decouples, directions_kept, leaves_weights
 from natgrad.optim.fallback import Recalls
 from natgrad.optim.method import Method
 from natgrad.optim.segments import Outlines, Segment
+from natgrad.optim.sharded import AtOwners, ShardSegment
 from natgrad.optim.step_size import Remembers, StepSize, remembers, trust_ratios
 from natgrad.readings import Inputs
 
@@ -20,7 +21,8 @@ from natgrad.readings import Inputs
 class Aim:
     """Finds the step of the layers that this rank owns.
 
-    hear: is told, at the next read, what the length has learned.
+    hear: is told, at the next read, what the length has learned. owners: of a model of which ranks hold parts, those
+    who know whole layers; the segments are then of this rank's parts.
     """
 
     def __init__(
@@ -30,9 +32,11 @@ class Aim:
         outlines: Outlines,
         inputs: Inputs,
         hear: Callable[[Tensor], None],
+        owners: AtOwners | None = None,
     ):
         self.method, self.engine, self.outlines, self.inputs, self.hear = method, engine, outlines, inputs, hear
-        self.storage, self.world = outlines.storage, engine.world
+        self.storage, self.owners = outlines.storage, owners
+        self.world = engine.world if owners is None else owners.storage.world
 
     def segments(self, places: Iterable[int], vectors: Sequence[Tensor | None], bare: bool) -> list[Segment]:
         """The segments of the layers at these places that this rank owns, with their gradients."""
@@ -48,7 +52,8 @@ class Aim:
                 assert vector is not None
                 begin = outline.start - layout.start[mine[0]]
                 gradient, fresh = vector[begin : begin + outline.numel], frozenset(self.engine.whole)
-                segment = Segment(outline, gradient, self.inputs, rates[device], fresh)
+                kind = Segment if self.owners is None else ShardSegment
+                segment = kind(outline, gradient, self.inputs, rates[device], fresh)
                 if self.method.reduction == "sum":
                     segment.terms = max(segment.group["batch"] / self.world.size, 1.0)
                 segment.curved = outline.curved and not bare
@@ -69,7 +74,7 @@ class Aim:
                     segment.past = self._recalled(segment)
             length.look_back(judged)
         if not bare:
-            self.method.rule(curved, self.method.natural, self.world)
+            self.method.rule(curved, self._natural, self.world)
         for segment in segments:
             if not segment.curved:
                 self._stretch(segment, bare)
@@ -82,6 +87,12 @@ class Aim:
         found = dict(zip(map(id, judged), length.lengths(judged, self.world, numbers)))
         self.storage.readings.ask(torch.stack([numbers[name] for name in length.numbers]), self.hear)
         return [found.get(id(segment), 1.0) for segment in segments]
+
+    def _natural(self, segments: Sequence[Segment], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The natural gradients of these gradients, by whoever knows the whole layers."""
+        if self.owners is None:
+            return self.method.natural(segments, gradients)
+        return self.owners(self.method.natural, segments, gradients, frozenset(self.engine.whole))
 
     def _learned(self, length: Remembers) -> dict[str, Tensor]:
         """What a length remembers, on the device."""

@@ -9,7 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from natgrad.parallel import is_sharded
+
 REBUILD = "call optimizer.rebuild()"
+SHARDED_SINCE = (
+    "fully_shard was applied after the optimizer was built, which trains the parameters of before: build the optimizer "
+    "after fully_shard(model)"
+)
 
 
 class Known(NamedTuple):
@@ -75,6 +81,8 @@ class Census:
     def _told(self) -> list[str]:
         here = dict(self.model.named_parameters())
         present = {id(p) for p in here.values()}
+        if any(map(is_sharded, here.values())) and not any(is_sharded(k.parameter) for k in self.known if k.trained):
+            raise ValueError(SHARDED_SINCE)
         for known in self.known:
             if not known.trained:
                 continue

@@ -64,7 +64,7 @@ def total(world: World, count: int, rows: Iterable[Sequence[Tensor]], device: to
         return []
     for row in rows:
         values += torch.stack(list(row)).to(values)
-    if not world.owners:  # every rank has all layers
-        values /= world.size
+    if world.copies > 1:  # several ranks have the same numbers
+        values /= world.copies
     world.sum([values], "scalars")
     return list(values.unbind())

@@ -14,7 +14,7 @@ from natgrad.layers.layer import real
 from natgrad.optim.gradient_noise import Squares, square
 from natgrad.optim.loss_scale import LossScale
 from natgrad.optim.overlap import Overlap
-from natgrad.parallel import OwnedTensor, World
+from natgrad.parallel import OwnedTensor, ShardedWorld, Sharding, World
 from natgrad.readings import Readings, on_host, to_device, together
 from natgrad.stacks import StepVector, Storage, adjacent
 
@@ -37,11 +37,18 @@ class GradientReading(NamedTuple):
 class Gradients:
     """Knows how this model's gradients relate to the world: every rank its own, or averaged by a wrapper."""
 
-    def __init__(self, world: World, max_norm: float | None, scale: Callable[[], float] = lambda: 1.0):
-        self.world = world
+    def __init__(
+        self,
+        world: World,
+        max_norm: float | None,
+        scale: Callable[[], float] = lambda: 1.0,
+        sharding: Sharding | None = None,
+    ):
+        self.world, self.sharded = world, sharding is not None  # sharded gradients were averaged by FSDP
+        self.parts = world if sharding is None else ShardedWorld(world, sharding.replicas)
         self.scale = scale  # on this rank's loss, as far as it is known before step()
         self.max_norm = max_norm
-        self.mode = world.gradients if world.size > 1 else "averaged"
+        self.mode = world.gradients if world.size > 1 and sharding is None else "averaged"
         self.reduced = False
         self.active = world.size  # ranks that have a batch
         self.square = 0.0  # of this rank's gradients of the last step, the loss's scale taken out
@@ -64,7 +71,7 @@ class Gradients:
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average `.grad` over ranks in place, unless a wrapper has done so."""
-        if self.reduced:
+        if self.reduced or self.sharded:
             return
         self.reduced = True
         if self.overlap is not None:
@@ -88,8 +95,12 @@ class Gradients:
             self.world.gather([OwnedTensor(real(_gradient(p)), owners[p]) for p in chosen], "gradients")
         unscale(gradients, 1 / scale)  # whoever looks next expects them as the backward pass left them
 
-    def agree(self, storage: Storage, look: bool, scale: LossScale, readings: Readings) -> Agreed | None:
+    def agree(
+        self, cells: Sequence[LayerState], storage: Storage, look: bool, scale: LossScale, readings: Readings
+    ) -> Agreed | None:
         """Which cells have a gradient on any rank, and which are half frozen; None if a gradient is not finite on any.
+
+        cells: where curvature is. storage: where this rank's gradients go, for as many cells.
 
         All that was asked of `readings` is heard now: this is the step's one wait for the device.
 
@@ -99,7 +110,7 @@ class Gradients:
         early = self.overlap if not self.reduced else None
         if early is not None:
             early.flush()
-        cells, found = storage.cells, [grad_of(p) for p in storage.parameters]
+        found = [grad_of(p) for p in storage.parameters]
         here, halves = [True] * len(cells), [False] * len(cells)
         whole = not any(g is None for g in found)
         if not whole:
@@ -177,7 +188,7 @@ class Gradients:
 
     def _are_local(self, gradients: Sequence[Tensor]) -> bool:
         """Whether ranks still hold their own gradients. Bit-equal ones were averaged before we saw them."""
-        if self.world.size == 1 or self.world.gradients != "auto":
+        if self.world.size == 1 or self.world.gradients != "auto" or self.sharded:
             return self.mode == "local"
         marks = _marks(gradients)
         high = torch.cat([marks, torch.tensor([float(len(marks))], dtype=torch.float64)])
@@ -209,7 +220,7 @@ class Gradients:
         else:
             self._write(storage.gradients, None if self._filled is storage.gradients else _gradients(storage))
             divisor = scale
-        found = [vector.flat() if vector.numel else None for vector in storage.gradients]
+        found = [vector.flat() if vector.parameters else None for vector in storage.gradients]
         self._filled, self.reduced = None, False
         if divisor != 1:
             for vector in found:
@@ -275,7 +286,7 @@ class Gradients:
         if self.max_norm is None:
             return
         total = square(storage.present(vectors, present), storage.device)
-        self.world.sum_over_owners([total], "scalars")
+        self.parts.sum_over_parts([total], "scalars")
         self.clipped = (self.max_norm / (total.sqrt() + 1e-6)).clamp_max(1)
         for vector in vectors:
             if vector is not None:

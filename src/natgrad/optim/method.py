@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.layer import real_type
+from natgrad.optim.conjugate import Conjugate
 from natgrad.optim.directions import Momentum, Rule, directions_kept, leaves_weights, takes_loose
-from natgrad.optim.fallback import Adam, Fallback, Recalls
+from natgrad.optim.fallback import Adam, Fallback, PlainGradient, Recalls
 from natgrad.optim.kl_clip import KLClip, MeasuredChange
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.step_size import Keeps, Natural, Remembers, StepSize, layerwise, plain, trust
@@ -76,6 +77,18 @@ class Method:
             names.append("batch")
         kept = self.rule.constant if isinstance(self.rule, Momentum) else lambda group: None
         return tuple((*(group.get(name) for name in names), kept(dict(group))) for group in groups)
+
+    def uncuttable(self) -> dict[str, bool]:
+        """Choices that need whole layers where ranks have parts of them, and whether they were made."""
+        own = self.length in (plain, trust) or type(self.length) in (KLClip, MeasuredChange)
+        known = type(self.rule) in (Momentum, Conjugate) and type(self.fallback) in (Adam, PlainGradient)
+        return {
+            "Preconditioner()": leaves_weights(self.rule),
+            "rescale=": self.rescale is not None,
+            'gather="directions" or CurvatureStep()': self.gather == "directions",
+            "prescale=": isinstance(self.rule, Conjugate) and self.rule.prescale is not None,
+            "A rule, length or fallback of your own": not (own and known),
+        }
 
     def unrecordable(self) -> dict[str, bool]:
         """Choices with which a step is not the same launches from step to step, and whether they were made."""

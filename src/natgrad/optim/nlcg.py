@@ -225,7 +225,7 @@ class NLCG(SecondOrder):
             told[0] = torch.as_tensor(self._loss).sum()
         penalty = self._penalty()
         if penalty is not None:
-            told[0] += penalty.to(device) * (size if self.world.owners else 1)
+            told[0] += penalty.to(device) * (size / self.step_world.copies)
         if size > 1:
             told /= size
         self.world.sum([told], "scalars")
@@ -243,7 +243,7 @@ class NLCG(SecondOrder):
         weighed = [
             (decay, promote(p.detach()))
             for k in (k for mine in self.storage.mine for k in mine)
-            for p in self.cells[k].layer.parameters
+            for p in self.storage.cells[k].layer.parameters
             if (decay := self.group_of(p)["weight_decay"])
         ]
         if not weighed:

@@ -32,7 +32,7 @@ from natgrad.layers.layer import UNREGISTERED, at_least_single, real
 from natgrad.optim import gradient_noise, validation
 from natgrad.optim.aim import Aim
 from natgrad.optim.blocks import Blocks
-from natgrad.optim.census import Census
+from natgrad.optim.census import SHARDED_SINCE, Census
 from natgrad.optim.coverage import CoverageTable, Preconditioned, count_preconditioned, coverage
 from natgrad.optim.directions import Rule, leaves_weights, takes_loose
 from natgrad.optim.fallback import Fallback, adam
@@ -45,10 +45,11 @@ from natgrad.optim.method import Method
 from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.segments import Outlines
+from natgrad.optim.sharded import AtOwners, Shards, ShardStorage
 from natgrad.optim.state_dict import DistributedState, carried
 from natgrad.optim.step_size import Remembers, StepSize, remembers
 from natgrad.optim.update import Update, begin, master
-from natgrad.parallel import World, uneven
+from natgrad.parallel import World, is_sharded, sharding_of, spread_to_replicas, uneven
 from natgrad.readings import Inputs, Readings
 from natgrad.refresh import Budget, Every, Staleness
 from natgrad.stacks import Storage
@@ -135,7 +136,9 @@ class SecondOrder(Optimizer):
         self.curvature, self.sampled, self.batch_dim = curvature, fisher == "sampled", batch_dim
         self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
         self.world = world if isinstance(world, World) else World(world)
-        self.gradients = Gradients(self.world, max_norm, lambda: known_scale(self.scaler))
+        self.shards = self._shards(model)
+        sharding = None if self.shards is None else self.shards.sharding
+        self.gradients = Gradients(self.world, max_norm, lambda: known_scale(self.scaler), sharding)
         self.graphs: Graphs | None = None
         self.said: set[str] = set()  # warnings that were given
         self.readings = Readings()
@@ -149,7 +152,9 @@ class SecondOrder(Optimizer):
             self.engine = self._engine(cells, predictions)
             self.state.update(self.fresh_states())  # type: ignore[arg-type]
             self._store()
-            self.world.start([real(t.detach()) for t in (*model.parameters(), *model.buffers())])
+            self._start()
+        if graph and self.shards is not None:
+            raise ValueError("graph=True cannot record a step on a model that fully_shard has cut; leave it out")
         if graph:
             self.graphs = self._graphs()
             self._store()  # with vectors that stay where they are
@@ -164,20 +169,46 @@ class SecondOrder(Optimizer):
         validation.known(cls.__name__, options, known - {"self", "shared", "args", "kwargs", "defaults"})
         return super().__new__(cls)
 
+    def _shards(self, model: nn.Module) -> Shards | None:
+        """The parts that this rank has of a model that fully_shard has cut; None where every rank has all."""
+        sharding = sharding_of(model, self.world)
+        validation.same_model(model, self.world)
+        if sharding is None:
+            return None
+        self.world.owners |= self.world.replicates  # parts of gradients are averaged, and layers need owners
+        validation.of_shards(self.method.uncuttable(), self.world)
+        return Shards(sharding)
+
+    def _start(self) -> None:
+        """Every rank begins with the same weights and buffers."""
+        model, shards = self._model, self.shards
+        parameters = [] if shards is not None else list(model.parameters())
+        self.world.start([real(t.detach()) for t in (*parameters, *model.buffers())])
+        if shards is not None:
+            spread_to_replicas(shards.sharding, self.world, model.parameters())
+
     def _store(self) -> None:
         """Make the state's tensors views of few large ones (stacks.py)."""
         self.settle()
         self._places = {p: k for k, g in enumerate(self.param_groups) for p in g["params"]}
         place = self._places.__getitem__
         fixed = self.graphs is not None
-        self.storage = Storage(self.cells, self.state, place, self.world.rank, self.readings, fixed)
+        owners = self.storage = Storage(self.cells, self.state, place, self.world.rank, self.readings, fixed)
+        at_owners: AtOwners | None = None
+        if self.shards is not None:
+            self.storage = ShardStorage(self.shards, owners, self.state, place, self.world, self.readings)
+            outlines = Outlines(owners, place, lambda: self.param_groups, takes_loose=False)
+            at_owners = AtOwners(self.storage, outlines, self.world)
+            self._places |= {part: place(whole) for part, whole in self.shards.whole_of.items()}
         if self.graphs is not None:
             self.refuse_graphs()
             self.graphs.forget()
-        self.engine.storage = self.storage
+        self.engine.storage = owners
         self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.method.rule))
-        aim = Aim(self.method, self.engine, self.outlines, Inputs(), self._hear_length)
-        self.update = Update(aim, lambda: self.state, self.graphs, self.narrow)
+        aim = Aim(self.method, self.engine, self.outlines, Inputs(), self._hear_length, at_owners)
+        storage = self.storage
+        state = (lambda: self.state) if not isinstance(storage, ShardStorage) else (lambda: storage.parts)
+        self.update = Update(aim, state, self.graphs, self.narrow)
         self._groups = [place(cell.layer.parameters[0]) for cell in self.cells]
 
     def _graphs(self) -> Graphs:
@@ -208,10 +239,14 @@ class SecondOrder(Optimizer):
 
     def _engine(self, cells: Sequence[LayerState], predictions: float | None) -> CurvatureEngine:
         """What measures and inverts the curvature of these cells."""
-        return CurvatureEngine(cells, self.world, self.seed, self.sampled, self._model, predictions, self.purse)
+        return CurvatureEngine(
+            cells, self.world, self.seed, self.sampled, self._model, predictions, self.purse, self.shards is not None
+        )
 
     def _lay_out(self) -> list[LayerState]:
         """Cells for the layers of the model as it is now, with their owners."""
+        if self.shards is None and any(map(is_sharded, self._model.parameters())):
+            raise ValueError(SHARDED_SINCE)
         self._divided = self.world.size > 1 and self.world.owners  # layers have owners, which alone keep their state
         found = find_layers(self._model, [p for group in self.param_groups for p in group["params"]], self.batch_dim)
         blocks = [self.curvature(f.layer, self.samples, self.max_size) for f in found]
@@ -263,8 +298,15 @@ class SecondOrder(Optimizer):
         """The type in which owners send new weights, where it is not the weights' own."""
         return self.world.weights if self.world.size > 1 and self.method.gather == "weights" else None
 
+    @property
+    def step_world(self) -> World:
+        """The ranks as rules and lengths see them."""
+        return self.storage.world if isinstance(self.storage, ShardStorage) else self.world
+
     def fresh_state(self, cell: LayerState, rank: int | None) -> dict[nn.Parameter, dict[str, Any]]:
         """What a rank holds of a cell at the start, by parameter; None: what any rank holds."""
+        if rank is not None and self.shards is not None:
+            return self._fresh_shard(self.shards, cell, rank)
         mine = rank in (None, cell.owner)
         moves = (mine or self.method.gather == "directions") and not leaves_weights(self.method.rule)
         kept = partial(master, narrow=self.narrow) if moves else lambda p: {}
@@ -289,12 +331,28 @@ class SecondOrder(Optimizer):
                 }
         return fresh
 
+    def _fresh_shard(self, shards: Shards, cell: LayerState, rank: int) -> dict[nn.Parameter, dict[str, Any]]:
+        """`fresh_state` where every rank has parts of all vectors. Curvature is at its owner as ever."""
+        states: dict = {p: {"step": torch.tensor(0.0), **master(p, None)} for p in cell.layer.parameters}
+        cell.allocate(states[cell.layer.parameters[0]], rank)
+        part, own = shards.of(cell.layer), dict[str, Any]()
+        self.method.allocate(part, own)
+        own = {key: shards.wrapped(part, v) if v.shape == part.shape else v for key, v in own.items()}
+        states[cell.layer.parameters[0]] |= own
+        return states
+
     @property
     def distributed_state(self) -> DistributedState:
         """The state, up to date, of which this rank holds a part."""
         self.settle()
         return DistributedState(
-            self.cells, self.state, self.param_groups, self.world, self.fresh_state, self.engine.local
+            self.cells,
+            self.state,
+            self.param_groups,
+            self.world,
+            self.fresh_state,
+            self.engine.local,
+            None if self.shards is None else self.shards.sharding,
         )
 
     @property
@@ -492,6 +550,8 @@ class SecondOrder(Optimizer):
         if self.census.moved():
             self._follow()
         self.storage.sync(self.state)
+        if self.shards is not None:
+            self._look_at_shards(self.shards)
         for message in self.census.changes():
             self.say(message)
         if uneven.enabled(self):
@@ -506,13 +566,13 @@ class SecondOrder(Optimizer):
         self.engine.settle(self.readings)
         self._ask()
         with self.engine.timed("messages"):
-            agreed = self.gradients.agree(self.storage, watched, scale, self.readings)
+            agreed = self.gradients.agree(self.cells, self.storage, watched, scale, self.readings)
         if agreed is None:
             self.skipped += 1
             self.engine.capture.discard()
             return
         averaged = self.world.replicates and self.gradients.mode == "averaged"
-        if self._divided and (averaged or not self.world.owners):
+        if self._divided and self.shards is None and (averaged or not self.world.owners):
             self._own_everything()
         found = self.engine.refresh(step, scale.seen, self.method.reduction, self.readings)
         self.engine.factor([self.param_groups[place]["damping"] for place in self._groups], self.readings)
@@ -531,6 +591,19 @@ class SecondOrder(Optimizer):
         self.storage.count_step()
         self.storage.write()
         self.engine.arm(step + 1)
+
+    def _look_at_shards(self, shards: Shards) -> None:
+        """Take parameters and gradients as FSDP has left them."""
+        if uneven.enabled(self):
+            raise ValueError(
+                "Join does not work on a model that fully_shard has cut: give all ranks equally many batches"
+            )
+        if not self.world.owners:
+            raise ValueError(
+                "another optimizer keeps everything on every rank of this World, and a model that fully_shard has cut "
+                "needs owners: give each optimizer a World of its own"
+            )
+        shards.look()
 
     def _ask(self) -> None:
         """Ask for what the step needs to know before it goes on, beside what gradients are."""
@@ -719,7 +792,7 @@ class SecondOrder(Optimizer):
                 setattr(self.engine, name, getattr(old, name))
             self.engine.replace(cells)
             self._replace_state(before, steps)
-            self.world.start([real(t.detach()) for t in (*self._model.parameters(), *self._model.buffers())])
+            self._start()
         self.gradients.begin_early(cells)
         self.engine.arm(steps + 1)
 
@@ -751,6 +824,8 @@ class SecondOrder(Optimizer):
     def _follow(self) -> None:
         """The model was moved to another device or type after the optimizer was built: the state goes along."""
         self.settle()
+        if self.shards is not None:
+            self.shards = Shards(self.shards.sharding)
         self._replace_state(dict(self.state), self.steps_made)
         self.engine.stored_anew()
         self.census = self._take_census()

@@ -137,17 +137,18 @@ class Outline:
         return {}
 
     @cached_property
-    def tables(self) -> dict[str, tuple[NumberTable, int]]:
-        """The tables that hold a row for each layer, and the first row, by the numbers' name (see `numbers`)."""
+    def tables(self) -> dict[str, tuple[NumberTable, slice | list[int]]]:
+        """The tables that hold a row for each layer, and the rows, by the numbers' name (see `numbers`)."""
         return {}
 
-    def numbers(self, key: str) -> tuple[NumberTable, int]:
-        """The table that holds a row of this name for each layer, and the first row."""
+    def numbers(self, key: str) -> tuple[NumberTable, slice | list[int]]:
+        """The table that holds a row of this name for each layer, and the rows."""
         if key not in self.tables:
-            (table, row), *others = [cell.numbers.places[key] for cell in self.cells]
+            (table, first), *others = [cell.numbers.places[key] for cell in self.cells]
             if any(other is not table for other, _ in others):
                 raise KeyError(f"{key} is of another shape in every layer: take it from each cell's state()")
-            self.tables[key] = table, row
+            rows, stop = [first, *(row for _, row in others)], first + len(self.cells)
+            self.tables[key] = table, slice(first, stop) if rows == list(range(first, stop)) else rows
         return self.tables[key]
 
     @cached_property
@@ -163,7 +164,7 @@ class Outline:
     @cached_property
     def floors(self) -> Tensor:
         """The least norm that a layer's weights are taken to have."""
-        found = [LEAST_WEIGHT * c.layer.scale * c.layer.shape.numel**0.5 for c in self.cells]
+        found = [LEAST_WEIGHT * c.layer.scale * c.layer.numel**0.5 for c in self.cells]
         return torch.tensor(found, dtype=self.layout.kind[0], device=self.layout.kind[1])
 
 
@@ -337,16 +338,16 @@ class SegmentState(MutableMapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         vector, first = self.outline.vectors.get(key), self.outline.places[0]
         if vector is None:
-            (table, row), count = self.outline.numbers(key), len(self.outline.cells)
-            return self.inputs.get(lambda: table.tensor()[row : row + count], self.outline.layout.kind[1])
+            table, rows = self.outline.numbers(key)
+            return self.inputs.get(lambda: table.tensor()[rows], self.outline.layout.kind[1])
         begin = vector.start[first]
         return vector.flat[begin : begin + self.outline.numel]
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         if key not in self.outline.vectors:
-            table, row = self.outline.numbers(key)
+            table, rows = self.outline.numbers(key)
             shape = (len(self.outline.cells), *table.base.shape[1:])
-            self.outline.storage.readings.ask(value, lambda told: table.take(row, told.view(shape)))
+            self.outline.storage.readings.ask(value, lambda told: table.take(rows, told.view(shape)))
             return
         own = self[key]
         if value.data_ptr() != own.data_ptr():

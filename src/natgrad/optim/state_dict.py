@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layer_state import LayerState
-from natgrad.parallel import OwnedTensor, World
+from natgrad.layers import UncurvedParameter
+from natgrad.parallel import OwnedTensor, Sharding, World, is_sharded, like
 
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
@@ -25,6 +26,7 @@ class DistributedState:
         world: the ranks.
         fresh: a new state of a layer by parameter, as a rank holds it; None: as any of them does.
         local: whether each rank goes by rows of its own.
+        sharding: how the model's parameters are cut over ranks, where they are.
 
     """
 
@@ -36,9 +38,10 @@ class DistributedState:
         world: World,
         fresh: Callable[[LayerState, int | None], dict[nn.Parameter, dict[str, Any]]],
         local: bool,
+        sharding: Sharding | None = None,
     ):
         self.cells, self.state, self.groups, self.world = cells, state, groups, world
-        self.fresh, self.local = fresh, local
+        self.fresh, self.local, self.sharding = fresh, local, sharding
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
     def saved(self, saved: Mapping[str, Any]) -> dict[nn.Parameter, dict[str, Any]]:
@@ -144,6 +147,12 @@ class DistributedState:
             for parameter, fresh in self.fresh(cell, None).items():
                 whole[parameter] = fresh
                 for key, value in fresh.items():
+                    mine = self.state[parameter].get(key)
+                    if self.sharding is not None and isinstance(mine, Tensor) and is_sharded(mine):
+                        shape = mine.shape if key == "master" else cell.layer.shape
+                        fresh[key], parts = self.sharding.parts(mine, shape)
+                        parcels += parts
+                        continue
                     if cell.place_of(key) == self.world.rank:
                         value.copy_(self.state[parameter][key])
                     parcels.append(OwnedTensor(value, cell.place_of(key)))
@@ -222,10 +231,17 @@ class DistributedState:
 def converted(theirs: Mapping[str, Any], mine: Mapping[str, Any], cell: LayerState | None) -> dict[str, Any]:
     """A parameter's saved state in the form of this version.
 
-    Earlier ones saved squares of symmetric matrices, and the last direction of parameters without curvature where
-    `stretch` is enough now: these look back again from their next step on.
+    Earlier ones saved squares of symmetric matrices, and of parameters without curvature vectors as one row and the
+    last direction, where `stretch` is enough now: these look back again from their next step on.
     """
     found = {key: value if cell is None else cell.packed(key, value) for key, value in theirs.items()}
+    for key, value in found.items():
+        here = mine.get(key)
+        if cell is None or not isinstance(value, Tensor) or not isinstance(here, Tensor) or value.shape == here.shape:
+            continue
+        flat = isinstance(cell.layer, UncurvedParameter) and value.shape == (1, 1, cell.layer.numel)
+        if flat or (is_sharded(here) and value.shape == cell.layer.shape):
+            found[key] = value.reshape(here.shape)
     if "stretch" in mine and "last" in found and "stretch" not in found:
         found |= {key: torch.zeros_like(mine[key]) for key in ("stretch", "went")}
     return found
@@ -259,12 +275,21 @@ def carried(fresh: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(fresh)
     for key, value in fresh.items():
         old = before.get(key)
-        if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
+        if not isinstance(old, Tensor) or not isinstance(value, Tensor):
+            continue
+        if old.shape == value.shape or (is_sharded(value) and old.numel() == value.numel()):
             result[key] = _like(old, value)
     return result
 
 
 def _like(value: Any, mine: Any) -> Any:
+    if is_sharded(mine):
+        return like(value, mine)
+    if is_sharded(value):
+        raise ValueError(
+            f"a saved state of shape {tuple(value.shape)} is cut over ranks, and this optimizer's model is not: load "
+            "it with torch.distributed.checkpoint, or from gather_state_dict()"
+        )
     if isinstance(value, Tensor) and isinstance(mine, Tensor):
         return value.detach().to(device=mine.device, dtype=mine.dtype, copy=True)
     return value

@@ -31,7 +31,8 @@ def begin(group: dict[str, Any]) -> None:
 class Update:
     """Steps of an optimizer whose layers and storage stay as they are.
 
-    state: the optimizer's. narrow: the type in which owners send new weights, where it is not the weights' own.
+    state: the optimizer's, by the parameters that the storage knows. narrow: the type in which owners send new weights,
+    where it is not the weights' own.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Update:
         narrow: torch.dtype | None,
     ):
         self.aim, self.state, self.graphs, self.narrow = aim, state, graphs, narrow
-        self.method, self.engine, self.storage, self.world = aim.method, aim.engine, aim.storage, aim.world
+        self.method, self.engine, self.storage, self.world = aim.method, aim.engine, aim.storage, aim.engine.world
 
     @property
     def groups(self) -> Sequence[dict[str, Any]]:
@@ -74,7 +75,7 @@ class Update:
             group.update({f"{name}_last": group[name] for name in LASTING})
             if first:
                 group["lr_first"] = group["lr"]
-        if self.method.gather == "weights" and self.world.size > 1:
+        if self.method.gather == "weights" and self.world.size > 1 and self.aim.owners is None:
             with self.engine.timed("messages"):
                 moving = [self.storage.cells[k] for k in chosen]
                 parcels = [OwnedTensor(real(p.detach()), cell.owner) for cell in moving for p in cell.layer.parameters]

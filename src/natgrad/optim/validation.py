@@ -7,15 +7,18 @@ import math
 import numbers
 import sys
 import warnings
+import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from natgrad.layers import FoundLayer
 from natgrad.optim.param_groups import as_groups
-from natgrad.parallel import sharded_by
+from natgrad.parallel import World, reshard
 
 
 class NatgradWarning(UserWarning):
@@ -103,16 +106,39 @@ def plain_model(model: Any) -> nn.Module:
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
-                f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which natgrad does not support yet: "
-                "use DistributedDataParallel or the plain model"
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel, FSDP1, which natgrad does not support: "
+                "use fully_shard(model) of torch.distributed.fsdp (FSDP2), or DistributedDataParallel"
             )
-    for name, parameter in model.named_parameters():
-        if sharding := sharded_by(parameter):
-            raise ValueError(
-                f"parameter {name} is a {sharding}, which natgrad does not support yet: "
-                "use DistributedDataParallel or the plain model"
-            )
+    reshard(model)
     return model
+
+
+def same_model(model: nn.Module, world: World) -> None:
+    """Refuse ranks that train unlike parameters, as the stages of a pipeline do."""
+    known = [(name, p) for name, p in model.named_parameters() if not is_lazy(p)]
+    forms = "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in known)
+    mark = float(zlib.crc32(forms.encode()))
+    ends = torch.tensor([mark, -mark], dtype=torch.float64)
+    world.max([ends], "start")
+    if ends[0] != -ends[1]:
+        raise ValueError(
+            "ranks train models with unlike parameters, as the stages of a pipeline are: natgrad does not split layers "
+            "over a pipeline; build an optimizer for each stage with world=World(a process group of the ranks that "
+            "hold this stage)"
+        )
+
+
+def of_shards(reasons: Mapping[str, bool], world: World) -> None:
+    """Refuse choices that do not work where every rank has parts of the layers (fully_shard)."""
+    of_ranks = {
+        "World(owners=False)": not world.owners,
+        "World(overlap=True)": world.overlap,
+        "World(weights=)": world.weights is not None,
+        'World(gradients="local")': world.gradients == "local",
+    }
+    for reason, holds in (*reasons.items(), *of_ranks.items()):
+        if holds:
+            raise ValueError(f"{reason} does not work on a model that fully_shard has cut; leave it out")
 
 
 def groups_of(model: nn.Module, params: Iterable | None) -> list[dict[str, Any]]:

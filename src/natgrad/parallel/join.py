@@ -29,10 +29,3 @@ def leave() -> None:
     """Close the process group, if one is open."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def sharded_by(tensor: torch.Tensor) -> str | None:
-    """The name of the sharding that a tensor belongs to, None for a plain tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return "DTensor (fully_shard or tensor parallelism)" if isinstance(tensor, DTensor) else None

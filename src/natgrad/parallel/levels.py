@@ -39,6 +39,9 @@ class TwoLevels:
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
         self.whole.exchange(out, into)
 
+    def all_to_all(self, buffer: Tensor, out: Sequence[int], into: Sequence[int]) -> Tensor:
+        return self.whole.all_to_all(buffer, out, into)
+
     def split(self, per_host: int) -> tuple[Transport, Transport]:
         return self.whole.split(per_host)
 

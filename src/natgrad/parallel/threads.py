@@ -53,6 +53,11 @@ class Threads:
         board, barrier = self._meet(made)[members[0]]
         return Threads(members.index(self.rank), len(members), board, barrier)
 
+    def all_to_all(self, buffer: Tensor, out: Sequence[int], into: Sequence[int]) -> Tensor:
+        parts = [letters[self.rank] for letters in self._meet(buffer.detach().clone().split(list(out)))]
+        assert [len(part) for part in parts] == list(into)
+        return torch.cat(list(parts))
+
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
         letters = self._meet({r: t.detach().clone() for r, t in out.items()})
         for rank, tensor in into.items():

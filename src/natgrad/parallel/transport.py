@@ -1,9 +1,10 @@
-"""How flat buffers get from rank to rank: four collectives, for one rank, for processes and for threads.
+"""How flat buffers get from rank to rank: five collectives, for one rank, for processes and for threads.
 
 all_reduce(buffer [n], op)     everyone ends with the sum (or maximum) of all buffers
 reduce_scatter(chunks)         begun at once; rank r ends with the sum of everyone's chunk r
 all_gather(chunk, lengths)     everyone ends with all chunks
 exchange(out, into)            each rank sends `out[r]` to rank r and fills `into[r]` from it
+all_to_all(buffer, out, into)  rank r gets the r-th part of the buffer; returns what came, in the order of the ranks
 split(per_host)                the ranks of this rank's host, and those at its place in every host, as transports
 
 Chunks may have any lengths, the same on every rank. Owners rarely own equally much: of ResNet-50 on 107 ranks the
@@ -42,6 +43,8 @@ class Transport(Protocol):
 
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None: ...
 
+    def all_to_all(self, buffer: Tensor, out: Sequence[int], into: Sequence[int]) -> Tensor: ...
+
     def split(self, per_host: int) -> tuple[Transport, Transport]: ...
 
 
@@ -62,6 +65,9 @@ class Alone:
 
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
         return None
+
+    def all_to_all(self, buffer: Tensor, out: Sequence[int], into: Sequence[int]) -> Tensor:
+        return buffer
 
     def split(self, per_host: int) -> tuple[Transport, Transport]:
         return self, self
@@ -142,6 +148,14 @@ class Processes:
         for r, tensor in into.items():
             if incoming[r] is not tensor:
                 tensor.copy_(incoming[r])
+
+    def all_to_all(self, buffer: Tensor, out: Sequence[int], into: Sequence[int]) -> Tensor:
+        """One message, in which every rank takes part, also one that sends and receives nothing."""
+        home, sent, lent = buffer.device, self._on_wire(buffer), Lent(self._threaded)
+        received = sent.new_empty(sum(into))
+        dist.all_to_all_single(lent(received), lent(sent), list(into), list(out), group=self.group)
+        lent.take_back()
+        return received.to(home)
 
     def split(self, per_host: int) -> tuple[Transport, Transport]:
         """Process groups of every host and of every place in a host; every rank makes all of them."""

@@ -134,6 +134,19 @@ class World:
         """Where torch's Join keeps its counts."""
         return uneven.device_of(getattr(self.transport, "group", None))
 
+    @property
+    def global_ranks(self) -> list[int]:
+        """The ranks of this world by their numbers in the default process group."""
+        group = getattr(self.transport, "group", None)
+        if group is None:
+            return list(range(self.size))
+        return [dist.get_global_rank(group, rank) for rank in range(self.size)]
+
+    @property
+    def copies(self) -> int:
+        """On how many ranks each number lies that a rule works on."""
+        return 1 if self.owners else self.size
+
     def count(self, kind: str, parcels: Sequence[OwnedTensor]) -> None:
         """Add the bytes of a message to what was sent."""
         if self.size > 1:
@@ -293,6 +306,24 @@ class World:
         """Sums over what each rank owns become sums over everything, in place on all ranks."""
         if self.owners:
             self.sum(tensors, kind)
+
+    def sum_over_parts(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
+        """Sums over the numbers that each rank works on become sums over everything, in place on all ranks."""
+        self.sum_over_owners(tensors, kind)
+
+    def all_to_all(
+        self, buffer: Tensor, out: Sequence[int], into: Sequence[int], kind: str, received: Sequence[int] = ()
+    ) -> Tensor:
+        """Every rank gets its part of everybody's flat buffer; returns what came, in the order of the ranks.
+
+        out, into: numbers to and from each rank. received: numbers that each rank receives from others, for traffic.
+        """
+        if self.size == 1:
+            return buffer
+        chunks = [n * buffer.element_size() for n in received]
+        self.sent[kind] += sum(chunks)
+        self.report("all_to_all", kind, chunks)
+        return self.transport.all_to_all(buffer, out, into)
 
     def max(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
         """Every tensor becomes its maximum over ranks, in place on all ranks."""

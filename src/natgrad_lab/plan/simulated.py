@@ -197,3 +197,6 @@ class SimulatedTransport:
 
     def exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> None:
         return None
+
+    def all_to_all(self, buffer: Tensor, out: Sequence[int], into: Sequence[int]) -> Tensor:
+        return buffer.new_empty(sum(into))
