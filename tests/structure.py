@@ -24,7 +24,7 @@ def modules(source: Path) -> dict[str, Path]:
 
 
 def imports(tree: ast.AST, name: str, is_package: bool, known: set[str]) -> set[str]:
-    """The known modules that a module imports when it is loaded, type checking aside."""
+    """The known modules that a module imports when it is loaded or for its types."""
     found: set[str] = set()
     for node in loaded(tree):
         if isinstance(node, ast.Import):
@@ -42,13 +42,9 @@ def imports(tree: ast.AST, name: str, is_package: bool, known: set[str]) -> set[
 
 
 def loaded(node: ast.AST):
-    """The import statements that run when a module is loaded: none in functions or under TYPE_CHECKING."""
+    """The import statements outside functions, those under TYPE_CHECKING included."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            for other in child.orelse:
-                yield from loaded(ast.Module([other], []))
             continue
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,36 @@ from torch import Tensor, nn
 from natgrad.curvature.per_sample import Sample, scaled
 from natgrad.layers.use import Form
 
-if TYPE_CHECKING:
-    from natgrad.capture import Call, Capture
+
+class Watcher(Protocol):
+    """Who takes in what hooks see: a Capture (capture.py)."""
+
+    layers: Any
+    seconds: float
+
+    def clock(self) -> float: ...
+
+    def called(self, index: int, form: Form, output: Tensor) -> Any: ...
+
+    def arrived(self, call: Any, dy: Tensor) -> None: ...
+
+    def deposited(self, index: int, place: int, gradient: Tensor) -> None: ...
+
+    def handed(self, index: int) -> None: ...
+
+    def begin(self, given: Any) -> None: ...
+
+    def enter(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+    def end(self, logits: Any) -> Any: ...
 
 
 class Hook:
     """What all hooks share."""
 
-    def __init__(self, capture: Capture):
+    def __init__(self, capture: Watcher):
         self.capture = weakref.ref(capture)
 
     def __deepcopy__(self, memo: dict) -> Inert:
@@ -42,7 +64,7 @@ class Inert:
 class LayerHook(Hook):
     """The forward hook of a layer that no function of torch tells of: what its module was given, and what it gave."""
 
-    def __init__(self, capture: Capture, index: int):
+    def __init__(self, capture: Watcher, index: int):
         super().__init__(capture)
         self.index = index
 
@@ -64,7 +86,7 @@ class LayerHook(Hook):
 class Arrival(Hook):
     """The hook of one call's output: its gradient is known."""
 
-    def __init__(self, capture: Capture, call: Call):
+    def __init__(self, capture: Watcher, call: Any):
         super().__init__(capture)
         self.call = call
 
@@ -80,7 +102,7 @@ class Arrival(Hook):
 class Deposit(Hook):
     """The hook of a parameter: autograd is about to add to its gradient."""
 
-    def __init__(self, capture: Capture, index: int, place: int):
+    def __init__(self, capture: Watcher, index: int, place: int):
         super().__init__(capture)
         self.index, self.place = index, place
 
@@ -96,7 +118,7 @@ class Deposit(Hook):
 class Handed(Hook):
     """The hook of a sharded parameter: FSDP has added to its gradient what it has gathered from all ranks."""
 
-    def __init__(self, capture: Capture, index: int):
+    def __init__(self, capture: Watcher, index: int):
         super().__init__(capture)
         self.index = index
 
