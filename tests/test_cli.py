@@ -109,10 +109,12 @@ def test_usage_and_version_load_no_torch():
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    words = f"{sys.executable} -m natgrad_lab train --list | head -2; exit ${{PIPESTATUS[0]}}"
-    told = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "natgrad_lab", "train", "--list"]
+    told = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
     assert (told.returncode, told.stderr) == (141, "")
-    assert len(told.stdout.splitlines()) == 2
 
 
 def test_any_field_is_set_from_the_command_line(capsys):
