@@ -487,6 +487,9 @@ def refusals(rank, ranks):
     }.items():
         told[name] = refused(lambda options=options: natgrad.SPNGD(other, lr=0.1, **options))
     told["curvature step"] = refused(lambda: natgrad.NLCG(other, step=natgrad.CurvatureStep()))
+    told["preconditioner"] = refused(lambda: natgrad.Preconditioner(other))
+    averaged = natgrad.World(gradients="averaged")  # as FSDP does: no reason to do without owners
+    told["averaged"] = refused(lambda: natgrad.SPNGD(other, lr=0.1, world=averaged))
     second = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
     both = parallelize_module(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), second["tp"], plan)
     fully_shard(both, mesh=second["dp"])
@@ -510,6 +513,8 @@ def test_refusals_say_what_to_do(two):
             "overlap": ("overlap=True",),
             "length": ("of your own",),
             "curvature step": ("CurvatureStep",),
+            "preconditioner": ("Preconditioner",),
+            "averaged": ("nothing was refused",),
         }.items():
             assert all(word in told[name] for word in words), (name, told[name])
             assert "\n" not in told[name]
