@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/natgrad compare digits --ranks 2 --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
