@@ -17,8 +17,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)
+    modes = torch._C._len_torch_function_stack()
     yield
     torch.compiler.set_stance("default")
+    assert torch._C._len_torch_function_stack() == modes, "a mode was left behind"
 
 
 @pytest.fixture

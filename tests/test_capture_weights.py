@@ -1,5 +1,7 @@
 """A layer is what is done with its weight: exact for whoever uses a weight himself, whatever his modules are called."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -432,3 +434,16 @@ def test_an_evaluation_stays_compiled_while_a_step_is_to_be_measured():
         compiled(x), other(x)
     assert len(runs) == 2
     torch._dynamo.reset()
+
+
+def test_an_optimizer_that_is_collected_in_the_middle_of_a_pass_leaves_no_mode():
+    """A forgotten optimizer watches until it is collected, and that may be while its model computes."""
+    model, loss = case("encoder")
+    opt = natgrad.SPNGD(model, lr=0.01)
+    capture = weakref.ref(opt.engine.capture)
+    model.head.register_forward_pre_hook(lambda *_: (gc.collect(), None)[1])
+    del opt
+    loss(model, slice(None))
+    assert torch._C._len_torch_function_stack() == 0
+    gc.collect()
+    assert capture() is None

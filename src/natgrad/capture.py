@@ -351,7 +351,7 @@ class Capture:
         depth = getattr(self.depth, "value", 0)
         self.depth.value = depth + 1
         if depth == 0 and self.calls is not None:
-            self.calls.enter()
+            self.calls.enter(self)
 
     def leave(self) -> None:
         """It returns, or fails."""

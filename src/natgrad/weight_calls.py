@@ -53,6 +53,7 @@ class Functions(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.watching: list[WeightCalls] = []
+        self.holders: dict[int, object] = {}  # of those who watch: collected as garbage, nobody would take them out
         self.flat: Flat | None = None
 
     def __torch_function__(
@@ -116,21 +117,24 @@ class WeightCalls:
         self.own = {id(p): (k, place) for k, layer in layers.items() for place, p in enumerate(layer.parameters)}
         self.begin()
 
-    def enter(self) -> None:
-        """Watch in this thread."""
+    def enter(self, holder: object) -> None:
+        """Watch in this thread, on behalf of `holder`."""
         mode = getattr(_here, "mode", None)
         if mode is None:
             mode = _here.mode = Functions()
         if not mode.there:  # what watched when an interrupt or a backward pass ended does so no more
             mode.watching.clear()
+            mode.holders.clear()
             mode.__enter__()
         mode.watching.append(self)
+        mode.holders[id(self)] = holder
 
     def leave(self) -> None:
         """Watch no more, wherever an interrupt has left the mode."""
         mode = getattr(_here, "mode", None)
         if mode is not None and self in mode.watching:
             mode.watching.remove(self)
+            mode.holders.pop(id(self), None)
             if not mode.watching:
                 mode.remove()
 
