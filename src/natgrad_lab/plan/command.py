@@ -16,7 +16,7 @@ from natgrad_lab.plan.advice import advise, parsed
 from natgrad_lab.plan.machines import named
 from natgrad_lab.plan.remedies import in_words, remedies
 from natgrad_lab.plan.scaling import Network, Planner, scaled
-from natgrad_lab.plan.shape_only import asked, numbers, taken
+from natgrad_lab.plan.shape_only import CLASSES, asked, numbers, taken
 from natgrad_lab.recipes import find
 from natgrad_lab.train.arguments import parse
 from natgrad_lab.train.optimizers import KFac, Nlcg, Seng, Settings, Sgd, SpNgd
@@ -119,7 +119,7 @@ def classes_of(recipe: Recipe) -> int:
     try:
         return recipe.data.classes()
     except ValueError:
-        return 1000
+        return CLASSES
 
 
 def steps_of(recipe: Recipe, options: PlanOptions) -> Callable[[int], int | None]:
