@@ -252,6 +252,15 @@ def test_rows_are_the_gradients_of_single_samples(name):
                 assert_close(part.reshape(parameter.shape), known[parameter], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [*SEQUENCES, *IMAGES, *TOKENS])
+def test_a_weight_in_several_places_is_counted_and_placed_once(name):
+    model, _ = case(name)
+    opt = natgrad.SPNGD(model, lr=0.01)
+    assert sum(row.parameters for row in opt.coverage()) == sum(p.numel() for p in model.parameters())
+    placed = [id(p) for cell in opt.cells for p in cell.layer.parameters]
+    assert len(placed) == len(set(placed)) == len(list(model.parameters()))
+
+
 def test_the_factors_of_attention_are_those_of_its_product():
     """Queries, keys and values are one product of 24 outputs: A the mean of its inputs, G the sum of its gradients."""
     model, loss = case("attention")
