@@ -58,8 +58,8 @@ CHOICES: dict[str, Settings] = {
     "damping 1e-4": replace(SPNGD, damping=1e-4),
     "every step": replace(SPNGD, refresh=1),
     "K-FAC": KFAC,
-    "K-FAC, every 10 steps, decay 0.95": replace(KFAC, refresh=10, decay=0.95),
-    "K-FAC, every step, decay 0.95": replace(KFAC, refresh=1, decay=0.95),
+    "K-FAC, every 10 steps, decay 0.95": replace(KFAC, refresh=10, ema_decay=0.95),
+    "K-FAC, every step, decay 0.95": replace(KFAC, refresh=1, ema_decay=0.95),
     "K-FAC, norms unit-wise": replace(KFAC, norms="unitwise"),
 }
 """The first is SPNGD as it is, of which those below say what is different; then KFAC."""

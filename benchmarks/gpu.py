@@ -118,7 +118,8 @@ def small_problem(name: str, device: torch.device, **options: Any) -> Tensor:
     x, y = torch.randn(6, 32, 3, 8, 8, dtype=torch.float64), torch.randint(5, (6, 32))
     model, x, y = model.to(device), x.to(device), y.to(device)
     if name != "NLCG":
-        options = {"damping": 0.1, "refresh": 2, "samples": None, **options}
+        rows = "samples" if name == "SENG" else "rows_per_dim"
+        options = {"damping": 0.1, "refresh": 2, rows: None, **options}
     if name == "SENG":
         options["sketch"] = None
     optimizer = getattr(natgrad, name)(model, lr=0.02, **options)

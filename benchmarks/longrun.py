@@ -32,7 +32,7 @@ def contenders(task: str) -> list[Contender]:
     return [
         Contender("default", BASE, space),
         Contender("every step", replace(BASE, refresh=1), space),
-        Contender("every step, every row", replace(BASE, refresh=1, samples=None), space),
+        Contender("every step, every row", replace(BASE, refresh=1, rows_per_dim=None), space),
     ]
 
 

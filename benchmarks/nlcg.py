@@ -36,7 +36,7 @@ SCHEDULES = {
     "authors": RootWarmUp(Piecewise((0.51, 0.765), (1.0, 0.1, 0.01)), length=0.125, start=0.001),
     "constant": Constant(),
 }
-MEASURED: dict[str, Any] = {"damping": 1e-2, "samples": None, "decay": 0.9, "fisher": "sampled"}
+MEASURED: dict[str, Any] = {"damping": 1e-2, "rows_per_dim": None, "ema_decay": 0.9, "fisher": "sampled"}
 BLOCKS = {"curvature": natgrad.spngd_blocks, **MEASURED}
 KRONECKER = {"preconditioner": natgrad.spngd_blocks, **MEASURED}
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]

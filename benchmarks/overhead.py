@@ -151,7 +151,7 @@ CONTENDERS = {
     "SGD": sgd,
     "nothing stale": spngd(refresh=NEVER),
     "all stale": spngd(refresh=1),
-    "all stale, every row": spngd(refresh=1, samples=None),
+    "all stale, every row": spngd(refresh=1, rows_per_dim=None),
     "SENG, between": seng(refresh=NEVER),
     "SENG, measuring": seng(refresh=1),
     "NLCG": lambda model: natgrad.NLCG(model, lr=0.01),

@@ -38,7 +38,7 @@ REFRESH = 2  # of those that measure: every other step
 CONTENDERS: dict[str, Settings] = {
     "SGD": Sgd(),
     "SP-NGD": SpNgd(lr=1e-3, refresh=REFRESH),
-    "SP-NGD, every row": SpNgd(lr=1e-3, refresh=REFRESH, samples=None),
+    "SP-NGD, every row": SpNgd(lr=1e-3, refresh=REFRESH, rows_per_dim=None),
     "K-FAC": KFac(lr=1e-3, refresh=REFRESH),
     "SENG": Seng(refresh=REFRESH),
     "NLCG": Nlcg(lr=1e-3),

@@ -123,7 +123,7 @@ class Released(SpNgd):
 @cache
 def planned(planner: Planner, full: bool, gpus: int) -> Account:
     """The program on so many GPUs; who owns what and what is sent depends on neither the constants nor the rows."""
-    plain: dict[str, Any] = {"samples": 8, "refresh": 1, "norms": "full" if full else "unitwise"}
+    plain: dict[str, Any] = {"rows_per_dim": 8, "refresh": 1, "norms": "full" if full else "unitwise"}
     cells = planner.account(SpNgd(**plain), 1, 32).cells
     order = tuple(cell.name for cell in sorted(cells, key=link_name))
     return planner.account(Released(order=order, weights_wire="float16", **plain), gpus, 32 * gpus)

@@ -16,7 +16,7 @@ from batches import Data
 from overhead import Case, Contender, sgd, spngd
 from torch.profiler import ProfilerActivity, profile
 
-CASES = {"all stale": {"refresh": 1}, "all stale, every row": {"refresh": 1, "samples": None}}
+CASES = {"all stale": {"refresh": 1}, "all stale, every row": {"refresh": 1, "rows_per_dim": None}}
 STEPS = 7
 
 

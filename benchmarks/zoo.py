@@ -43,7 +43,7 @@ def seeded(zoo: Zoo) -> torch.nn.Module:
 def shares(zoo: Zoo) -> dict[str, Any]:
     """The share of weights with curvature, before and after a step of SPNGD, and why the others have none."""
     model = seeded(zoo).double()
-    opt = natgrad.SPNGD(model, lr=1e-30, samples=None)
+    opt = natgrad.SPNGD(model, lr=1e-30, rows_per_dim=None)
     before = opt.coverage().share
     zoo.loss(model, slice(None)).backward()
     opt.step()

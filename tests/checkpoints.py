@@ -28,8 +28,8 @@ CONV = Recipe(
 SETTINGS = [
     Sgd(lr=0.1, nesterov=True, weight_decay=1e-3),
     AdamW(),
-    SpNgd(lr=0.05, refresh=None, decay=0.5, rescale="always", coefficient="tied", displaced=True),
-    SpNgd(lr=0.05, weights_wire="bfloat16", samples=None),
+    SpNgd(lr=0.05, refresh=None, ema_decay=0.5, rescale="always", coefficient="tied", displaced=True),
+    SpNgd(lr=0.05, weights_wire="bfloat16", rows_per_dim=None),
     SpNgd(lr=0.05, refresh=1, refresh_share=0.1),
     KFac(lr=0.05, refresh=2, inverse="eigen", gather="directions"),
     Seng(lr=0.1, refresh=3, samples=40),

@@ -104,7 +104,7 @@ CASES = {
         model, 0.02, params=groups(model), length=natgrad.plain, rule=COUPLED, damping=3e-2, world=world
     ),
     "spngd, rescaled displacements": spngd(rescale="always", rule=Momentum(displaced=True)),
-    "spngd, running means, all rows": spngd(samples=None, decay=0.5, refresh=2),
+    "spngd, running means, all rows": spngd(rows_per_dim=None, ema_decay=0.5, refresh=2),
     "spngd, clipped, decay": spngd(max_norm=0.5, weight_decay=0.05, rule=COUPLED),
     "spngd, sampled labels": spngd(fisher="sampled"),
     "spngd, directions": spngd(gather="directions"),

@@ -37,7 +37,9 @@ def made(kind, model, **options):
         blocks = options.pop("curvature", natgrad.spngd_blocks)
         options = {"preconditioner": blocks, "step": natgrad.Scheduled(feedback=None), **options}
     if kind is natgrad.SENG:
-        options = {k: v for k, v in options.items() if k not in ("decay", "curvature")}
+        options = {k: v for k, v in options.items() if k not in ("ema_decay", "curvature")}
+        if "rows_per_dim" in options:
+            options["samples"] = options.pop("rows_per_dim")
         if isinstance(options.get("refresh"), natgrad.Adaptive):
             options["refresh"] = 3
     return kind(model, **options)

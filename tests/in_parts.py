@@ -41,19 +41,19 @@ def built(kind=Uneven, seed=0):
     return kind().double()
 
 
-SPNGD = {"lr": 0.02, "damping": 0.03, "samples": None, "refresh": 3, "weight_decay": 1e-3}
+SPNGD = {"lr": 0.02, "damping": 0.03, "rows_per_dim": None, "refresh": 3, "weight_decay": 1e-3}
 TRUST = {"length": natgrad.trust, "rule": natgrad.Momentum(before=True)}
 OPTIMIZERS = {
     "spngd": lambda m, **o: natgrad.SPNGD(m, **SPNGD, **o),
-    "kfac": lambda m, **o: natgrad.KFAC(m, lr=0.02, damping=0.03, samples=None, refresh=3, **o),
-    "kfac trust": lambda m, **o: natgrad.KFAC(m, lr=0.02, damping=0.03, samples=None, refresh=3, **TRUST, **o),
+    "kfac": lambda m, **o: natgrad.KFAC(m, lr=0.02, damping=0.03, rows_per_dim=None, refresh=3, **o),
+    "kfac trust": lambda m, **o: natgrad.KFAC(m, lr=0.02, damping=0.03, rows_per_dim=None, refresh=3, **TRUST, **o),
     "spngd clip": lambda m, **o: natgrad.SPNGD(m, **SPNGD, length=natgrad.KLClip(), max_norm=0.5, **o),
     "nlcg": lambda m, **o: natgrad.NLCG(m, lr=0.05, weight_decay=1e-3, step=natgrad.Scheduled(feedback=None), **o),
     "nlcg curved": lambda m, **o: natgrad.NLCG(
         m,
         lr=0.02,
         preconditioner=natgrad.spngd_blocks,
-        samples=None,
+        rows_per_dim=None,
         damping=0.03,
         refresh=3,
         step=natgrad.Scheduled(feedback=None),

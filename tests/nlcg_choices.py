@@ -12,7 +12,7 @@ METRICS = {
     "identity": {"preconditioner": None},
     "second moment": {"preconditioner": natgrad.SecondMoment(), "lr": 0.01},
     "kronecker": {"preconditioner": natgrad.spngd_blocks, "damping": 0.03},
-    "sketch": {"preconditioner": SAMPLED, "damping": 1.0, "samples": 16},
+    "sketch": {"preconditioner": SAMPLED, "damping": 1.0},
     "faithful": {"mode": "faithful"},
 }
 

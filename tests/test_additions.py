@@ -115,7 +115,7 @@ def with_all(model, world=None):
         model,
         lr=0.05,
         momentum=0.8,
-        samples=None,
+        rows_per_dim=None,
         curvature=lambda layer, samples, max_size: natgrad.Identity() if layer.kind == "loose" else Outputs(samples),
         refresh=Doubling(),
         rule=Nesterov(),
@@ -134,7 +134,7 @@ def test_a_layer_of_your_own_is_what_it_computes(known, double):
         plain[0].weight.copy_(model[0].weight.flip(-1))
     batches = [points(16, k, torch.float64) for k in range(5)]
     for m in (model, plain):
-        opt = natgrad.SPNGD(m, lr=0.1, samples=None, refresh=2)
+        opt = natgrad.SPNGD(m, lr=0.1, rows_per_dim=None, refresh=2)
         assert all(row.covered for row in opt.coverage())
         train(opt, m, batches)
     assert_close(model[0].weight.flip(-1), plain[0].weight)

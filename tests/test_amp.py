@@ -14,7 +14,7 @@ BATCHES = [points(16, k) for k in range(5)]
 
 
 def spngd(model, **options):
-    return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 2, **options})
+    return natgrad.SPNGD(model, **{"lr": 0.05, "rows_per_dim": None, "refresh": 2, **options})
 
 
 def scaled(model, opt, scaler, batches, between=lambda: None, spoil=()):
@@ -179,7 +179,7 @@ def test_bf16_autocast(kind):
 def test_half_precision_models(dtype):
     """Small steps add up in the masters though each is lost in the parameter."""
     model = mlp().to(dtype)
-    opt = natgrad.SPNGD(model, lr=1e-4, samples=None, momentum=0.0)
+    opt = natgrad.SPNGD(model, lr=1e-4, rows_per_dim=None, momentum=0.0)
     start, total = weights(model), torch.zeros(len(weights(model)))
     losses = []
     for _ in range(60):
@@ -197,7 +197,7 @@ def test_half_precision_models(dtype):
 
 def test_a_half_precision_weight_that_somebody_sets_stays_set():
     model = mlp().bfloat16()
-    opt = natgrad.SPNGD(model, lr=1e-4, samples=None)
+    opt = natgrad.SPNGD(model, lr=1e-4, rows_per_dim=None)
     train(opt, model, [points(16, 0, torch.bfloat16)])
     with torch.no_grad():
         model[0].weight.fill_(0.25)

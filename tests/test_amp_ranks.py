@@ -16,7 +16,7 @@ BATCHES = [points(16, k, torch.float64) for k in range(4)]
 
 
 def spngd(model, **options):
-    return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 2, **options})
+    return natgrad.SPNGD(model, **{"lr": 0.05, "rows_per_dim": None, "refresh": 2, **options})
 
 
 def scaled(start, steps, known, between, **world):
@@ -43,7 +43,7 @@ def unscale(opt, scaler, model):
 
 
 def clip(opt, scaler, model):
-    opt.reduce()
+    opt.average_gradients()
     scaler.unscale_(opt)
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
@@ -83,4 +83,10 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(way, double):
 def test_what_leaves_before_the_step_needs_the_scaler(way, double):
     _, between, world = WAYS[way]
     with pytest.raises(ValueError, match=r"sent to other ranks.*scaler="):
-        scaled(mlp().double(), BATCHES[:1], False, between if way == "early" else lambda o, s, m: o.reduce(), **world)
+        scaled(
+            mlp().double(),
+            BATCHES[:1],
+            False,
+            between if way == "early" else lambda o, s, m: o.average_gradients(),
+            **world,
+        )

@@ -14,10 +14,10 @@ def test_reduce_then_clip_equals_max_norm(double):
     batches = [Net.batch(24, k) for k in range(4)]
 
     def plain(model, world, **options):
-        return natgrad.SPNGD(model, lr=0.02, samples=None, world=world, **options)
+        return natgrad.SPNGD(model, lr=0.02, rows_per_dim=None, world=world, **options)
 
     def clip(opt):
-        opt.reduce()
+        opt.average_gradients()
         norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 0.1)
         assert norm > 0.1  # it clips
 
@@ -48,7 +48,7 @@ def test_gradients_that_somebody_averaged_are_left_alone(said, double):
 
 
 def build_plain(model, world):
-    return natgrad.SPNGD(model, lr=0.02, samples=None, world=world)
+    return natgrad.SPNGD(model, lr=0.02, rows_per_dim=None, world=world)
 
 
 def test_a_change_of_mind_about_averaging_is_refused(double):

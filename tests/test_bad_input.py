@@ -30,14 +30,14 @@ VALUES = [
     ("momentum", NAN, "at least 0"),
     ("weight_decay", -1e-4, "at least 0"),
     ("weight_decay", INF, "at least 0"),
-    ("samples", 0, "or None"),
-    ("samples", 1.5, "whole number"),
-    ("samples", True, "whole number"),
+    ("rows_per_dim", 0, "or None"),
+    ("rows_per_dim", 1.5, "whole number"),
+    ("rows_per_dim", True, "whole number"),
     ("max_size", 0, "whole number"),
     ("max_norm", 0, "above 0"),
     ("max_norm", NAN, "above 0"),
-    ("decay", 1, "below 1"),
-    ("decay", -0.5, "at least 0"),
+    ("ema_decay", 1, "below 1"),
+    ("ema_decay", -0.5, "at least 0"),
     ("refresh", 0, "1 or more"),
     ("refresh", -3, "1 or more"),
     ("refresh", 2.5, "whole number"),
@@ -83,7 +83,7 @@ def test_numbers_of_numpy_and_tensors_are_numbers():
     import numpy as np
 
     natgrad.SPNGD(mlp(), lr=np.float64(0.1), damping=np.float64(1e-2))
-    natgrad.SPNGD(mlp(), lr=0.1, samples=int(np.int64(4)))
+    natgrad.SPNGD(mlp(), lr=0.1, rows_per_dim=int(np.int64(4)))
 
 
 @pytest.mark.parametrize("build", [natgrad.SPNGD, natgrad.KFAC])

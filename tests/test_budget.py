@@ -243,7 +243,7 @@ def steps(opt, model, numbers, world=None, data=images):
 
 KINDS = {
     "SPNGD": lambda m, r, w: spngd(m, r, w),
-    "every row": lambda m, r, w: spngd(m, r, w, samples=None),
+    "every row": lambda m, r, w: spngd(m, r, w, rows_per_dim=None),
     "sampled labels": lambda m, r, w: spngd(m, r, w, fisher="sampled"),
     "KFAC": lambda m, r, w: natgrad.KFAC(m, 0.05, refresh=r, world=w),
     "eigenvectors": lambda m, r, w: spngd(m, r, w, curvature=natgrad.LayerBlocks(natgrad.EigenKronecker, natgrad.Full)),
@@ -379,8 +379,8 @@ def test_a_run_that_was_stopped_decides_as_one_that_was_not(ranks, then):
 def test_what_a_budgeted_step_takes_is_what_an_unlimited_one_has():
     """Statistics measured in a step are those of that step to the last bit; inverses are those of the statistics."""
     model, other = resnet().double(), resnet().double()
-    own = natgrad.SPNGD(model, 1e-30, refresh=Budget(0.3, 1), samples=None, damping=0.03)
-    every = natgrad.SPNGD(other, 1e-30, refresh=1, samples=None, damping=0.03)
+    own = natgrad.SPNGD(model, 1e-30, refresh=Budget(0.3, 1), rows_per_dim=None, damping=0.03)
+    every = natgrad.SPNGD(other, 1e-30, refresh=1, rows_per_dim=None, damping=0.03)
     compared = inverted = 0
     for step in range(25):
         x, y = images(step)

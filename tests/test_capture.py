@@ -12,7 +12,7 @@ from helpers import Two, backward, clone, forget, points, row, statistic, train,
 
 
 def spngd(model, **options):
-    return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 1, **options})
+    return natgrad.SPNGD(model, **{"lr": 0.05, "rows_per_dim": None, "refresh": 1, **options})
 
 
 def reference(batches, model=None):
@@ -79,7 +79,7 @@ def test_a_compiled_model_measures_the_same():
     model = Two()
     plain = clone(model)
     compiled = torch.compile(model, backend=backend)
-    opt, other = (natgrad.SPNGD(m, lr=0.05, samples=None, refresh=3) for m in (compiled, plain))
+    opt, other = (natgrad.SPNGD(m, lr=0.05, rows_per_dim=None, refresh=3) for m in (compiled, plain))
     train(other, plain, [points(12, k) for k in range(3)])  # two steps measure nothing
     del other
     forget()

@@ -14,7 +14,7 @@ from helpers import Opaque, Two, backward, clone, hooks, mlp, points, quiet, row
 
 
 def spngd(model, **options):
-    return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 1, **options})
+    return natgrad.SPNGD(model, **{"lr": 0.05, "rows_per_dim": None, "refresh": 1, **options})
 
 
 class Behind(Two):

@@ -11,7 +11,7 @@ from natgrad.capture import samples_of
 
 
 def spngd(model, **options):
-    return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 1, **options})
+    return natgrad.SPNGD(model, **{"lr": 0.05, "rows_per_dim": None, "refresh": 1, **options})
 
 
 def final(disturb, steps=3):

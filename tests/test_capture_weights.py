@@ -264,7 +264,7 @@ def test_a_weight_in_several_places_is_counted_and_placed_once(name):
 def test_the_factors_of_attention_are_those_of_its_product():
     """Queries, keys and values are one product of 24 outputs: A the mean of its inputs, G the sum of its gradients."""
     model, loss = case("attention")
-    opt = natgrad.SPNGD(model, lr=1e-30, samples=None)
+    opt = natgrad.SPNGD(model, lr=1e-30, rows_per_dim=None)
     attention = model.attention
     loss(model, slice(None)).backward()
     opt.step()
@@ -308,7 +308,7 @@ def test_experts_are_blocks_of_the_rows_that_each_has_seen(across):
     torch.manual_seed(0)
     model = Routed(across).double()
     parts = torch.nn.ModuleList(nn.Linear(8, 6, bias=False) for _ in range(4)).double()
-    opt = natgrad.SPNGD(model, lr=1e-30, samples=None)
+    opt = natgrad.SPNGD(model, lr=1e-30, rows_per_dim=None)
     tokens = TEXT
     with torch.no_grad():
         rows = torch.tanh(model.table(tokens)).flatten(0, 1)
@@ -349,7 +349,7 @@ def test_a_grouped_product_is_that_of_the_experts_one_after_the_other(across):
     for grouped in (False, True):
         torch.manual_seed(0)
         model = Routed(across, grouped, width=8).float()
-        opt = natgrad.SPNGD(model, lr=1e-30, samples=None)
+        opt = natgrad.SPNGD(model, lr=1e-30, rows_per_dim=None)
         F.cross_entropy(model(TEXT), LABELS).backward()
         opt.step()
         assert all(row.covered for row in opt.coverage())

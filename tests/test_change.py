@@ -45,7 +45,7 @@ def test_what_was_shown_is_the_curvature_along_the_steps(rule, double):
     """s . (g' - g) from displacements and gradients; predictions from what last_step told; sums with the memory."""
     model = Mixed()
     length = natgrad.MeasuredChange(0.05, first=3.0, least=1e-3, memory=0.6)
-    opt = natgrad.SPNGD(model, lr=0.3, samples=None, refresh=2, rule=rule, length=length, weight_decay=0.01)
+    opt = natgrad.SPNGD(model, lr=0.3, rows_per_dim=None, refresh=2, rule=rule, length=length, weight_decay=0.01)
     loose = [c.name for c in opt.cells if c.name == "gain"]
     curved = [n for n, _ in model.named_parameters() if n not in loose]
     assert loose == ["gain"]
@@ -103,7 +103,7 @@ class Sometimes(nn.Module):
 
 def test_a_layer_that_stood_still_is_not_looked_back_upon(double):
     model = Sometimes()
-    opt = natgrad.SPNGD(model, lr=0.3, samples=None, refresh=1)
+    opt = natgrad.SPNGD(model, lr=0.3, rows_per_dim=None, refresh=1)
     for k, used in enumerate((True, True, False, True, True)):
         model.used = used
         backward(model, points(16, k, torch.float64))
@@ -120,7 +120,7 @@ def test_what_was_learned_is_part_of_the_state(kind, double):
     """A resumed run goes on to the last bit; states of versions without these numbers begin anew."""
     data = batches(Mixed, 8)
     model = Mixed()
-    build = lambda m: made(kind, m, lr=0.3, samples=None, refresh=1, length=natgrad.MeasuredChange(0.01))  # noqa: E731
+    build = lambda m: made(kind, m, lr=0.3, rows_per_dim=None, refresh=1, length=natgrad.MeasuredChange(0.01))  # noqa: E731
     opt = build(model)
     train(opt, model, data[:4])
     other = clone(model)

@@ -86,7 +86,7 @@ def assert_same(one, other):
 def test_a_run_means_the_same_on_other_ranks(tmp_path, splits):
     """Mixup's partners, gradients and statistics of 4 ranks on 2 and 3: the weights of the undisturbed run."""
     recipe = replace(
-        CONV, model=Mlp((12,)), optimizer=SpNgd(lr=0.05, samples=None, refresh=2), micro_batch=None, steps=8
+        CONV, model=Mlp((12,)), optimizer=SpNgd(lr=0.05, rows_per_dim=None, refresh=2), micro_batch=None, steps=8
     )
     recipe = replace(
         recipe, regularisation=Regularisation(mixup=0.4)

@@ -479,7 +479,7 @@ def test_the_statistics_of_what_is_left_are_those_without_the_others():
     """A layer that goes astray takes nothing from its neighbours."""
     torch.manual_seed(0)
     model = Masked()
-    opt = natgrad.SPNGD(model, lr=1e-30, samples=None)
+    opt = natgrad.SPNGD(model, lr=1e-30, rows_per_dim=None)
     x, y = points(8, 0)
     out = model(x)
     out.retain_grad()

@@ -44,7 +44,7 @@ def test_factors_under_autocast_are_those_of_double_precision(dtype):
     """A of what the layers saw, to single precision: products under autocast would be rounded, and overflow."""
     torch.manual_seed(0)
     model, seen = wide(), {}
-    opt = natgrad.SPNGD(model, lr=1e-6, samples=None)
+    opt = natgrad.SPNGD(model, lr=1e-6, rows_per_dim=None)
     for name, module in model.named_children():
         module.register_forward_hook(lambda m, a, out, name=name: seen.update({name: a[0].detach().double()}))
     with torch.autocast("cpu", dtype):
@@ -181,7 +181,7 @@ def test_evaluation_in_any_mode_between_passes_changes_nothing(kind):
     for busy in (False, True):
         torch.manual_seed(0)
         model = mlp()
-        opt = made(kind, model, lr=0.05, samples=2, refresh=1)
+        opt = made(kind, model, lr=0.05, rows_per_dim=2, refresh=1)
         average = torch.optim.swa_utils.AveragedModel(model) if busy else None
         for k in range(4):
             if busy:

@@ -55,7 +55,7 @@ def test_a_step_is_the_pi_damped_inverse_times_the_gradient(problem, optimizer):
     start = [p.detach().clone() for p in model.parameters()]
     gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     expected = inverse @ list(gradients)
-    opt = optimizer(model, lr=1.0, momentum=0.0, damping=0.03, samples=None, length=natgrad.plain)
+    opt = optimizer(model, lr=1.0, momentum=0.0, damping=0.03, rows_per_dim=None, length=natgrad.plain)
     F.cross_entropy(model(x), y).backward()
     opt.step()
     for p, s, e in zip(model.parameters(), start, expected):
@@ -66,7 +66,7 @@ def test_factors_are_the_same(problem):
     model, x, y = problem
     theirs = reference(model, x, y)
     theirs.compute_kronecker_factors()
-    opt = natgrad.SPNGD(model, lr=1.0, samples=None)
+    opt = natgrad.SPNGD(model, lr=1.0, rows_per_dim=None)
     F.cross_entropy(model(x), y).backward()
     opt.step()
     for cell in opt.cells:

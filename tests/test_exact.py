@@ -38,8 +38,8 @@ def step(layer, x, optimizer=natgrad.SPNGD, **options):
         "lr": 1.0,
         "momentum": 0.0,
         "damping": DAMPING,
-        "samples": None,
-        "decay": 0.0,
+        "rows_per_dim": None,
+        "ema_decay": 0.0,
         "length": natgrad.plain,
         "predictions": 1,  # the head mixes the places of a sample
         **options,
@@ -214,7 +214,7 @@ def test_layers_of_a_deep_model_take_their_own_steps(double):
     rows = (with_ones(x), with_ones(torch.tanh(hidden)).detach())
     model = nn.Sequential(first, nn.Tanh(), second)
     start = [[p.detach().clone() for p in layer.parameters()] for layer in (first, second)]
-    opt = natgrad.SPNGD(model, lr=1.0, momentum=0.0, damping=DAMPING, samples=None, length=natgrad.plain)
+    opt = natgrad.SPNGD(model, lr=1.0, momentum=0.0, damping=DAMPING, rows_per_dim=None, length=natgrad.plain)
     F.cross_entropy(model(x), y).backward()
     gradients = [[p.grad.clone() for p in layer.parameters()] for layer in (first, second)]
     opt.step()

@@ -32,7 +32,7 @@ def build(name, seed=0):
 
 def spngd(model, **options):
     refresh = natgrad.Adaptive(tolerance=0.5, at=24)
-    return natgrad.SPNGD(model, lr=0.02, damping=0.03, samples=None, refresh=refresh, **options)
+    return natgrad.SPNGD(model, lr=0.02, damping=0.03, rows_per_dim=None, refresh=refresh, **options)
 
 
 def seng(model, **options):

@@ -82,7 +82,7 @@ def built(kind, model, **options):
     """An optimizer that draws nothing at random and has measured anew in every second step."""
     if kind is natgrad.SENG:
         options = {"sketch": None, **options}
-    return made(kind, model, **{"lr": 0.02, "damping": 0.3, "samples": None, "refresh": 2, **options})
+    return made(kind, model, **{"lr": 0.02, "damping": 0.3, "rows_per_dim": None, "refresh": 2, **options})
 
 
 def descend(model, opt, x, y, context=None):
@@ -313,7 +313,7 @@ def test_eigenvalues_are_those_of_a_cpu(where):
 @everywhere
 def test_a_run_survives_a_statistic_that_is_not_positive(where):
     """A statistic that something has spoilt is inverted with more damping, and the run counts it."""
-    model, opt, _ = trained(natgrad.KFAC, Images(), where.device, steps=3, refresh=10**9, decay=0.9)
+    model, opt, _ = trained(natgrad.KFAC, Images(), where.device, steps=3, refresh=10**9, ema_decay=0.9)
     for key in "AG":
         opt.state[model.head.weight][key].neg_()
     opt.param_groups[0]["damping"] = 0.2  # another damping is another inverse
@@ -337,7 +337,7 @@ def test_sketches_work_on_every_device(sketch, where):
 @pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.KFAC, natgrad.SENG], ids=lambda o: o.__name__)
 def test_draws_on_a_device_follow_from_the_seed(kind, where):
     model = Images()
-    runs = [trained(kind, model, where.device, samples=2, refresh=1, seed=seed)[0] for seed in (1, 1, 2)]
+    runs = [trained(kind, model, where.device, rows_per_dim=2, refresh=1, seed=seed)[0] for seed in (1, 1, 2)]
     first, again, other = (weights(run) for run in runs)
     assert_close(again, first, rtol=1e-9, atol=1e-11)
     assert float((other - first).norm()) > 1e-4

@@ -57,7 +57,7 @@ def falling(k):
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
 def test_a_recorded_step_is_the_step(kind, rule, length, double):
     """With a schedule, weight decay, parameters without curvature, and measurements in between."""
-    build = lambda m: kind(m, lr=0.1, rule=rule, length=length, weight_decay=0.01, refresh=4, samples=None)  # noqa: E731
+    build = lambda m: kind(m, lr=0.1, rule=rule, length=length, weight_decay=0.01, refresh=4, rows_per_dim=None)  # noqa: E731
     batches = [Mixed.batch(12, k) for k in range(12)]
     (plain_model, plain), (model, opt) = pair(Mixed(), build)
     walk(plain, plain_model, batches, falling)
@@ -78,7 +78,7 @@ def test_groups_with_rates_of_their_own(double):
             {"params": [p for n, p in named.items() if "bias" in n], "weight_decay": 0.0},
             {"params": [p for n, p in named.items() if "bias" not in n], "lr": 0.03, "weight_decay": 0.1},
         ]
-        return natgrad.SPNGD(m, lr=0.1, params=groups, samples=None, max_norm=0.5)
+        return natgrad.SPNGD(m, lr=0.1, params=groups, rows_per_dim=None, max_norm=0.5)
 
     (plain_model, plain), (model, opt) = pair(Mixed(), build)
     for k in range(9):
@@ -106,7 +106,9 @@ class Forked(nn.Module):
 
 
 def test_each_set_of_layers_has_a_program(double):
-    (plain_model, plain), (model, opt) = pair(Forked(), lambda m: natgrad.SPNGD(m, lr=0.1, samples=None, refresh=50))
+    (plain_model, plain), (model, opt) = pair(
+        Forked(), lambda m: natgrad.SPNGD(m, lr=0.1, rows_per_dim=None, refresh=50)
+    )
     for k in range(16):
         for o, m in ((plain, plain_model), (opt, model)):
             m.used = k % 2
@@ -120,7 +122,7 @@ def test_each_set_of_layers_has_a_program(double):
 
 @pytest.mark.parametrize("change", ["momentum", "weight_decay", "moved weights", "loaded state"])
 def test_what_is_constant_may_change(change, double):
-    build = lambda m: natgrad.SPNGD(m, lr=0.1, samples=None, weight_decay=0.01)  # noqa: E731
+    build = lambda m: natgrad.SPNGD(m, lr=0.1, rows_per_dim=None, weight_decay=0.01)  # noqa: E731
     (plain_model, plain), (model, opt) = pair(Mixed(), build)
     batches = [Mixed.batch(12, k) for k in range(12)]
     for o, m in ((plain, plain_model), (opt, model)):
@@ -138,7 +140,7 @@ def test_what_is_constant_may_change(change, double):
 
 
 def test_a_step_that_is_skipped_changes_nothing(double):
-    (plain_model, plain), (model, opt) = pair(Mixed(), lambda m: natgrad.SPNGD(m, lr=0.1, samples=None))
+    (plain_model, plain), (model, opt) = pair(Mixed(), lambda m: natgrad.SPNGD(m, lr=0.1, rows_per_dim=None))
     for o, m in ((plain, plain_model), (opt, model)):
         for k in range(8):
             backward(m, Mixed.batch(12, k))
@@ -152,7 +154,7 @@ def test_a_step_that_is_skipped_changes_nothing(double):
 
 def ranked(world, start, graphs):
     model = copy.deepcopy(start)
-    opt = natgrad.SPNGD(model, lr=0.1, samples=None, refresh=4, world=world)
+    opt = natgrad.SPNGD(model, lr=0.1, rows_per_dim=None, refresh=4, world=world)
     if graphs:
         recorded(opt)
     walk(opt, model, [Mixed.batch(12, 10 * world.rank + k) for k in range(10)], falling)

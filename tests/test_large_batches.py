@@ -20,10 +20,10 @@ from natgrad_lab.train.recipe import Recipe
 BATCH = 16_384
 OPTIMIZERS = {
     "sgd": Sgd(lr=0.1, nesterov=True, weight_decay=1e-3),
-    "spngd": SpNgd(lr=0.1, samples=None, refresh=1, weight_decay=1e-3),
-    "kfac": KFac(lr=0.1, samples=None, refresh=2),
+    "spngd": SpNgd(lr=0.1, rows_per_dim=None, refresh=1, weight_decay=1e-3),
+    "kfac": KFac(lr=0.1, rows_per_dim=None, refresh=2),
     "nlcg": Nlcg(lr=0.3),
-    "nlcg kronecker": Nlcg(lr=0.1, preconditioner="kronecker", samples=None, refresh=2),
+    "nlcg kronecker": Nlcg(lr=0.1, preconditioner="kronecker", rows_per_dim=None, refresh=2),
     "nlcg curvature": Nlcg(lr=1.0, step="curvature"),
 }
 

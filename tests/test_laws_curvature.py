@@ -140,8 +140,8 @@ def test_a_bound_above_all_rows_measures_them_all(curvature, layer):
     """And the bounded path of every statistic runs: a bound of one."""
     layer, *seen = example(layer)
     exact = statistics(curvature, layer, *seen)
-    bounded = statistics(dataclasses.replace(curvature, samples=10_000), layer, *seen)
-    few = statistics(dataclasses.replace(curvature, samples=1), layer, *seen)
+    bounded = statistics(dataclasses.replace(curvature, rows_per_dim=10_000), layer, *seen)
+    few = statistics(dataclasses.replace(curvature, rows_per_dim=1), layer, *seen)
     for key in exact:
         assert_close(bounded[key], exact[key])
         assert few[key].shape == exact[key].shape
@@ -165,7 +165,7 @@ def test_costs_grow_with_rows_and_sides(curvature):
     assert less.measure <= more.measure
     assert less.precondition <= more.precondition
     assert all(less.factors[key] <= more.factors[key] for key in less.factors)
-    bounded = dataclasses.replace(curvature, samples=2)
+    bounded = dataclasses.replace(curvature, rows_per_dim=2)
     assert bounded.cost(large, 10**6).measure <= curvature.cost(large, 10**6).measure
 
 

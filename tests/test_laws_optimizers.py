@@ -62,7 +62,7 @@ def test_coverage_tells_the_bytes_that_are_held(kind):
 def test_microbatches_are_a_batch(kind, double):
     model = Mixed()
     whole, parts = clone(model), clone(model)
-    opts = [made(kind, m, lr=0.05, damping=0.03, samples=None, refresh=2) for m in (whole, parts)]
+    opts = [made(kind, m, lr=0.05, damping=0.03, rows_per_dim=None, refresh=2) for m in (whole, parts)]
     for k in range(5):
         x, y = Mixed.batch(24, k)
         backward(whole, (x, y))
@@ -79,7 +79,7 @@ def test_microbatches_of_a_norm_add_up_too(kind, double):
     """Unit-wise blocks square per-sample gradients, each in one micro-batch."""
     model = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4), nn.Linear(4, 3))
     whole, parts = clone(model), clone(model)
-    options = {"lr": 0.05, "samples": None, "curvature": natgrad.optim.blocks.spngd_blocks}
+    options = {"lr": 0.05, "rows_per_dim": None, "curvature": natgrad.optim.blocks.spngd_blocks}
     opts = [made(kind, m, **options) for m in (whole, parts)]
     for k in range(4):
         x, y = points(12, k, torch.float64)
@@ -98,7 +98,7 @@ def test_a_summed_loss_has_the_statistics_of_a_mean(kind, double):
     for reduction in ("mean", "sum"):
         torch.manual_seed(0)
         model = Net()
-        opt = made(kind, model, lr=1e-3, samples=None, reduction=reduction)
+        opt = made(kind, model, lr=1e-3, rows_per_dim=None, reduction=reduction)
         backward(model, Net.batch(12, 0), reduction=reduction)
         opt.step()
         values[reduction] = [statistic(opt, c.name, m.key) for c in opt.cells for m in c.curvature.statistics]
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_run(kind):
     def final(seed):
         torch.manual_seed(0)
         model = mlp()
-        train(made(kind, model, lr=0.05, samples=1, seed=seed), model, [points(64, k) for k in range(4)])
+        train(made(kind, model, lr=0.05, rows_per_dim=1, seed=seed), model, [points(64, k) for k in range(4)])
         return weights(model)
 
     assert torch.equal(final(0), final(0))
@@ -175,7 +175,7 @@ def test_each_parameter_has_its_own_groups_lr(kind, double):
         biases = [p for p in model.parameters() if p.dim() == 1]
         others = [p for p in model.parameters() if p.dim() > 1]
         groups = [{"params": others, "lr": lrs[0]}, {"params": biases, "lr": lrs[1]}]
-        train(made(kind, model, lr=0.1, samples=None, params=groups), model, [points(8, 0, torch.float64)])
+        train(made(kind, model, lr=0.1, rows_per_dim=None, params=groups), model, [points(8, 0, torch.float64)])
         moves.append([p.detach() - q.detach() for p, q in zip(model.parameters(), start.parameters())])
     for p, one, other in zip(start.parameters(), *moves):
         assert_close(other, one * (0.3 if p.dim() == 1 else 1.0))

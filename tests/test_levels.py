@@ -55,7 +55,7 @@ def test_ranks_of_hosts_end_with_the_weights_of_one(options, double, monkeypatch
     batches = [Mixed.batch(24, k) for k in range(8)]
 
     def build(model, world):
-        return made(natgrad.SPNGD, model, world=world, lr=0.02, damping=0.03, samples=None, refresh=2)
+        return made(natgrad.SPNGD, model, world=world, lr=0.02, damping=0.03, rows_per_dim=None, refresh=2)
 
     if "wire" not in options:
         check(4, Mixed(), batches, build, per_host=2, **options)

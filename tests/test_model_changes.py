@@ -82,7 +82,7 @@ def test_unfreezing_leaves_the_other_layers_steps_alone(kind):
     alone, model = mlp(), nn.ModuleDict({"a": mlp(), "b": nn.Linear(4, 3)})
     model["a"].load_state_dict(alone.state_dict())
     model["b"].requires_grad_(False)
-    options = {"lr": 0.05, "refresh": 1, "samples": None}
+    options = {"lr": 0.05, "refresh": 1, "rows_per_dim": None}
     if kind is natgrad.NLCG:
         pytest.skip("its inner products are over all parameters")
     opts = made(kind, alone, length=natgrad.plain, **options), made(kind, model, length=natgrad.plain, **options)

@@ -27,7 +27,7 @@ def batch(k):
 
 def spngd(net, **options):
     return natgrad.SPNGD(
-        net, **{"lr": LR[0], "damping": DAMPING, "samples": None, "refresh": 1, "length": natgrad.plain, **options}
+        net, **{"lr": LR[0], "damping": DAMPING, "rows_per_dim": None, "refresh": 1, "length": natgrad.plain, **options}
     )
 
 
@@ -144,7 +144,7 @@ def test_the_predicted_change_of_repeated_directions(before):
     net = Net().double()
     rule = natgrad.Momentum(before=before)
     length = natgrad.KLClip(1e-3)
-    opt = natgrad.SPNGD(net, lr=0.5, momentum=0.8, samples=None, refresh=100, rule=rule, length=length)
+    opt = natgrad.SPNGD(net, lr=0.5, momentum=0.8, rows_per_dim=None, refresh=100, rule=rule, length=length)
     for k in range(4):
         start = weights(net)
         train(opt, net, [Net.batch(8, k)])

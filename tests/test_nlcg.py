@@ -133,7 +133,7 @@ def test_micro_batches_are_a_batch(metric, double):
     whole, parts = clone(model), clone(model)
     options = {**METRICS[metric]}
     if metric in ("kronecker", "sketch"):
-        options["samples"] = None
+        options["rows_per_dim"] = None
     opts = [nlcg(m, **options) for m in (whole, parts)]
     for k in range(5):
         x, y = Mixed.batch(24, k)

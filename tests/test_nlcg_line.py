@@ -10,7 +10,7 @@ import natgrad
 from helpers import backward, mlp, points, weights
 from natgrad.curvature import SampleSpace
 from natgrad.optim.seng import SampleBlocks
-from nlcg_choices import QUIET, nlcg
+from nlcg_choices import QUIET, SAMPLED, nlcg
 
 
 class Restless(nn.Module):
@@ -117,15 +117,26 @@ IMPROVED = SampleBlocks(SampleSpace(samples=8, columns="improved"))
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"momentum": 0.9}, r"momentum.*beta"),
-        ({"fallback": natgrad.adam}, r"fallback.*inner products"),
-        ({"length": natgrad.trust}, r"length.*step="),
-        ({"curvature": natgrad.spngd_blocks}, r"curvature.*preconditioner=spngd_blocks"),
+        ({"momentum": 0.9}, r"'momentum': beta"),
+        ({"fallback": natgrad.adam}, r"'fallback'.*inner products"),
+        ({"length": natgrad.trust}, r"'length'.*step="),
+        ({"curvature": natgrad.spngd_blocks}, r"'curvature'.*preconditioner=spngd_blocks"),
+    ],
+)
+def test_arguments_of_the_others_say_what_takes_their_place(options, says):
+    with pytest.raises(TypeError, match=r"^NLCG\(\) has no argument " + says):
+        nlcg(mlp(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
         ({"damping": 0.1}, r"damping=0.1.*diagonal BFGS"),
-        ({"samples": None, "preconditioner": None}, r"samples=None.*identity"),
+        ({"rows_per_dim": None, "preconditioner": None}, r"rows_per_dim=None.*identity"),
         ({"seed": 1}, r"seed=1"),
         ({"preconditioner": "bfgs"}, r"preconditioner='bfgs'"),
-        ({"preconditioner": IMPROVED, "samples": 8}, r"columns=\"empirical\""),
+        ({"preconditioner": SAMPLED, "rows_per_dim": 8}, r"rows_per_dim=8 says nothing.*SampleSpace\(samples="),
+        ({"preconditioner": IMPROVED}, r"columns=\"empirical\""),
         ({"mode": "exact"}, r"mode='exact'.*'hardened'"),
         ({"mode": "faithful", "preconditioner": natgrad.SecondMoment()}, "faithful"),
         ({"mode": "faithful", "beta": natgrad.dai_yuan}, "faithful"),

@@ -25,10 +25,15 @@ CHOICES = {
         "beta": natgrad.polak_ribiere,
         "step": natgrad.CurvatureStep(),
         "lr": 0.5,
-        "samples": None,
+        "rows_per_dim": None,
         "damping": 0.1,
     },
-    "kfac HZ": {"preconditioner": natgrad.spngd_blocks, "beta": natgrad.hager_zhang, "samples": None, "damping": 0.1},
+    "kfac HZ": {
+        "preconditioner": natgrad.spngd_blocks,
+        "beta": natgrad.hager_zhang,
+        "rows_per_dim": None,
+        "damping": 0.1,
+    },
     "line": {"step": natgrad.CurvatureStep(), "weight_decay": 0.01},
 }
 

@@ -15,7 +15,7 @@ from natgrad.parallel import World, run_threads
 
 
 def spngd(model, world, **options):
-    return natgrad.SPNGD(model, **{"lr": 0.02, "damping": 0.03, "samples": None, "world": world, **options})
+    return natgrad.SPNGD(model, **{"lr": 0.02, "damping": 0.03, "rows_per_dim": None, "world": world, **options})
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -108,7 +108,7 @@ def test_reduce_then_clip(double):
             model = clone(start)
             opt = spngd(model, world)
             backward(model, share(batch, world))
-            opt.reduce()
+            opt.average_gradients()
             nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             opt.step()
             return weights(model), opt.traffic()
@@ -172,7 +172,7 @@ def test_ranks_may_use_unlike_parts(double):
         model = clone(start)
         opt = spngd(model, world)
         backward(model, share(batches[0], world))
-        opt.reduce()
+        opt.average_gradients()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     both = run_threads(2, reduced)

@@ -37,7 +37,7 @@ def trained(recipe, world, splits):
     return job, list(steps(job))
 
 
-@pytest.mark.parametrize("optimizer", [Sgd(lr=0.1), SpNgd(lr=0.03, samples=None, refresh=1)])
+@pytest.mark.parametrize("optimizer", [Sgd(lr=0.1), SpNgd(lr=0.03, rows_per_dim=None, refresh=1)])
 @pytest.mark.parametrize(("ranks", "most"), [(1, 30), (2, 17), (2, 1000)])
 def test_parts_are_the_step_of_the_whole_batch(splits, shared_start, optimizer, ranks, most):
     recipe = replace(MLP, optimizer=optimizer, batch=102)

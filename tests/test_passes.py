@@ -34,7 +34,7 @@ def _in_double_precision(double):
 
 
 def build(kind, model, **options):
-    return made(kind, model, **{"lr": 0.1, "samples": None, "refresh": 1, **options})
+    return made(kind, model, **{"lr": 0.1, "rows_per_dim": None, "refresh": 1, **options})
 
 
 def after(kind, model, passes, steps=2, **options):
@@ -401,7 +401,7 @@ def test_experts_are_normalised_by_the_samples_of_the_step(slices):
     found = quiet(steps_of, model, opt, F.cross_entropy(model(x), y))
     for name, step in expected.items():
         assert_close(found[name], step, **EXACT)
-    kfac = natgrad.KFAC(clone(model), lr=0.1, samples=None)
+    kfac = natgrad.KFAC(clone(model), lr=0.1, rows_per_dim=None)
     own = kfac.cells[1].layer.module
     seen = []
     own.register_forward_hook(lambda m, a, out: (out.retain_grad(), seen.append((a[0], out)), None)[-1])
@@ -652,7 +652,7 @@ def sampled_fisher(model, x, likelihood, draws=400):
     """The mean over draws of the G of the last layer of `model`."""
     values = []
     for seed in range(draws):
-        opt = natgrad.KFAC(model, lr=1e-30, samples=None, fisher="sampled", seed=seed, decay=0.0)
+        opt = natgrad.KFAC(model, lr=1e-30, rows_per_dim=None, fisher="sampled", seed=seed, ema_decay=0.0)
         out = model(x)
         opt.sample(out, likelihood)
         out.sum().backward()
@@ -690,7 +690,7 @@ def test_several_heads_by_a_function_of_the_user():
     values = []
     for seed in range(400):
         torch.manual_seed(seed)
-        opt = natgrad.KFAC(model, lr=1e-30, samples=None, fisher="sampled")
+        opt = natgrad.KFAC(model, lr=1e-30, rows_per_dim=None, fisher="sampled")
         outputs = model(x)
         opt.sample(outputs, draw)
         (outputs[0].sum() + outputs[1].sum()).backward()
@@ -969,7 +969,7 @@ def test_labels_of_several_passes_and_of_one_output_twice():
     x = batch_of(0, 64)[0]
     found = []
     for between in (0, 1, 10):
-        opt = natgrad.KFAC(model, lr=1e-30, samples=None, fisher="sampled", decay=0.0)
+        opt = natgrad.KFAC(model, lr=1e-30, rows_per_dim=None, fisher="sampled", ema_decay=0.0)
         out = model(x)[0]
         if between:
             model(x[:between])
@@ -980,7 +980,7 @@ def test_labels_of_several_passes_and_of_one_output_twice():
         found.append(statistic(opt, "policy", "G").clone())
     assert_close(found[1], found[0], **EXACT)
     assert_close(found[2], found[0], **EXACT)
-    opt = natgrad.KFAC(model, lr=1e-30, samples=None, fisher="sampled")
+    opt = natgrad.KFAC(model, lr=1e-30, rows_per_dim=None, fisher="sampled")
     (one, value), (other, _) = model(x[:32]), model(x[32:])
     opt.sample(one)
     opt.sample(other)

@@ -154,7 +154,7 @@ def test_overlap_hides_gradients():
 
 
 @pytest.mark.parametrize(
-    "settings", [SpNgd(), KFac(refresh=1, samples=None), Seng(refresh=1)], ids=lambda s: type(s).__name__
+    "settings", [SpNgd(), KFac(refresh=1, rows_per_dim=None), Seng(refresh=1)], ids=lambda s: type(s).__name__
 )
 def test_advice_keeps_its_share_with_the_shortest_interval(settings):
     one, most = planner(), 0.3
@@ -162,8 +162,8 @@ def test_advice_keeps_its_share_with_the_shortest_interval(settings):
     assert told["line"] is not None
     words = told["line"].split()
     steps = int(words[words.index("--optimizer.refresh") + 1])
-    samples = words[words.index("--optimizer.samples") + 1]
-    chosen = replace(settings, samples=None if samples == "None" else int(samples))
+    samples = words[words.index("--optimizer.rows-per-dim") + 1]
+    chosen = replace(settings, rows_per_dim=None if samples == "None" else int(samples))
     sgd = row(one.account(Sgd(), 1, 64), 64, 0.1, None)["step"]["average"]
     over = [
         row(one.account(replace(chosen, refresh=k), 1, 64), 64, 0.1, None)["step"]["average"]

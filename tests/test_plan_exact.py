@@ -46,12 +46,12 @@ def test_a_step_in_which_nothing_is_measured_sends_gradients_and_weights_alone(s
 def test_an_all_fresh_step_of_a_resnet50_sends_the_papers_bytes():
     """Spec section 7: 615.8 MB as full squares in single precision, 308.2 MB as triangles."""
     big = planner(ImageResNet(50), (3, 224, 224), 1000, "v100-ib")
-    account = big.account(SpNgd(samples=None, refresh=1), 107, 2 * 107)
+    account = big.account(SpNgd(rows_per_dim=None, refresh=1), 107, 2 * 107)
     messages, sent = account.sent(fresh=True)
     assert sent["statistics"] / 1e6 == pytest.approx(308.2, abs=0.05)
     assert 4 * account.numbers() / 1e6 == pytest.approx(615.8, abs=0.05)
     assert sent["gradients"] == sent["weights"] == 4 * 25_557_032
-    half = big.account(SpNgd(samples=None, refresh=1, wire="float16"), 107, 2 * 107).sent(fresh=True)[1]
+    half = big.account(SpNgd(rows_per_dim=None, refresh=1, wire="float16"), 107, 2 * 107).sent(fresh=True)[1]
     assert half["statistics"] * 2 == sent["statistics"]
     assert {m.how for m in messages} == {"all_reduce", "reduce_scatter", "all_gather", "exchange"}
 

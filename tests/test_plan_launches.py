@@ -100,7 +100,7 @@ def test_two_levels_wait_for_fewer_latencies():
 
 @pytest.fixture(scope="module")
 def held():
-    return Remedies(planner(ImageResNet(18), (3, 64, 64), 10, "h100"), SpNgd(samples=None), 512, 2048, 0.1)
+    return Remedies(planner(ImageResNet(18), (3, 64, 64), 10, "h100"), SpNgd(rows_per_dim=None), 512, 2048, 0.1)
 
 
 def test_what_holds_a_step_adds_up(held):

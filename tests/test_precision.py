@@ -69,7 +69,7 @@ def test_every_optimizer_learns_in_half_precision(splits, optimizer, kind):
     assert seen == expected
 
 
-@pytest.mark.parametrize("optimizer", [Sgd(lr=0.1), SpNgd(lr=0.1, samples=None, refresh=1)], ids=["sgd", "spngd"])
+@pytest.mark.parametrize("optimizer", [Sgd(lr=0.1), SpNgd(lr=0.1, rows_per_dim=None, refresh=1)], ids=["sgd", "spngd"])
 def test_a_scaled_loss_is_the_step_of_the_plain_one(splits, optimizer, monkeypatch):
     """In float32 behind the scaler: the scale enters no gradient and no statistic."""
     plain, _ = trained(replace(RECIPE, optimizer=optimizer, steps=5), World(), splits)

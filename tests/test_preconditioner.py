@@ -18,7 +18,7 @@ BLOCKS = {
     "spngd": natgrad.spngd_blocks,
     "eigen": natgrad.optim.blocks.LayerBlocks(natgrad.EigenKronecker, natgrad.Full),
 }
-SETTINGS = {"damping": 0.03, "refresh": 2, "samples": None, "decay": 0.5}
+SETTINGS = {"damping": 0.03, "refresh": 2, "rows_per_dim": None, "ema_decay": 0.5}
 
 
 def by_preconditioner(model, batches, curvature=natgrad.kfac_blocks, momentum=0.0, clip=None, lr=0.05, **options):

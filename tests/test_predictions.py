@@ -47,7 +47,7 @@ def loss_of(logits, labels, reduction="mean"):
 
 def trained(model, batches, kind=natgrad.SPNGD, world=None, reduction="mean", **options):
     own = clone(model).double()
-    opt = made(kind, own, lr=0.1, samples=None, refresh=1, world=world, reduction=reduction, **options)
+    opt = made(kind, own, lr=0.1, rows_per_dim=None, refresh=1, world=world, reduction=reduction, **options)
     for x, labels in batches:
         loss_of(own(x), labels, reduction).backward()
         opt.step()
@@ -83,7 +83,7 @@ def test_more_predictions_are_less_damping(kind):
 def images(model, labels, **options):
     own = clone(model).double()
     x = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    opt = natgrad.SPNGD(own, lr=0.1, samples=None, **options)
+    opt = natgrad.SPNGD(own, lr=0.1, rows_per_dim=None, **options)
     F.cross_entropy(own(x), labels).backward()
     opt.step()
     return weights(own)
@@ -115,7 +115,7 @@ def test_micro_batches_and_ranks_count_together(kind):
 
     def work(world):
         own = clone(model).double()
-        opt = made(kind, own, lr=0.1, samples=None, refresh=1, world=world)
+        opt = made(kind, own, lr=0.1, rows_per_dim=None, refresh=1, world=world)
         mine, wanted = x.chunk(2)[world.rank], labels.chunk(2)[world.rank]
         for part, label in zip(mine.chunk(2), wanted.chunk(2)):
             (loss_of(own(part), label) / 2).backward()
@@ -131,7 +131,7 @@ def test_sampled_labels_are_of_the_same_loss():
 
     def factor(**options):
         own = clone(model)
-        opt = natgrad.SPNGD(own, lr=0.1, samples=None, fisher="sampled", **options)
+        opt = natgrad.SPNGD(own, lr=0.1, rows_per_dim=None, fisher="sampled", **options)
         logits = own(x)
         opt.sample(logits.transpose(1, 2))
         loss_of(logits, labels).backward()

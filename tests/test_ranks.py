@@ -26,7 +26,7 @@ def test_ranks_end_with_the_weights_of_one(optimizer, ranks, split, double):
     batches = [Mixed.batch(24, k) for k in range(20)]
 
     def build(model, world):
-        options = {"lr": 0.02, "damping": 0.03, "samples": None, "refresh": ADAPTIVE, "weight_decay": 1e-3}
+        options = {"lr": 0.02, "damping": 0.03, "rows_per_dim": None, "refresh": ADAPTIVE, "weight_decay": 1e-3}
         return made(optimizer, model, world=world, **options)
 
     results = check(ranks, Mixed(), batches, build)
@@ -40,7 +40,7 @@ def test_without_loose_parameters(optimizer, double):
     batches = [Net.batch(24, k) for k in range(8)]
 
     def build(model, world):
-        return made(optimizer, model, lr=0.02, damping=0.03, samples=None, refresh=ADAPTIVE, world=world)
+        return made(optimizer, model, lr=0.02, damping=0.03, rows_per_dim=None, refresh=ADAPTIVE, world=world)
 
     check(3, Net(), batches, build)
 
@@ -55,7 +55,7 @@ def test_without_loose_parameters(optimizer, double):
         {"rule": natgrad.Momentum(before=True, coefficient=natgrad.tied)},
         {"rescale": "always"},
         {"max_norm": 0.1},
-        {"decay": 0.5, "refresh": 2},
+        {"ema_decay": 0.5, "refresh": 2},
         {"curvature": natgrad.LayerBlocks(natgrad.EigenKronecker, natgrad.Full)},
     ],
     ids=lambda o: "-".join(o),
@@ -64,7 +64,7 @@ def test_directions_and_lengths_over_ranks(options, split, double):
     batches = [Net.batch(24, k) for k in range(5)]
 
     def build(model, world):
-        return natgrad.SPNGD(model, **{"lr": 0.02, "damping": 0.03, "samples": None, "world": world, **options})
+        return natgrad.SPNGD(model, **{"lr": 0.02, "damping": 0.03, "rows_per_dim": None, "world": world, **options})
 
     check(2, Net(), batches, build)
 
@@ -78,7 +78,9 @@ def test_directions_may_be_gathered_instead_of_weights(dtype):
     for gather in ("weights", "directions"):
 
         def build(mine, world, gather=gather):
-            return natgrad.KFAC(mine, lr=0.02, refresh=2, samples=None, gather=gather, rescale="shrink", world=world)
+            return natgrad.KFAC(
+                mine, lr=0.02, refresh=2, rows_per_dim=None, gather=gather, rescale="shrink", world=world
+            )
 
         results = run(3, model, batches, build)
         assert all(torch.equal(final, results[0][0]) for final, _ in results)
@@ -114,7 +116,7 @@ def test_layers_unused_on_some_ranks(double):
     batches = [sided(16, k) for k in range(6)]
 
     def build(model, world):
-        return natgrad.SPNGD(model, lr=0.05, damping=0.03, samples=None, refresh=1, world=world)
+        return natgrad.SPNGD(model, lr=0.05, damping=0.03, rows_per_dim=None, refresh=1, world=world)
 
     check(2, Branches(), batches, build)
     check(4, Branches(), batches, build)
@@ -124,7 +126,7 @@ def test_more_ranks_than_layers(double):
     batches = [(torch.randn(12, 4), torch.randint(3, (12,))) for _ in range(4)]
 
     def build(model, world):
-        return natgrad.SPNGD(model, lr=0.05, samples=None, world=world)
+        return natgrad.SPNGD(model, lr=0.05, rows_per_dim=None, world=world)
 
     check(3, nn.Sequential(nn.Linear(4, 3)), batches, build)
 
@@ -151,7 +153,7 @@ def test_a_head_that_starts_at_zero(double):
     nn.init.zeros_(model[0].weight)
     nn.init.zeros_(model[0].bias)
     batches = [(torch.randn(16, 4).round(), torch.randint(4, (16,))) for _ in range(4)]
-    check(2, model, batches, lambda model, world: natgrad.SPNGD(model, lr=0.05, samples=None, world=world))
+    check(2, model, batches, lambda model, world: natgrad.SPNGD(model, lr=0.05, rows_per_dim=None, world=world))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -159,7 +161,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_on_all(first, double):
     def work(world):
         torch.manual_seed(0)
         model = Net()
-        opt = natgrad.SPNGD(model, lr=0.02, samples=None, world=world)
+        opt = natgrad.SPNGD(model, lr=0.02, rows_per_dim=None, world=world)
         if not first:
             train(opt, model, [share(Net.batch(8, 0), world)])
         before, steps = weights(model), [float(s["step"]) for s in opt.state.values()]

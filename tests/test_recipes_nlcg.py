@@ -133,7 +133,9 @@ def test_a_job_is_judged_by_its_means_and_trains_on(splits):
         replace(MLP, average=1.0).check_values()
 
 
-STRONG = Nlcg(lr=1.0, preconditioner="kronecker", beta="polak_ribiere", step="curvature", feedback="step", samples=None)
+STRONG = Nlcg(
+    lr=1.0, preconditioner="kronecker", beta="polak_ribiere", step="curvature", feedback="step", rows_per_dim=None
+)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ OTHER = {
     "lr": 0.3, "weight_decay": 0.1, "decay_norms": False, "preconditioner": "identity", "beta": "dai_yuan",
     "beta_max": 0.5, "step": "curvature", "feedback": None, "period": 3, "tau": 2.0, "mu": 0.1, "change": 0.25,
     "mode": "faithful",
-    "prescale": 0.01, "damping": 0.1, "refresh": 4, "refresh_share": 0.2, "decay": 0.5, "samples": None,
+    "prescale": 0.01, "damping": 0.1, "refresh": 4, "refresh_share": 0.2, "ema_decay": 0.5, "rows_per_dim": None,
     "fisher": "sampled",
     "inverse": "eigen", "norms": "plain", "max_size": 4, "sampling_seed": 3, "max_norm": 2.0, "wire": "float16",
     "weights_wire": "bfloat16", "overlap": True, "per_host": 2,
@@ -170,8 +172,8 @@ KRONECKER = (
     "damping",
     "refresh",
     "refresh_share",
-    "decay",
-    "samples",
+    "ema_decay",
+    "rows_per_dim",
     "fisher",
     "inverse",
     "norms",

@@ -41,7 +41,7 @@ def steps_of(options, lrs, count=3):
     torch.manual_seed(0)
     model = mlp(bias=False).double()
     opt = natgrad.SPNGD(
-        model, lr=lrs[0], **{"samples": None, "refresh": 100, "damping": 0.1, "length": natgrad.plain, **options}
+        model, lr=lrs[0], **{"rows_per_dim": None, "refresh": 100, "damping": 0.1, "length": natgrad.plain, **options}
     )
     path, gradients = [[p.detach().clone() for p in model.parameters()]], []
     for k in range(count):
@@ -89,7 +89,7 @@ def one_step(options):
     torch.manual_seed(0)
     model = mlp(bias=False).double()
     opt = natgrad.SPNGD(
-        model, lr=0.1, samples=None, refresh=1, damping=0.1, momentum=0.9, length=natgrad.plain, **options
+        model, lr=0.1, rows_per_dim=None, refresh=1, damping=0.1, momentum=0.9, length=natgrad.plain, **options
     )
     gradients, naturals = [], []
     for k in range(3):
@@ -154,7 +154,7 @@ def test_decay_takes_the_same_share_of_every_weight(length, way):
     kind = natgrad.KFAC if way == "directions" else natgrad.SPNGD
     options = {"gather": "directions"} if way == "directions" else {}
     model = clone(start)
-    opt = kind(model, lr=0.1, momentum=0.9, samples=None, weight_decay=0.3, length=LENGTHS[length], **options)
+    opt = kind(model, lr=0.1, momentum=0.9, rows_per_dim=None, weight_decay=0.3, length=LENGTHS[length], **options)
     for k in range(3):  # directions come to nothing, so that what moves is decay
         before = clone(model)
         backward(model, points(8, k, dtype))
@@ -176,7 +176,7 @@ def test_decay_beside_the_direction_leaves_the_direction_alone(decoupled):
         model = clone(start)
         rule = natgrad.Momentum(decoupled=decoupled)
         opt = natgrad.KFAC(
-            model, lr=0.1, samples=None, refresh=100, weight_decay=decay, rule=rule, length=natgrad.plain
+            model, lr=0.1, rows_per_dim=None, refresh=100, weight_decay=decay, rule=rule, length=natgrad.plain
         )
         with torch.no_grad():  # the same weights before every step
             for k in range(3):
@@ -200,7 +200,7 @@ def test_each_parameter_has_its_own_groups_weight_decay(before):
     for decay in (0.0, 0.3):
         model = clone(start)
         groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": decay}]
-        options = {"samples": None, "momentum": 0.0, "rule": natgrad.Momentum(before)}
+        options = {"rows_per_dim": None, "momentum": 0.0, "rule": natgrad.Momentum(before)}
         train(
             natgrad.SPNGD(model, lr=0.1, params=groups, length=natgrad.plain, **options),
             model,
@@ -214,7 +214,7 @@ def test_each_parameter_has_its_own_groups_weight_decay(before):
 @pytest.mark.parametrize("options", [{}, {"rule": natgrad.Momentum(before=True)}])
 def test_a_trusted_step_is_lr_times_the_weight(options):
     model = Net().double()
-    opt = natgrad.SPNGD(model, lr=0.07, samples=None, length=natgrad.trust, **options)
+    opt = natgrad.SPNGD(model, lr=0.07, rows_per_dim=None, length=natgrad.trust, **options)
     for k in range(3):
         before = [[p.detach().clone() for p in c.layer.parameters] for c in opt.cells]
         train(opt, model, [Net.batch(8, k)])
@@ -238,7 +238,7 @@ def test_the_predicted_change_stays_below_its_limit(limit):
     model, plain = Net().double(), Net().double()
     plain.load_state_dict(model.state_dict())
     start = weights(model)
-    options = {"lr": 0.5, "momentum": 0.0, "samples": None}
+    options = {"lr": 0.5, "momentum": 0.0, "rows_per_dim": None}
     free, opt = (
         natgrad.SPNGD(plain, **options, length=natgrad.plain),
         natgrad.SPNGD(model, **options, length=natgrad.KLClip(limit)),
@@ -268,7 +268,7 @@ def test_rescaling_holds_weights_and_nothing_else(how):
         m.conv.weight.data.mul_(10)
     plain.load_state_dict(model.state_dict())
     for m, rescale in ((model, how), (plain, None)):
-        train(natgrad.SPNGD(m, lr=0.01, samples=None, rescale=rescale), m, [Net.batch(8, 0)])
+        train(natgrad.SPNGD(m, lr=0.01, rows_per_dim=None, rescale=rescale), m, [Net.batch(8, 0)])
     norms = {"conv": model.conv.weight.norm().item(), "head": model.head.weight.norm().item()}
     assert norms["conv"] == pytest.approx(math.sqrt(8))
     unscaled = plain.head.weight.norm().item()

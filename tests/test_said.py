@@ -33,6 +33,24 @@ def test_unknown_arguments_are_those_of_the_class_that_was_called(kind):
         kind(mlp(), lr=0.1, weight_decays=0.1)
 
 
+@every_optimizer
+def test_signatures_are_complete_and_names_of_the_version_before_warn(kind):
+    known = inspect.signature(kind).parameters
+    assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    assert {"params", "reduction", "predictions", "max_norm", "scaler", "seed", "world", "graph"} <= set(known)
+    for old, new, value in (("samples", "rows_per_dim", None), ("decay", "ema_decay", 0.25)):
+        if new in known:
+            blocks = {"preconditioner": natgrad.spngd_blocks} if kind is natgrad.NLCG else {}
+            with pytest.warns(DeprecationWarning, match=f"^{old}= is now {new}=$"):
+                opt = kind(mlp(), 0.1, **{old: value}, **blocks)
+            assert getattr(opt, new) == value
+            with pytest.raises(TypeError, match=f"{old}= is the old name of {new}="):
+                kind(mlp(), 0.1, **{old: value, new: value}, **blocks)
+    opt = kind(mlp(), 0.1)
+    with pytest.warns(DeprecationWarning, match=r"reduce\(\) is now average_gradients\(\)"):
+        opt.reduce()
+
+
 def test_subclasses_of_users_have_arguments_of_their_own():
     class Mine(natgrad.SPNGD):
         def __init__(self, model, lr, *, extra=1, **shared):

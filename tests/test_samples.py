@@ -120,7 +120,7 @@ def test_f_is_right_on_average(kind, monkeypatch):
 
 def test_refreshes_draw_anew():
     model = nn.Sequential(nn.Linear(4, 3))
-    opt = natgrad.SPNGD(model, lr=1e-12, samples=1, refresh=1)
+    opt = natgrad.SPNGD(model, lr=1e-12, rows_per_dim=1, refresh=1)
     seen = []
     for _ in range(3):
         backward(model, points(64, 0))
@@ -141,7 +141,7 @@ def test_sampled_labels_give_the_true_fisher_on_average(double):
     exact = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)).mean(0)
     values = []
     for seed in range(200):
-        opt = natgrad.SPNGD(model, lr=1e-12, samples=None, fisher="sampled", seed=seed)
+        opt = natgrad.SPNGD(model, lr=1e-12, rows_per_dim=None, fisher="sampled", seed=seed)
         out = model(x)
         opt.sample(out)
         F.cross_entropy(out, y).backward()
@@ -178,7 +178,7 @@ def test_sampled_labels_leave_gradients_alone_and_must_be_drawn():
 def test_sampled_labels_in_micro_batches_have_the_scale_of_a_batch(parts, double):
     model = nn.Sequential(nn.Linear(4, 3))
     x, y = points(400, 0, torch.float64)
-    opt = natgrad.SPNGD(model, lr=1e-12, samples=None, fisher="sampled")
+    opt = natgrad.SPNGD(model, lr=1e-12, rows_per_dim=None, fisher="sampled")
     for a, b in zip(x.chunk(parts), y.chunk(parts)):
         out = model(a)
         opt.sample(out)

@@ -164,7 +164,7 @@ def test_any_optimizer_may_hold_everything_everywhere(kind, double):
 
     def work(world):
         model = clone(start)
-        opt = kind(model, lr=0.02, damping=0.03, samples=None, refresh=2, world=world, max_norm=1.0)
+        opt = kind(model, lr=0.02, damping=0.03, rows_per_dim=None, refresh=2, world=world, max_norm=1.0)
         train(opt, model, [share(Mixed.batch(24, k), world) for k in range(5)])
         return weights(model), opt.gather_state_dict()["state"].keys(), opt.traffic()
 

@@ -203,7 +203,7 @@ def test_what_cannot_be_is_refused(options, says):
         seng(mlp(), **options)
 
 
-@pytest.mark.parametrize("name", ["decay", "fisher", "curvature", "max_size"])
+@pytest.mark.parametrize("name", ["ema_decay", "fisher", "curvature", "max_size"])
 def test_what_it_has_not_is_not_taken(name):
     with pytest.raises(TypeError, match=name):
         seng(mlp(), **{name: None})

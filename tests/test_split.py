@@ -36,7 +36,7 @@ def batch(k):
 
 
 def spngd(model, world, **options):
-    return natgrad.SPNGD(model, **{"lr": 0.05, "samples": None, "refresh": 2, "world": world, **options})
+    return natgrad.SPNGD(model, **{"lr": 0.05, "rows_per_dim": None, "refresh": 2, "world": world, **options})
 
 
 def trained(world, start, steps, **options):

@@ -89,14 +89,14 @@ def refreshes(opt, model, batch, steps):
 
 def test_an_optimizer_on_constant_data_with_a_tiny_lr():
     model, batch = Net().double(), Net.batch(16, 0)
-    opt = natgrad.SPNGD(model, lr=1e-12, samples=None)
+    opt = natgrad.SPNGD(model, lr=1e-12, rows_per_dim=None)
     assert refreshes(opt, model, lambda k: batch, 60) == [1, 2, 3, 5, 8, 13, 21, 34, 55]
     assert set(opt.intervals().values()) == {34}
 
 
 def test_an_optimizer_on_changing_data_measures_every_step():
     model = mlp()
-    opt = natgrad.SPNGD(model, lr=1e-12, samples=None, refresh=natgrad.Adaptive(tolerance=1e-9))
+    opt = natgrad.SPNGD(model, lr=1e-12, rows_per_dim=None, refresh=natgrad.Adaptive(tolerance=1e-9))
     assert refreshes(opt, model, lambda k: points(16, k), 6) == [1, 2, 3, 4, 5, 6]
 
 
@@ -128,7 +128,7 @@ def test_staleness_of_your_own():
 def test_averaging_over_time(decay):
     """The first measurement counts in full; later ones by 1 - min(decay, k / (k + 1))."""
     model, values, expected = mlp().double(), [], None
-    opt = natgrad.SPNGD(model, lr=1e-12, samples=None, refresh=1, decay=decay)
+    opt = natgrad.SPNGD(model, lr=1e-12, rows_per_dim=None, refresh=1, ema_decay=decay)
     for k in range(5):
         batch = points(16, k, torch.float64)
         rows = torch.cat([batch[0], torch.ones(16, 1)], 1)
@@ -143,7 +143,7 @@ def test_averaging_over_time(decay):
 
 def test_a_new_damping_acts_when_it_is_telling():
     model, batch = mlp(), points(16, 0)
-    opt = natgrad.SPNGD(model, lr=1e-12, damping=1e-2, samples=None, refresh=100)
+    opt = natgrad.SPNGD(model, lr=1e-12, damping=1e-2, rows_per_dim=None, refresh=100)
     inverses = []
     for damping in (1e-2, 1.05e-2, 2e-2):
         opt.param_groups[0]["damping"] = damping

@@ -52,7 +52,14 @@ def test_a_resumed_run_is_the_same_run(kind, dtype, carry):
     def build(model):
         # nothing is alike: intervals, damping, an averaged statistic, weight decay and a lr that changes
         return made(
-            kind, model, lr=0.05, damping=0.02, weight_decay=0.01, decay=0.5, refresh=natgrad.Adaptive(0.5), samples=2
+            kind,
+            model,
+            lr=0.05,
+            damping=0.02,
+            weight_decay=0.01,
+            ema_decay=0.5,
+            refresh=natgrad.Adaptive(0.5),
+            rows_per_dim=2,
         )
 
     model = Mixed() if dtype is None else mlp().to(dtype)
@@ -119,7 +126,9 @@ def test_resuming_a_model_with_a_layer_that_is_used_otherwise():
 def continued(ranks, state, model):
     def work(world):
         mine = clone(model)
-        opt = natgrad.SPNGD(mine, lr=0.03, damping=0.03, samples=None, refresh=natgrad.Adaptive(0.5, 24), world=world)
+        opt = natgrad.SPNGD(
+            mine, lr=0.03, damping=0.03, rows_per_dim=None, refresh=natgrad.Adaptive(0.5, 24), world=world
+        )
         opt.load_state_dict(state)
         for k in range(5, 9):
             backward(mine, share(Mixed.batch(24, k), world))
@@ -134,7 +143,9 @@ def test_a_whole_state_loads_on_any_number_of_ranks(double):
     def work(world):
         torch.manual_seed(0)
         model = Mixed()
-        opt = natgrad.SPNGD(model, lr=0.03, damping=0.03, samples=None, refresh=natgrad.Adaptive(0.5, 24), world=world)
+        opt = natgrad.SPNGD(
+            model, lr=0.03, damping=0.03, rows_per_dim=None, refresh=natgrad.Adaptive(0.5, 24), world=world
+        )
         for k in range(5):
             backward(model, share(Mixed.batch(24, k), world))
             opt.step()

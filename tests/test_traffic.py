@@ -84,7 +84,7 @@ def test_an_all_fresh_step_of_a_resnet50_sends_the_papers_bytes(wire):
     with torch.device("meta"):
         model = ImageResNet(depth=50).build((3, 224, 224), 1000)
     world = World(Silent(), wire=wire, weights=wire)
-    opt = natgrad.SPNGD(model, lr=0.1, samples=None, refresh=1, world=world)
+    opt = natgrad.SPNGD(model, lr=0.1, rows_per_dim=None, refresh=1, world=world)
     world.sent.clear()
     keys = [(k, m.key) for k, cell in enumerate(opt.cells) for m in cell.curvature.statistics]
     nothing = Measured({}, {}, {}, 1, {}, 1.0, None, 0.0, {})
@@ -109,7 +109,7 @@ def test_half_precision_halves_the_bytes_of_statistics(wire):
 
     def work(world):
         model = clone(start)
-        opt = natgrad.SPNGD(model, lr=0.02, damping=0.03, samples=None, refresh=1, world=world)
+        opt = natgrad.SPNGD(model, lr=0.02, damping=0.03, rows_per_dim=None, refresh=1, world=world)
         traffic = []
         for k in range(4):
             backward(model, share(Mixed.batch(16, k), world))
@@ -149,7 +149,7 @@ def test_a_dead_layer_on_a_narrow_wire():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 6)), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
         model[2].bias.data.fill_(-100)
-        opt = natgrad.SPNGD(model, lr=0.02, samples=None, world=world)
+        opt = natgrad.SPNGD(model, lr=0.02, rows_per_dim=None, world=world)
         batch = share(Mixed.batch(16, 0), world)
         train(opt, model, [(batch[0].float(), batch[1])] * 2)
         return weights(model), opt.engine.dropped
@@ -176,7 +176,7 @@ def test_half_precision_weights_have_masters_at_their_owners(narrow):
 
     def work(world, lr=1e-5):
         model = clone(start)
-        opt = natgrad.SPNGD(model, lr=lr, damping=0.03, samples=None, world=world)
+        opt = natgrad.SPNGD(model, lr=lr, damping=0.03, rows_per_dim=None, world=world)
         for k in range(30):
             backward(model, share(Mixed.batch(16, k % 2), world))
             opt.step()
@@ -205,7 +205,7 @@ def test_directions_may_be_half_precision_too():
 
     def work(world):
         model = clone(start)
-        opt = natgrad.KFAC(model, lr=0.01, samples=None, gather="directions", world=world)
+        opt = natgrad.KFAC(model, lr=0.01, rows_per_dim=None, gather="directions", world=world)
         for k in range(3):
             backward(model, share(Mixed.batch(16, k), world))
             opt.step()
@@ -224,7 +224,7 @@ def test_a_state_without_masters_is_taken():
 
     def work(world):
         model = clone(start)
-        opt = natgrad.SPNGD(model, lr=0.01, samples=None, world=world)
+        opt = natgrad.SPNGD(model, lr=0.01, rows_per_dim=None, world=world)
         backward(model, share(Mixed.batch(16, 0), world))
         opt.step()
         return model, opt.gather_state_dict()
@@ -233,7 +233,7 @@ def test_a_state_without_masters_is_taken():
 
     def resume(world):
         mine = clone(model)
-        opt = natgrad.SPNGD(mine, lr=0.01, samples=None, world=world)
+        opt = natgrad.SPNGD(mine, lr=0.01, rows_per_dim=None, world=world)
         opt.load_state_dict(saved)
         backward(mine, share(Mixed.batch(16, 1), world))
         opt.step()

@@ -219,13 +219,13 @@ def test_the_state_follows_a_model_to_another_type(kind, steps):
     """Before the first step it is as if the optimizer had been built after the move; later, what was kept moves."""
     model = Mixed()
     moved = clone(model)
-    opt, ours = (made(kind, m, lr=0.05, samples=None) for m in (model, moved))
+    opt, ours = (made(kind, m, lr=0.05, rows_per_dim=None) for m in (model, moved))
     for o, m in ((opt, model), (ours, moved)):
         train(o, m, [Mixed.batch(16, k) for k in range(steps)])
     moved.double()
     if steps == 0:
         model = clone(moved)
-        opt = made(kind, model, lr=0.05, samples=None)
+        opt = made(kind, model, lr=0.05, rows_per_dim=None)
     kept = opt.state_dict()
     for k in range(3):
         train(ours, moved, [Mixed.batch(16, 10 + k)])

@@ -100,7 +100,7 @@ def test_layers_over_ranks_send_and_keep_inverses_as_ever(small, monkeypatch):
 
     def work(world):
         model = clone(start)
-        opt = natgrad.SPNGD(model, 0.05, samples=None, refresh=2, world=world)
+        opt = natgrad.SPNGD(model, 0.05, rows_per_dim=None, refresh=2, world=world)
         for k in range(4):
             x = torch.randn(12, 30, generator=torch.Generator().manual_seed(k)).double()
             y = torch.arange(12) % 3
@@ -194,7 +194,7 @@ def test_a_packed_state_moves_between_worlds(small, ranks):
     start = Net().double()
 
     def build(model, world):
-        return natgrad.SPNGD(model, 0.05, samples=None, damping=0.03, world=world)
+        return natgrad.SPNGD(model, 0.05, rows_per_dim=None, damping=0.03, world=world)
 
     def go_on(world, model, opt, steps):
         for k in steps:

@@ -70,7 +70,7 @@ class LayerState:
     holders: Mapping[str, int]
     state: Callable[[], dict]
     staleness: Callable[[], Staleness]
-    decay: float = 0.0
+    ema_decay: float = 0.0
     dim: int = 0  # of the samples in the layer's inputs
     budgeted: bool = False
     numbers: Any = None
@@ -238,7 +238,7 @@ class LayerState:
     def kept_share(self, key: str) -> float:
         """The share of a statistic that stays when a fresh measurement comes: at first that of a plain mean."""
         refreshes = self.clock(key)[3]
-        return min(self.decay, refreshes / (refreshes + 1)) if refreshes else 0.0
+        return min(self.ema_decay, refreshes / (refreshes + 1)) if refreshes else 0.0
 
     def next_interval(self, key: str, changes: Sequence[float | None], samples: int) -> NextInterval:
         """When to measure next, given by how much this measurement differs from past values."""

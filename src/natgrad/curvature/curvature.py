@@ -67,13 +67,12 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistic(ABC):
-    """One statistic of one layer. `samples`: how much of a batch is measured; None measures all of it.
+    """One statistic of one layer.
 
     `draws`: whether every "call" draws rows of its own, all calls of a "layer" in a forward pass draw the same samples
     (a sample's calls are to be added up), or "all" layers do.
     """
 
-    samples: int | None = None
     key = "?"
     draws: ClassVar[Literal["call", "layer", "all"]] = "call"
 
@@ -96,8 +95,9 @@ class Statistic(ABC):
 
 @dataclass(frozen=True)
 class Moment(Statistic):
-    """A mean over samples. `samples`: rows measured per dimension."""
+    """A mean over samples. `rows_per_dim`: rows measured for each dimension of the statistic; None measures all."""
 
+    rows_per_dim: int | None = None
     order = 2
     symmetric = True
 
@@ -211,6 +211,6 @@ def part_of(wanted: int, ranks: int) -> int:
     return max(1, round(wanted / ranks))
 
 
-def wanted_rows(samples: int, dimension: int) -> int:
+def wanted_rows(rows_per_dim: int, dimension: int) -> int:
     """Rows for an input moment of this dimension: their number sets its error, not the batch (docs/math.md)."""
-    return math.ceil(samples * dimension)
+    return math.ceil(rows_per_dim * dimension)

@@ -18,12 +18,12 @@ from natgrad.layers.op_cost import OpCost, moved
 class Diagonal(Curvature):
     """F [b*o, i]: one number a weight, damped by addition."""
 
-    samples: int | None = None
+    rows_per_dim: int | None = None
     name: str = field(default="diagonal", init=False)
 
     @property
     def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]
-        return (SampleMoment(self.samples, diagonal=True),)
+        return (SampleMoment(self.rows_per_dim, diagonal=True),)
 
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         return {"F": torch.full_like(traces["F"], damping)}

@@ -38,14 +38,14 @@ class WholeMoment(SampleMoment):
 class Full(Curvature):
     """One damped block a layer. Its damping is `coefficient` times the layer's (SP-NGD's release has 16)."""
 
-    samples: int | None = None
+    rows_per_dim: int | None = None
     coefficient: float = 1.0
     name: str = field(default="full", init=False)
     multiplies = True
 
     @property
     def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]
-        return (WholeMoment(self.samples),)
+        return (WholeMoment(self.rows_per_dim),)
 
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         return {"F": torch.full_like(traces["F"], self.coefficient * damping)}

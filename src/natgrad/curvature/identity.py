@@ -17,7 +17,7 @@ from natgrad.layers.op_cost import OpCost, moved
 class Identity(Curvature):
     """F = I, undamped: SGD's direction for this layer."""
 
-    samples: int | None = None
+    rows_per_dim: int | None = None
     name: str = field(default="identity", init=False)
     statistics: tuple[Moment, ...] = field(default=(), init=False)
 

@@ -35,7 +35,7 @@ from natgrad.triangles import times
 
 @dataclass(frozen=True)
 class InputMoment(Moment):
-    """A. Bounded, it takes `samples` * i rows spread over all samples and places, or all rows if that is cheaper."""
+    """A. Bounded, it takes `rows_per_dim` * i rows of all samples and places, or all rows if that is cheaper."""
 
     diagonal: bool = False
     key = "A"
@@ -51,7 +51,7 @@ class InputMoment(Moment):
         total, b, i = samples * places, layer.shape.blocks, layer.shape.inner
         if self.diagonal:
             return layer.mean_square(x).mul_(total)
-        index = None if self.samples is None else draw(total, wanted_rows(self.samples, i))
+        index = None if self.rows_per_dim is None else draw(total, wanted_rows(self.rows_per_dim, i))
         if index is None or layer.second_moment_cost(x) <= b * gram_cost(len(index), i):
             return layer.moment_total(x)
         return moment(layer.rows(x, index), mean=False).mul_(total / len(index))
@@ -62,19 +62,19 @@ class InputMoment(Moment):
     def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
         if self.diagonal:
             return (moved(x.numel(), 2, calls=4),)
-        if self.samples is None:
+        if self.rows_per_dim is None:
             return layer.second_moment_work(x)
         b, _, i = layer.shape
         samples, places = layer.count(x)
-        rows = part_of(wanted_rows(self.samples, i), ranks)
+        rows = part_of(wanted_rows(self.rows_per_dim, i), ranks)
         if rows >= samples * places or layer.second_moment_cost(x) <= b * gram_cost(rows, i):
             return layer.second_moment_work(x)
         return *layer.rows_work(x, rows), launched(6), moment_of(rows, i, b)
 
     def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
-        if self.samples is None or self.diagonal:
+        if self.rows_per_dim is None or self.diagonal:
             return predictions
-        return min(predictions, wanted_rows(self.samples, layer.shape.inner) // 2, WORTH * self.samples)
+        return min(predictions, wanted_rows(self.rows_per_dim, layer.shape.inner) // 2, WORTH * self.rows_per_dim)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class OutputMoment(Moment):
 
     def after(self, layer: Layer, kept: int, dy: Tensor, draw: Draw) -> Tensor:
         index = None
-        if self.samples is not None and kept > EXACT_ROWS:
+        if self.rows_per_dim is not None and kept > EXACT_ROWS:
             index = draw(kept, self._wanted(layer))
         if self.diagonal:
             total = layer.output_rows(dy, index).square().sum(0)
@@ -108,7 +108,7 @@ class OutputMoment(Moment):
         b, o, _ = layer.shape
         samples, places = layer.count(x)
         rows = samples * places
-        sampled = self.samples is not None and rows > EXACT_ROWS and part_of(self._wanted(layer), ranks) < rows
+        sampled = self.rows_per_dim is not None and rows > EXACT_ROWS and part_of(self._wanted(layer), ranks) < rows
         if sampled:
             rows = part_of(self._wanted(layer), ranks)
         product_of_rows = moved(rows * b * o, 2, calls=3) if self.diagonal else moment_of(rows, o, b)
@@ -118,14 +118,14 @@ class OutputMoment(Moment):
         return max(LEAST_ROWS, 32 * layer.shape.out)
 
     def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
-        return predictions if self.samples is None else min(predictions, self._wanted(layer) // ROWS_OF_A_SAMPLE)
+        return predictions if self.rows_per_dim is None else min(predictions, self._wanted(layer) // ROWS_OF_A_SAMPLE)
 
 
 @dataclass(frozen=True)
 class Kronecker(Curvature):
     """Two factors, each full or diagonal, divided by the trace-norm pi."""
 
-    samples: int | None = None
+    rows_per_dim: int | None = None
     diagonal_a: bool = False
     diagonal_g: bool = False
     name: str = field(default="kronecker", init=False)
@@ -133,7 +133,7 @@ class Kronecker(Curvature):
 
     @property
     def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]
-        return InputMoment(self.samples, self.diagonal_a), OutputMoment(self.samples, self.diagonal_g)
+        return InputMoment(self.rows_per_dim, self.diagonal_a), OutputMoment(self.rows_per_dim, self.diagonal_g)
 
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         a, g = traces["A"], traces["G"]
@@ -182,8 +182,8 @@ class Kronecker(Curvature):
 
     def cost(self, layer: Layer, rows: int) -> Cost:
         b, o, i = layer.shape
-        a_rows = rows if self.samples is None else min(rows, wanted_rows(self.samples, i))
-        g_rows = rows if self.samples is None or rows <= EXACT_ROWS else max(LEAST_ROWS, 32 * o)
+        a_rows = rows if self.rows_per_dim is None else min(rows, wanted_rows(self.rows_per_dim, i))
+        g_rows = rows if self.rows_per_dim is None or rows <= EXACT_ROWS else max(LEAST_ROWS, 32 * o)
         a_side, g_side = (1 if self.diagonal_a else i), (1 if self.diagonal_g else o)
         return Cost(
             measure=b * (a_rows * i * a_side + g_rows * o * g_side),

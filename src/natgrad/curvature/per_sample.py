@@ -58,8 +58,9 @@ class Rows(Statistic):
 
 @dataclass(frozen=True)
 class SampleGradients(Rows):
-    """Per-sample gradients. A layer whose rows would take more than `budget` bytes keeps fewer samples."""
+    """Gradients of at most `samples` samples (None: of all); fewer where rows would take more than `budget` bytes."""
 
+    samples: int | None = None
     budget: int = 2**30
     key = "U"
 

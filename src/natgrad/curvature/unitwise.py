@@ -54,8 +54,8 @@ class SampleMoment(Moment):
     def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> KeptInputs:
         samples, places = layer.count(x)
         chosen = None
-        if self.samples is not None:
-            chosen = draw.every(samples, self._wanted(layer, self.samples))
+        if self.rows_per_dim is not None:
+            chosen = draw.every(samples, self._wanted(layer, self.rows_per_dim))
         if isinstance(layer, Norm):  # its statistics come from all samples, its rows from the chosen ones
             return KeptInputs(layer.keep(x, chosen, output), chosen, samples, places)
         index = None if chosen is None else _places_of(chosen, samples, places, x.device)
@@ -73,9 +73,9 @@ class SampleMoment(Moment):
 
     def taken(self, layer: Layer, samples: int, ranks: int) -> int:
         """How many of a call's samples are measured: one of every so many, as `Draw.every` draws them."""
-        if self.samples is None:
+        if self.rows_per_dim is None:
             return samples
-        step = samples // part_of(self._wanted(layer, self.samples), ranks)
+        step = samples // part_of(self._wanted(layer, self.rows_per_dim), ranks)
         return samples if step <= 1 else math.ceil(samples / step)
 
     def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
@@ -94,9 +94,9 @@ class SampleMoment(Moment):
         return max(LEAST_SAMPLES, samples * layer.shape.inner)
 
     def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
-        if self.samples is None:
+        if self.rows_per_dim is None:
             return samples
-        return math.ceil(samples / max(1, samples // self._wanted(layer, self.samples)))
+        return math.ceil(samples / max(1, samples // self._wanted(layer, self.rows_per_dim)))
 
     @staticmethod
     def gradients(parts: list[Tensor]) -> Tensor:
@@ -153,13 +153,13 @@ def _places_of(chosen: slice, samples: int, places: int, device: torch.device) -
 class UnitWise(Curvature):
     """One damped block an output unit. Its damping is `coefficient` times the layer's (SP-NGD's release has 16)."""
 
-    samples: int | None = None
+    rows_per_dim: int | None = None
     coefficient: float = 1.0
     name: str = field(default="unit-wise", init=False)
 
     @property
     def statistics(self) -> tuple[Moment, ...]:  # type: ignore[override]
-        return (SampleMoment(self.samples),)
+        return (SampleMoment(self.rows_per_dim),)
 
     def split(self, traces: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         return {"F": torch.full_like(traces["F"], self.coefficient * damping)}

@@ -10,12 +10,12 @@ from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.norm import Norm
 
 Blocks = Callable[[Layer, "int | None", int], Curvature]
-"""blocks(layer, samples, max_size) -> its curvature."""
+"""blocks(layer, rows_per_dim, max_size) -> its curvature."""
 
 
 @dataclass(frozen=True)
 class LayerBlocks:
-    """One curvature for matrices and one for normalisations. Both are made from `samples`.
+    """One curvature for matrices and one for normalisations. Both are made from `rows_per_dim`.
 
     matrix: Kronecker or EigenKronecker.
     norm: UnitWise, Full (a block above `max_size` becomes unit-wise) or Identity, or a partial of one, such as
@@ -27,16 +27,16 @@ class LayerBlocks:
     matrix: Callable[..., Curvature] = Kronecker
     norm: Callable[[int | None], Curvature] = UnitWise
 
-    def __call__(self, layer: Layer, samples: int | None, max_size: int) -> Curvature:
+    def __call__(self, layer: Layer, rows_per_dim: int | None, max_size: int) -> Curvature:
         if isinstance(layer, UncurvedParameter):
             return Identity()
         if isinstance(layer, Norm):
-            curvature = self.norm(samples)
+            curvature = self.norm(rows_per_dim)
             if isinstance(curvature, Full) and layer.shape.numel > max_size:
-                return UnitWise(samples, curvature.coefficient)
+                return UnitWise(rows_per_dim, curvature.coefficient)
             return curvature
         wide_a = layer.diagonal_inputs or layer.shape.inner > max_size
-        return self.matrix(samples, diagonal_a=wide_a, diagonal_g=layer.shape.out > max_size)
+        return self.matrix(rows_per_dim, diagonal_a=wide_a, diagonal_g=layer.shape.out > max_size)
 
 
 spngd_blocks = LayerBlocks()

@@ -12,7 +12,14 @@ from natgrad.optim.diagonal_metrics import DiagonalBFGS, Metric
 from natgrad.optim.line_search import CurvatureStep, Scheduled
 from natgrad.optim.seng import SampleBlocks
 
-OF_CURVATURE = {"damping": 1e-2, "refresh": 1, "samples": 8, "decay": 0.9, "fisher": "empirical", "max_size": 8192}
+OF_CURVATURE = {
+    "damping": 1e-2,
+    "refresh": 1,
+    "rows_per_dim": 8,
+    "ema_decay": 0.9,
+    "fisher": "empirical",
+    "max_size": 8192,
+}
 ALSO_OF_CURVATURE = {"seed", "strict", "predictions", "batch_dim"}
 REFUSED = {
     "momentum": "beta says how much of the last direction is kept",
@@ -35,8 +42,6 @@ def check_choices(
     shared: Mapping[str, Any],
 ) -> None:
     """What cannot be, or cannot be together, in one line."""
-    for name in shared.keys() & REFUSED.keys():
-        raise ValueError(f"NLCG({name}=...): {REFUSED[name]}; leave it out")
     if isinstance(metric, Metric):
         for name in sorted(shared.keys() & (OF_CURVATURE.keys() | ALSO_OF_CURVATURE)):
             raise ValueError(
@@ -45,6 +50,10 @@ def check_choices(
             )
     elif not callable(metric):
         raise ValueError(f"preconditioner={metric!r}: give DiagonalBFGS(), SecondMoment(), None or blocks of curvature")
+    if isinstance(metric, SampleBlocks) and "rows_per_dim" in shared:
+        raise ValueError(
+            f"rows_per_dim={shared['rows_per_dim']!r} says nothing to columns of samples: give SampleSpace(samples=...)"
+        )
     if isinstance(metric, SampleBlocks) and (metric.space.columns, metric.space.block) != ("empirical", "layer"):
         raise ValueError(f'preconditioner={metric}: NLCG takes columns="empirical" and block="layer"')
     validation.one_of("mode", mode, ("hardened", "faithful"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from natgrad.deprecated import renamed_arguments
+from natgrad.optim.arguments import SharedByFactors
 from natgrad.optim.blocks import Blocks, kfac_blocks
 from natgrad.optim.directions import Momentum, Rule
 from natgrad.optim.kl_clip import measured_change
@@ -13,11 +15,14 @@ from natgrad.optim.second_order import SecondOrder
 from natgrad.optim.step_size import Remembers, StepSize
 from natgrad.refresh import Adaptive, Staleness
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class KFAC(SecondOrder):
+
+class KFAC(SecondOrder, shared=SharedByFactors):
     """Natural gradients with Kronecker factors that are averaged over measurements.
 
-    Papers measure every k steps with a decay of 0.95: `refresh=10, decay=0.95`. In runs of some hundred steps that
+    Papers measure every k steps with a decay of 0.95: `refresh=10, ema_decay=0.95`. In runs of some hundred steps that
     remembers networks long gone, so by default a statistic is measured when it has changed, and half of the old
     average is kept (docs/settings.md).
     Normalisations take the plain gradient; pass `curvature=spngd_blocks` for unit-wise blocks. `gather` says what
@@ -25,6 +30,7 @@ class KFAC(SecondOrder):
     arguments are those of SPNGD.
     """
 
+    @renamed_arguments(samples="rows_per_dim", decay="ema_decay")
     def __init__(
         self,
         model: nn.Module,
@@ -34,14 +40,13 @@ class KFAC(SecondOrder):
         damping: float = 3e-4,
         weight_decay: float = 0.0,
         refresh: int | Staleness = Adaptive(),  # noqa: B008  (frozen)
-        samples: int | None = 8,
-        decay: float = 0.5,
+        rows_per_dim: int | None = 8,
+        ema_decay: float = 0.5,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = kfac_blocks,
         length: StepSize | Remembers = measured_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
-        gather: Literal["weights", "directions"] = "weights",
-        **shared: Any,
+        **shared: Unpack[SharedByFactors],
     ):
         super().__init__(
             model,
@@ -50,12 +55,11 @@ class KFAC(SecondOrder):
             damping=damping,
             weight_decay=weight_decay,
             refresh=refresh,
-            samples=samples,
-            decay=decay,
+            rows_per_dim=rows_per_dim,
+            ema_decay=ema_decay,
             fisher=fisher,
             curvature=curvature,
             length=length,
             rule=rule,
-            gather=gather,
             **shared,
         )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.curvature import Curvature, Identity
+from natgrad.deprecated import renamed_arguments
 from natgrad.layer_state import LayerState
 from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.layer import promote
 from natgrad.optim import validation
+from natgrad.optim.arguments import OfNlcg
 from natgrad.optim.betas import Products, fletcher_reeves
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.choices import OF_CURVATURE, REFUSED, check_choices
@@ -27,8 +29,11 @@ from natgrad.optim.second_order import SecondOrder
 from natgrad.optim.step_size import plain
 from natgrad.readings import to_device, together
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class NLCG(SecondOrder):
+
+class NLCG(SecondOrder, shared=OfNlcg, defaults=OF_CURVATURE):
     """Conjugate directions d = -q(g) + beta d' over all parameters, as long as the schedule and the loss allow.
 
     Tell it the loss of each step, as `step(closure)`, `step(loss=...)` or `report(loss)`, so that it can draw back when
@@ -48,9 +53,7 @@ class NLCG(SecondOrder):
         step: Scheduled(feedback=...), or CurvatureStep(), which wants `step(forward=lambda: model(x))`.
         mode: "hardened", or "faithful": the authors' release to the letter, in one defined order.
         prescale: eta of the release's LARS-like scaling of each variable's gradient, suggested 0.001; None: off.
-        **shared: params, reduction, max_norm, scaler and world, as for SPNGD; with a curvature as preconditioner also
-            damping (1e-2), refresh (1), samples (8), decay (0.9), fisher, predictions, batch_dim, max_size, seed and
-            strict.
+        **shared: see natgrad.optim.arguments.OfNlcg.
 
     The strong choice is a curvature with the curvature step, which needs no learning rate: `NLCG(model,
     preconditioner=spngd_blocks, beta=polak_ribiere, step=CurvatureStep(), fisher="sampled")`.
@@ -60,6 +63,9 @@ class NLCG(SecondOrder):
 
     """
 
+    elsewhere = REFUSED
+
+    @renamed_arguments(samples="rows_per_dim", decay="ema_decay")
     def __init__(
         self,
         model: nn.Module,
@@ -72,7 +78,7 @@ class NLCG(SecondOrder):
         step: Scheduled | CurvatureStep = Scheduled(),  # noqa: B008
         mode: Literal["hardened", "faithful"] = "hardened",
         prescale: float | None = None,
-        **shared: Any,
+        **shared: Unpack[OfNlcg],
     ):
         metric = Metric() if preconditioner is None else preconditioner
         blocks = None if isinstance(metric, Metric) else metric
@@ -283,6 +289,6 @@ class NLCG(SecondOrder):
         return rows
 
 
-def bare(layer: Layer, samples: int | None, max_size: int) -> Curvature:
+def bare(layer: Layer, rows_per_dim: int | None, max_size: int) -> Curvature:
     """Nothing is measured: the metric is learned from mean gradients."""
     return Identity()

@@ -109,7 +109,7 @@ class Overlap:
         if bool(((ratio - 1).abs().minimum((ratio * scale - 1).abs())[usable] > 1e-2).any()):
             raise ValueError(
                 "gradients were changed after they had been sent: with World(overlap=True) clip by max_norm=, or call "
-                "opt.reduce() first"
+                "opt.average_gradients() first"
             )
 
     def collect(self) -> dict[nn.Parameter, Tensor]:

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
+from natgrad.deprecated import renamed_arguments
 from natgrad.layers import Layer
+from natgrad.optim.arguments import SharedByPreconditioners
 from natgrad.optim.blocks import Blocks, kfac_blocks
 from natgrad.optim.fallback import plain_gradient
 from natgrad.optim.kl_clip import KLClip
@@ -28,6 +30,9 @@ from natgrad.optim.segments import Segment
 from natgrad.optim.step_size import Natural, plain
 from natgrad.parallel import World
 from natgrad.refresh import Adaptive, Staleness
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class NaturalGradient:
             segment.direction = direction
 
 
-class Preconditioner(SecondOrder):
+class Preconditioner(SecondOrder, shared=SharedByPreconditioners):
     """Replaces `.grad` by the natural gradient, for a torch optimizer that makes the step.
 
     Call `step()` after the last backward pass of a step and before whatever else looks at gradients: clipping by norm,
@@ -58,47 +63,39 @@ class Preconditioner(SecondOrder):
     Args:
         model: the network itself, plain or wrapped.
         damping: lambda > 0 of F + lambda I, in units of squared per-sample gradients.
-        refresh, samples, decay, fisher, curvature: as for KFAC. `curvature=spngd_blocks` has blocks for normalisations.
+        refresh, rows_per_dim, ema_decay, fisher, curvature: as for KFAC. `curvature=spngd_blocks` has blocks for
+            normalisations.
         clip: KLClip(limit) shortens the natural gradient of all layers together such that the step changes the output
             by at most `limit` (lr^2 d^T F d); None leaves its length.
         lr: the learning rate of the optimizer, which `clip` asks for: a number, or a function that gives the present
             one, such as `lambda: optimizer.param_groups[0]["lr"]`.
-        **shared: as for SPNGD, without what the optimizer decides (fallback, max_norm, graph).
+        **shared: see natgrad.optim.arguments.SharedByPreconditioners.
 
     Raises:
         ValueError: names the value that cannot be and the way out.
 
     """
 
+    elsewhere = dict.fromkeys(
+        ("momentum", "weight_decay", "rule", "length", "fallback", "rescale", "max_norm", "gather", "graph"),
+        "the optimizer that makes the step decides it",
+    )
+
+    @renamed_arguments(samples="rows_per_dim", decay="ema_decay")
     def __init__(
         self,
         model: nn.Module,
         *,
         damping: float = 3e-4,
         refresh: int | Staleness = Adaptive(),  # noqa: B008  (frozen)
-        samples: int | None = 8,
-        decay: float = 0.5,
+        rows_per_dim: int | None = 8,
+        ema_decay: float = 0.5,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = kfac_blocks,
         clip: KLClip | None = None,
         lr: float | Callable[[], float] | None = None,
-        **shared: Any,
+        **shared: Unpack[SharedByPreconditioners],
     ):
-        for name in (
-            "momentum",
-            "weight_decay",
-            "rule",
-            "length",
-            "fallback",
-            "rescale",
-            "max_norm",
-            "gather",
-            "graph",
-        ):
-            if name in shared:
-                raise TypeError(
-                    f"Preconditioner() has no argument {name!r}: the optimizer that makes the step decides it"
-                )
         if clip is not None and not isinstance(clip, KLClip):
             raise ValueError(f"clip={clip!r}: give natgrad.KLClip(limit), or None for natural gradients as they are")
         if (clip is None) != (lr is None):
@@ -115,8 +112,8 @@ class Preconditioner(SecondOrder):
             weight_decay=0.0,
             damping=damping,
             refresh=refresh,
-            samples=samples,
-            decay=decay,
+            rows_per_dim=rows_per_dim,
+            ema_decay=ema_decay,
             fisher=fisher,
             curvature=curvature,
             rule=NaturalGradient(),
@@ -140,7 +137,7 @@ class Preconditioner(SecondOrder):
             for group in self.param_groups:
                 group["lr"] = float(self._rate())
         if self.world.size > 1:  # also what is not preconditioned is to be the same on all ranks
-            self.reduce()
+            self.average_gradients()
         super()._stages(away)
 
     def join_hook(self, **_: Any) -> Any:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from natgrad.layers import FoundLayer, Layer, UncurvedParameter, find_layers
 from natgrad.layers.layer import UNREGISTERED, at_least_single, real
 from natgrad.optim import gradient_noise, validation
 from natgrad.optim.aim import Aim
+from natgrad.optim.arguments import keywords, signature_of
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import SHARDED_SINCE, Census
 from natgrad.optim.coverage import CoverageTable, Preconditioned, count_preconditioned, coverage
@@ -71,6 +73,9 @@ class SecondOrder(Optimizer):
     preconditioned = Preconditioned(0, 0, 0, 0)
     """How many layers and weights the last step preconditioned by their own curvature."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """What to do instead of giving an argument that this optimizer does not have."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,8 +88,8 @@ class SecondOrder(Optimizer):
         momentum: float,
         damping: float,
         weight_decay: float,
-        decay: float = 0.0,
-        samples: int | None = 8,
+        ema_decay: float = 0.0,
+        rows_per_dim: int | None = 8,
         rescale: Rescale | None = None,
         fisher: Literal["empirical", "sampled"] = "empirical",
         gather: Literal["weights", "directions"] = "weights",
@@ -109,9 +114,9 @@ class SecondOrder(Optimizer):
         validation.one_of("rescale", rescale, ("always", "shrink", None))
         validation.one_of("fisher", fisher, ("empirical", "sampled"))
         validation.one_of("gather", gather, ("weights", "directions"))
-        validation.whole("samples", samples, 1, none=True)
+        validation.whole("rows_per_dim", rows_per_dim, 1, none=True)
         validation.whole("max_size", max_size, 1)
-        validation.between("decay", decay, 0, 1)
+        validation.between("ema_decay", ema_decay, 0, 1)
         validation.batch_dims(batch_dim)
         for name, value in (("predictions", predictions), ("max_norm", max_norm)):
             validation.above(name, 1 if value is None else value, 0)
@@ -130,9 +135,9 @@ class SecondOrder(Optimizer):
             refresh = refresh.rule
         self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
         self.method = Method(rule, length, fallback, gather, rescale, reduction or "mean")
-        self.scaler, self.decay = scaler, decay
+        self.scaler, self.ema_decay = scaler, ema_decay
         self.skipped = 0  # steps given up because a gradient was not finite
-        self.strict, self.seed, self.samples, self.max_size = strict, seed, samples, max_size
+        self.strict, self.seed, self.rows_per_dim, self.max_size = strict, seed, rows_per_dim, max_size
         self.curvature, self.sampled, self.batch_dim = curvature, fisher == "sampled", batch_dim
         self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
         self.world = world if isinstance(world, World) else World(world)
@@ -162,11 +167,25 @@ class SecondOrder(Optimizer):
         self._say_coverage()
         self.engine.arm(self.steps_made + 1)
 
+    def __init_subclass__(
+        cls, shared: type | None = None, defaults: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Complete the signature.
+
+        shared: what `**shared` of the constructor takes; None: all that the base class takes. defaults: of these
+        arguments, where they are not those of SecondOrder.
+        """
+        super().__init_subclass__(**more)
+        ours = {name: p.default for name, p in inspect.signature(SecondOrder.__init__).parameters.items()}
+        base = super(cls, cls).__init__  # type: ignore[misc]
+        own = inspect.signature(next(k for k in cls.__mro__[1:] if k.__init__ is base)).parameters.values()
+        taken = list(own) if shared is None else keywords(shared, {**ours, **(defaults or {})})
+        cls.__signature__ = signature_of(cls, taken)  # type: ignore[attr-defined]
+
     def __new__(cls, *args: Any, **options: Any) -> SecondOrder:
         """Refuse unknown arguments by the name of the class that was called."""
-        kinds = [base for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
-        known = {name for base in kinds for name in inspect.signature(base.__init__).parameters}
-        validation.known(cls.__name__, options, known - {"self", "shared", "args", "kwargs", "defaults"})
+        renamed = getattr(cls.__init__, "renamed", {})
+        validation.known(cls.__name__, options, {*inspect.signature(cls).parameters, *renamed}, cls.elsewhere)
         return super().__new__(cls)
 
     def _shards(self, model: nn.Module) -> Shards | None:
@@ -249,12 +268,12 @@ class SecondOrder(Optimizer):
             raise ValueError(SHARDED_SINCE)
         self._divided = self.world.size > 1 and self.world.owners  # layers have owners, which alone keep their state
         found = find_layers(self._model, [p for group in self.param_groups for p in group["params"]], self.batch_dim)
-        blocks = [self.curvature(f.layer, self.samples, self.max_size) for f in found]
+        blocks = [self.curvature(f.layer, self.rows_per_dim, self.max_size) for f in found]
         for k, (layer, curvature) in enumerate(zip(found, blocks)):
             if isinstance(curvature, ByRows) and not layer.layer.per_sample:
                 loose = UncurvedParameter(layer.layer.module, layer.layer.parameters[0])
                 found[k] = layer._replace(layer=loose, why=UNKNOWN_SAMPLES)
-                blocks[k] = self.curvature(loose, self.samples, self.max_size)
+                blocks[k] = self.curvature(loose, self.rows_per_dim, self.max_size)
         validation.no_loose(found, self.strict)
         owners = place_layers([c.cost(f.layer, PLACEMENT_ROWS) for f, c in zip(found, blocks)], self.world)
         self.whys = [f.why for f in found]
@@ -276,7 +295,7 @@ class SecondOrder(Optimizer):
             holders,
             state=lambda: self.state[weight],
             staleness=lambda: self._staleness(weight),
-            decay=self.decay,
+            ema_decay=self.ema_decay,
             dim=found.dim,
             budgeted=self.purse is not None,
         )
@@ -447,11 +466,16 @@ class SecondOrder(Optimizer):
         self.gradients.give_up()
         super().zero_grad(set_to_none)
 
-    def reduce(self) -> None:
+    def average_gradients(self) -> None:
         """Average gradients over ranks now, to look at them or to clip them before `step()`."""
         if self.gradients.overlap is None:  # else traffic counts from the first bucket
             self.world.sent.clear()
         self.gradients.average([p for g in self.param_groups for p in g["params"]])
+
+    def reduce(self) -> None:
+        """Do what `average_gradients()` does, under the name of the version before."""
+        warnings.warn("reduce() is now average_gradients()", DeprecationWarning, stacklevel=2)
+        self.average_gradients()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Around every backward pass of a step but the last, with World(overlap=True): gradients add up, unsent.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from natgrad.curvature import CountSketch, Curvature, Identity, Legacy, SampleSp
 from natgrad.hooks import LogitGradientScaling
 from natgrad.layers import Layer, UncurvedParameter
 from natgrad.optim import validation
+from natgrad.optim.arguments import SharedByNaturalGradients
 from natgrad.optim.directions import Momentum, Rule
 from natgrad.optim.kl_clip import measured_change
 from natgrad.optim.network import Network
@@ -21,6 +22,9 @@ from natgrad.optim.step_size import Remembers, StepSize, layerwise
 from natgrad.parallel import World
 from natgrad.refresh import Budget, Every, Staleness
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @dataclass(frozen=True)
 class SampleBlocks:
@@ -28,11 +32,11 @@ class SampleBlocks:
 
     space: SampleSpace
 
-    def __call__(self, layer: Layer, samples: int | None, max_size: int) -> Curvature:
-        return Identity() if isinstance(layer, UncurvedParameter) else replace(self.space, samples=samples)
+    def __call__(self, layer: Layer, rows_per_dim: int | None, max_size: int) -> Curvature:
+        return Identity() if isinstance(layer, UncurvedParameter) else self.space
 
 
-class SENG(SecondOrder):
+class SENG(SecondOrder, shared=SharedByNaturalGradients):
     """Directions (lambda I + U U^T)^-1 g with the gradients of single samples as U's columns (section 1.1 of specs).
 
     The length is SP-NGD's (`measured_change`), so lr means the same. The authors' steps have length=plain, damping near
@@ -53,12 +57,18 @@ class SENG(SecondOrder):
         block: "layer", or "network": one solve for all layers.
         budget: bytes of one layer's columns at its owner; a layer that would need more gets fewer samples.
         legacy: a Legacy for the release's own ways.
-        **shared: as for SPNGD. World(owners=False) keeps all columns on every rank.
+        **shared: see natgrad.optim.arguments.SharedByNaturalGradients. World(owners=False) keeps all columns on every
+            rank.
 
     Raises:
         ValueError: names the value that cannot be and the way out.
 
     """
+
+    elsewhere = dict.fromkeys(
+        ("curvature", "ema_decay", "rows_per_dim", "fisher", "max_size"),
+        "its curvature is that of this step's own samples",
+    )
 
     def __init__(
         self,
@@ -78,12 +88,8 @@ class SENG(SecondOrder):
         legacy: Legacy | None = None,
         length: StepSize | Remembers = measured_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
-        world: Any = None,
-        **shared: Any,
+        **shared: Unpack[SharedByNaturalGradients],
     ):
-        for name in ("curvature", "decay", "fisher", "max_size"):
-            if name in shared:
-                raise TypeError(f"SENG() has no argument {name!r}: its curvature is that of this step's own samples")
         validation.one_of("columns", columns, ("empirical", "improved"))
         validation.one_of("block", block, ("layer", "network"))
         validation.whole("rank", rank, 1, none=True)
@@ -95,7 +101,8 @@ class SENG(SecondOrder):
             raise ValueError(
                 f'refresh={refresh}: block="network" needs all layers\' columns of one step; take block="layer"'
             )
-        world = world if isinstance(world, World) else World(world)
+        world = shared.get("world")
+        shared["world"] = world = world if isinstance(world, World) else World(world)
         if legacy is not None and legacy.local and world.size > 1 and world.owners:
             raise ValueError("Legacy(local=True): every rank takes its own directions; give world=World(owners=False)")
         if legacy is not None and legacy.local and block == "network":
@@ -108,11 +115,9 @@ class SENG(SecondOrder):
             damping=damping,
             weight_decay=weight_decay,
             refresh=refresh,
-            samples=samples,
             curvature=SampleBlocks(space),
             length=length,
             rule=rule,
-            world=world,
             **shared,
         )
         if columns == "improved":

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from natgrad.deprecated import renamed_arguments
+from natgrad.optim.arguments import SharedByFactors
 from natgrad.optim.blocks import Blocks, spngd_blocks
 from natgrad.optim.directions import Momentum, Rule
 from natgrad.optim.kl_clip import measured_change
-from natgrad.optim.rescale import Rescale
 from natgrad.optim.second_order import SecondOrder
 from natgrad.optim.step_size import Remembers, StepSize
 from natgrad.refresh import Adaptive, Staleness
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class SPNGD(SecondOrder):
+
+class SPNGD(SecondOrder, shared=SharedByFactors):
     """Natural gradients with Kronecker factors, unit-wise blocks for norms, and statistics measured when they move.
 
     Args:
@@ -27,29 +31,21 @@ class SPNGD(SecondOrder):
             rule=Momentum(decoupled=False) adds the decay to the direction instead.
         refresh: a Staleness, or a whole number of steps between measurements; Budget(share, then=...) of either spreads
             the work over steps.
-        samples: rows measured per dimension of a factor, drawn over all samples and places; None measures all.
-        decay: of a running mean over measurements; 0 replaces, as the paper does.
+        rows_per_dim: rows measured per dimension of a factor, drawn over all samples and places; None measures all.
+        ema_decay: of a running mean over measurements; 0 replaces, as the paper does.
         fisher: "empirical" takes the data's labels, in the same backward pass; "sampled" draws them from the model's
             prediction: call `sample(output)` before `backward()`.
         curvature: a function of a layer that gives its curvature.
         length: how far a step goes: measured_change, kl_clip, trust, plain or a function of yours.
         rule: where it goes: Momentum(before=..., coefficient=corrected | tied | heavy_ball) or a Rule of yours.
-        rescale: "always" (the paper, eq. 24) or "shrink" (its release) holds weights at their He norm.
-        **shared: params (parameters, named parameters or torch's groups; a group may set lr, momentum, weight_decay,
-            damping, refresh), reduction of the loss ("mean" or "sum"; None is a mean), predictions (how many
-            predictions of a sample a mean loss averages: one class of an image, all places of a text; None counts the
-            rows of logits that have a gradient), batch_dim (where samples are in inputs of several dimensions, for all
-            modules or by name; None: first, or as `batch_first` of the modules around says), max_norm, scaler (a
-            GradScaler, if you unscale yourself, call reduce() or overlap), fallback (direction of parameters without
-            curvature), max_size (sides above it stay diagonal), strict (refuse such parameters), seed, world, graph (on
-            GPUs, the launches of a step in which nothing is measured are recorded once and made again as CUDA graphs;
-            one gradient more stays in memory).
+        **shared: see natgrad.optim.arguments.SharedByFactors.
 
     Raises:
         ValueError: names the value that cannot be and the way out.
 
     """
 
+    @renamed_arguments(samples="rows_per_dim", decay="ema_decay")
     def __init__(
         self,
         model: nn.Module,
@@ -59,14 +55,13 @@ class SPNGD(SecondOrder):
         damping: float = 3e-4,
         weight_decay: float = 0.0,
         refresh: int | Staleness = Adaptive(),  # noqa: B008  (frozen)
-        samples: int | None = 8,
-        decay: float = 0.0,
+        rows_per_dim: int | None = 8,
+        ema_decay: float = 0.0,
         fisher: Literal["empirical", "sampled"] = "empirical",
         curvature: Blocks = spngd_blocks,
         length: StepSize | Remembers = measured_change,
         rule: Rule = Momentum(before=False),  # noqa: B008
-        rescale: Rescale | None = None,
-        **shared: Any,
+        **shared: Unpack[SharedByFactors],
     ):
         super().__init__(
             model,
@@ -75,12 +70,11 @@ class SPNGD(SecondOrder):
             damping=damping,
             weight_decay=weight_decay,
             refresh=refresh,
-            samples=samples,
-            decay=decay,
+            rows_per_dim=rows_per_dim,
+            ema_decay=ema_decay,
             fisher=fisher,
             curvature=curvature,
             length=length,
             rule=rule,
-            rescale=rescale,
             **shared,
         )

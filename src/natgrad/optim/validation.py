@@ -49,12 +49,16 @@ def warn(message: str) -> None:
     warnings.warn(message, NatgradWarning, stacklevel=level)
 
 
-def known(kind: str, options: Collection[str], allowed: Collection[str]) -> None:
-    """Refuse arguments that an optimizer does not have."""
+def known(kind: str, options: Collection[str], allowed: Collection[str], elsewhere: Mapping[str, str]) -> None:
+    """Refuse arguments that an optimizer does not have. `elsewhere`: what to do instead, by argument."""
     for name in options:
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, 1)
-            hint = ELSEWHERE.get(name) or (f"did you mean {near[0]}=?" if near else "see its docstring")
+            hint = (
+                elsewhere.get(name)
+                or ELSEWHERE.get(name)
+                or (f"did you mean {near[0]}=?" if near else "see its docstring")
+            )
             raise TypeError(f"{kind}() has no argument {name!r}: {hint}")
 
 

@@ -19,18 +19,18 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"overlap": True},
     {"wire": "bfloat16"},
     {"wire": "bfloat16", "overlap": True},
-    {"samples": 8},
-    {"samples": 8, "overlap": True},
-    {"samples": 8, "wire": "bfloat16", "overlap": True},
-    {"samples": 8, "wire": "bfloat16", "weights_wire": "bfloat16", "overlap": True},
-    {"samples": 4, "wire": "bfloat16", "weights_wire": "bfloat16", "overlap": True},
+    {"rows_per_dim": 8},
+    {"rows_per_dim": 8, "overlap": True},
+    {"rows_per_dim": 8, "wire": "bfloat16", "overlap": True},
+    {"rows_per_dim": 8, "wire": "bfloat16", "weights_wire": "bfloat16", "overlap": True},
+    {"rows_per_dim": 4, "wire": "bfloat16", "weights_wire": "bfloat16", "overlap": True},
 )
 OF_ROWS: tuple[dict[str, Any], ...] = (
     {},
     {"overlap": True},
     {"replicated": True},
     {"wire": "bfloat16", "overlap": True},
-    {"samples": 64, "wire": "bfloat16", "overlap": True},
+    {"rows_per_dim": 64, "wire": "bfloat16", "overlap": True},
 )
 GOOD = 20
 """An interval that is short enough not to look for a shorter one by changing more."""
@@ -51,7 +51,7 @@ def parsed(share: str) -> float:
 def tried(settings: Settings, one_rank: bool) -> Iterator[Settings]:
     """The settings with each of the changes that say anything."""
     for change in OF_ROWS if isinstance(settings, Seng) else CHANGES:
-        if one_rank and set(change) - {"samples"}:
+        if one_rank and set(change) - {"rows_per_dim"}:
             continue
         if any(worse(settings, name, value) for name, value in change.items()):
             continue
@@ -61,7 +61,7 @@ def tried(settings: Settings, one_rank: bool) -> Iterator[Settings]:
 def worse(settings: Settings, name: str, value: Any) -> bool:
     """Whether a change would take the wrong direction, or says nothing."""
     now = getattr(settings, name)
-    if name == "samples":
+    if name == "rows_per_dim":
         return now is not None and now <= value
     return name == "weights_wire" and getattr(settings, "replicated", False)
 
@@ -118,7 +118,7 @@ def advise(planner: Planner, settings: Settings, ranks: int, batch: int, overhea
     }
 
 
-def line(before: Settings, after: Settings, always: Sequence[str] = ("refresh", "samples")) -> str:
+def line(before: Settings, after: Settings, always: Sequence[str] = ("refresh", "rows_per_dim")) -> str:
     """The fields that differ, as the command line takes them; those named `always` in any case."""
     words = []
     for entry in fields(after):

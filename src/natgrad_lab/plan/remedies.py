@@ -38,7 +38,7 @@ SETTINGS = (
     Change("gradients leave during the backward pass", {"overlap": True}),
     Change("statistics travel in half precision", {"wire": "bfloat16"}),
     Change("weights travel in half precision", {"weights_wire": "bfloat16"}),
-    Change("8 rows are measured for each dimension", {"samples": 8}),
+    Change("8 rows are measured for each dimension", {"rows_per_dim": 8}),
     Change("directions and updates are one CUDA graph", {"graph": True}),
     Change("every rank owns all layers", {"replicated": True}),
 )

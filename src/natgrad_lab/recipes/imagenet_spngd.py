@@ -2,8 +2,8 @@
 
 Momentum tied to the learning rate (eq. 22) on whole displacements (eq. 23), weights always rescaled (eq. 24), no
 weight decay, unit-wise blocks for BatchNorm, running mixup, then erasing with zero. Statistics of every row, stale
-where they stand still (tolerance 0.1) up to 32,768; beyond, the paper measures at every step. --optimizer.samples 8
-measures a bounded number of rows.
+where they stand still (tolerance 0.1) up to 32,768; beyond, the paper measures at every step.
+--optimizer.rows-per-dim 8 measures a bounded number of rows.
 """
 
 from dataclasses import replace
@@ -23,7 +23,9 @@ TABLE = {
     "128k": PublishedRow(131_072, 1.0, 2.9, 3, 100, 7.0e-2, 0.93, 1.0e-4, 90, 873),
 }
 
-OPTIMIZER = SpNgd(norms="unitwise", length="plain", samples=None, coefficient="tied", displaced=True, rescale="always")
+OPTIMIZER = SpNgd(
+    norms="unitwise", length="plain", rows_per_dim=None, coefficient="tied", displaced=True, rescale="always"
+)
 REGULARISATION = Regularisation(erase=0.5, area=(0.02, 0.25), aspect=(0.3, 1.0))
 STALE_UP_TO = 32_768
 

@@ -26,7 +26,13 @@ TABLE = {
 }
 
 OPTIMIZER = SpNgd(
-    norms="full", norm_damping=16, length="plain", samples=None, refresh=1, coefficient="corrected", rescale="shrink"
+    norms="full",
+    norm_damping=16,
+    length="plain",
+    rows_per_dim=None,
+    refresh=1,
+    coefficient="corrected",
+    rescale="shrink",
 )
 REGULARISATION = Regularisation(erase=0.5, per_sample=True, fresh_majority=True, keep_erased=True)
 

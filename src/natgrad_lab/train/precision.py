@@ -61,9 +61,11 @@ class Scaled:
         self.optimizer, self.scaler, self.world = optimizer, scaler, world
 
     def step(self, **told: Any) -> None:
-        reduce = None if isinstance(self.optimizer, SecondOrder) else getattr(self.optimizer, "reduce", None)
-        if reduce is not None:
-            reduce()  # the scaler must judge the mean: one rank's overflow is then everybody's
+        average = (
+            None if isinstance(self.optimizer, SecondOrder) else getattr(self.optimizer, "average_gradients", None)
+        )
+        if average is not None:
+            average()  # the scaler must judge the mean: one rank's overflow is then everybody's
         self.scaler.step(self.optimizer, **told)
         self.scaler.update()
         self._agree()

@@ -64,9 +64,9 @@ class Curved(Settings):
     refresh_share: float | None = None
     """Share of a step that measuring and factoring may take, counted in operations: what is due and does not fit waits;
     None: no limit."""
-    decay: float = 0.0
+    ema_decay: float = 0.0
     """Share of the old average that a refresh keeps; 0: each measurement replaces the last."""
-    samples: int | None = 8
+    rows_per_dim: int | None = 8
     """Rows measured for each dimension of a statistic; None: every row."""
     inverse: Literal["cholesky", "eigen"] = "cholesky"
     """How factors are inverted; eigenvectors are dearer, but follow every change of the damping."""
@@ -120,8 +120,8 @@ class Curved(Settings):
             "weight_decay": self.weight_decay,
             "fisher": self.fisher,
             "refresh": self.staleness(),
-            "decay": self.decay,
-            "samples": self.samples,
+            "ema_decay": self.ema_decay,
+            "rows_per_dim": self.rows_per_dim,
             "curvature": self.blocks(),
             "max_size": self.max_size,
             "length": how_far(self.length, self.largest_change),
@@ -182,7 +182,7 @@ class SpNgd(Curved):
 class KFac(Curved):
     """K-FAC: Kronecker factors averaged over measurements."""
 
-    decay: float = 0.5
+    ema_decay: float = 0.5
     """Share of the old average that a refresh keeps."""
     norms: Literal["unitwise", "full", "plain"] = "plain"
     """Curvature of normalisations: a 2x2 block for each channel, one block for all of a layer, or none."""

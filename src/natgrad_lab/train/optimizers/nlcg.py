@@ -20,8 +20,8 @@ OF_CURVATURE = (
     "damping",
     "refresh",
     "refresh_share",
-    "decay",
-    "samples",
+    "ema_decay",
+    "rows_per_dim",
     "fisher",
     "inverse",
     "norms",
@@ -72,9 +72,9 @@ class Nlcg(Settings):
     refresh_share: float | None = None
     """Share of a step that measuring and factoring may take, counted in operations: what is due and does not fit waits;
     None: no limit."""
-    decay: float = 0.9
+    ema_decay: float = 0.9
     """Share of the old average that a refresh keeps."""
-    samples: int | None = 8
+    rows_per_dim: int | None = 8
     """Rows measured for each dimension of a statistic; None: every row."""
     fisher: Literal["empirical", "sampled"] = "empirical"
     """Labels of the curvature: the data's, or drawn from the prediction at one more backward pass a measurement."""
@@ -164,8 +164,8 @@ class Nlcg(Settings):
             "preconditioner": natgrad.LayerBlocks(INVERSES[self.inverse], norms),
             "damping": self.damping,
             "refresh": limited(self.refresh, self.refresh_share),
-            "decay": self.decay,
-            "samples": self.samples,
+            "ema_decay": self.ema_decay,
+            "rows_per_dim": self.rows_per_dim,
             "fisher": self.fisher,
             "max_size": self.max_size,
             "seed": self.sampling_seed,

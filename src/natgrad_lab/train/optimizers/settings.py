@@ -39,13 +39,13 @@ class Settings:
 def alone(optimizer: Optimizer, model: nn.Module, world: World) -> Optimizer:
     """Make an optimizer that knows of one rank begin as rank 0 does and step by the mean gradient.
 
-    Gradients are averaged in `step()`, or before it by `optimizer.reduce()`, for whoever must see their mean.
+    Gradients are averaged in `step()`, or before it by `optimizer.average_gradients()`, for who must see their mean.
     """
     world.gather([OwnedTensor(tensor.detach(), 0) for tensor in (*model.parameters(), *model.buffers())])
     if world.size > 1:
         mean = Mean(optimizer, world)
         optimizer.register_step_pre_hook(mean.before_step)
-        vars(optimizer).update(seconds=mean.seconds, reduce=mean.reduce)
+        vars(optimizer).update(seconds=mean.seconds, average_gradients=mean.average)
     return optimizer
 
 
@@ -57,7 +57,7 @@ class Mean:
         self.seconds = {"messages": 0.0}
         self.done = False
 
-    def reduce(self) -> None:
+    def average(self) -> None:
         """Average now; `step()` then sends nothing."""
         began = time.perf_counter()
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
@@ -67,7 +67,7 @@ class Mean:
 
     def before_step(self, *_: object) -> None:
         if not self.done:
-            self.reduce()
+            self.average()
         self.done = False
 
 
