@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -331,6 +332,9 @@ class Capture:
         self.drew, self.drawn = False, 0.0
         self._claimed: dict[int, int] = {}  # the last backward pass that went through each layer's calls
         self._added: dict[int, int] = {}  # the last one that added to its weight's gradient
+        self._noting: set[int] = set()  # the passes at whose end the gradients' norms are noted
+        self._noted = -1  # the last one after which they were
+        self._sizes: dict[int, Tensor] = {}  # these norms
 
     def clear(self) -> None:
         """The gradients are cleared: forget what was measured of them, but not of labels drawn for the next ones."""
@@ -341,6 +345,7 @@ class Capture:
             self._seen[index].passes = 0
         self._claimed.clear()
         self._added.clear()
+        self._sizes.clear()
         self._task = -1
         return None
 
@@ -622,8 +627,26 @@ class Capture:
         self._turn(self._pass(), None)
         self._seen[index].passes += place == 0
         self._added[index] = self._pass()
-        with self._timed(), calm(gradient.device):
-            self._checksum(index).deposit(place, gradient.detach(), index in self._checked)
+        self._note_sizes_at_end(gradient.device)
+        if index in self._checked:
+            with self._timed(), calm(gradient.device):
+                self._checksum(index).deposit(place, gradient.detach())
+
+    def _note_sizes_at_end(self, device: torch.device) -> None:
+        """Have the gradients' norms noted when the backward pass that runs now has ended."""
+        task = torch._C._current_graph_task_id()
+        if not self.sharded and task not in self._noting:
+            self._noting.add(task)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._note_sizes, self._task, device))
+
+    def _note_sizes(self, task: int, device: torch.device) -> None:
+        """Note how large gradients are after a backward pass: zeros that are found later were cleared."""
+        if task != self._task:
+            return  # it was discarded in between
+        with self._timed(), calm(device):
+            there = {k: g for k in self._added if (g := self.weight(k).grad) is not None and not g.is_sparse}
+            self._sizes = dict(zip(there, torch._foreach_norm(list(there.values())))) if there else {}
+            self._noted = task
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -662,16 +685,15 @@ class Capture:
             return self.discard(task)  # an error ended it between a layer's output and its weight
         if self.sharded:
             return self.discard(task) if self._cleared() else None
-        grads = [(check, check.layer.parameters[0].grad) for check in self._checks.values()]
-        if any(g is None and self._seen[k].passes for k, (_, g) in zip(self._checks, grads)):
+        if self._added and self._noted != self._task:
+            return self.discard(task)  # an error ended it
+        grads = {k: self.weight(k).grad for k in self._added}
+        if any(g is None and self._seen[k].passes for k, g in grads.items()):
             return self.discard(task)
-        there = [(check, g) for check, g in grads if g is not None and not g.is_sparse]
+        there = {k: g for k, g in grads.items() if g is not None and k in self._sizes}
         if there:
-            norms = torch._foreach_norm([g for _, g in there])
-            zero = [
-                (n == 0) & (torch.stack(check.sizes) > 0).any() for n, (check, _) in zip(norms, there) if check.sizes
-            ]
-            if zero and bool(torch.stack([z.cpu() for z in zero]).any()):
+            now, before = torch._foreach_norm(list(there.values())), [self._sizes[k] for k in there]
+            if bool(((together(now) == 0) & (together(before) > 0)).any()):
                 self.discard(task)
         return None
 
@@ -680,7 +702,7 @@ class Capture:
 
         Until it hands them over, FSDP keeps what it was told not to send yet (set_requires_gradient_sync).
         """
-        there = [self.layers[k].parameters[0].grad for k in self._checks if k in self._sent and self._seen[k].passes]
+        there = [self.layers[k].parameters[0].grad for k in self._added if k in self._sent and self._seen[k].passes]
         if any(gradient is None for gradient in there):
             return True
         parts = [part for g in there if g is not None and (part := local_of(g)).numel()]
@@ -979,6 +1001,8 @@ def precise(part: Any, layer: Layer) -> Any:
         return part.to(dtype) if part.is_floating_point() else part
     if isinstance(part, dict):
         return {name: precise(value, layer) for name, value in part.items()}
+    if isinstance(part, tuple) and hasattr(part, "_fields"):
+        return type(part)(*(precise(value, layer) for value in part))
     return part
 
 

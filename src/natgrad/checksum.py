@@ -50,8 +50,7 @@ class Checksum:
         self.epsilon = torch.finfo(self.weight.dtype).eps
         self.least = 0.0  # what half precision cannot hold
         self.rows = self.calls = 0
-        self.sizes: list[Tensor] = []  # of what was added to the weight's gradient
-        self.sums: tuple[list[Tensor], ...] = ([], [], [], [])  # claimed, deposited, and the squares of their terms
+        self.sums: tuple[list[Tensor], ...] = ([], [], [], [])  # claimed, deposited, and the norms of their terms
 
     def fits(self) -> bool:
         """Whether the layer is still of the type and on the device that this was made for."""
@@ -75,21 +74,17 @@ class Checksum:
         if late is not None:
             x, dy = layer.exchanged(late, dy)
             looked = layer.look(x, self.u, dy)
-        total, squares = layer.bilinear(looked, dy, self.u, self.v)
+        total, norm = layer.bilinear(looked, dy, self.u, self.v)
         self.sums[0].append(total)
-        self.sums[2].append(squares)
+        self.sums[2].append(norm)
         self.rows += rows
 
-    def deposit(self, place: int, gradient: Tensor, compared: bool = True) -> None:
-        """Autograd adds a gradient to the parameter `place` of the layer. Not `compared`, only its size counts."""
-        if place == 0:
-            self.sizes.append(torch.linalg.vector_norm(gradient))
-        if not compared:
-            return
+    def deposit(self, place: int, gradient: Tensor) -> None:
+        """Autograd adds a gradient to the parameter `place` of the layer."""
         direction = self.layer.unpack(self.v.unsqueeze(2) * self.u.unsqueeze(1))[place]
         products = direction.reshape(gradient.shape) * gradient
         self.sums[1].append(products.sum(dtype=torch.float64))
-        self.sums[3].append(torch.linalg.vector_norm(products, dtype=torch.float64).square())
+        self.sums[3].append(torch.linalg.vector_norm(products, dtype=torch.float64))
 
     def _see(self, output: Tensor) -> None:
         """A call has rounded its output as this type and device do."""
@@ -132,12 +127,17 @@ class Checksum:
 
 
 def numbers_of(checks: Sequence[Checksum]) -> Tensor:
-    """The two sides of each check and the sums of squares of their terms, four numbers a check, on one device."""
+    """The two sides of each check and the sums of squares of their terms, four numbers a check, on one device.
+
+    The device squares the norms of all checks together.
+    """
     places = [4 * k + side for k, check in enumerate(checks) for side, sums in enumerate(check.sums) for _ in sums]
     terms = [term for check in checks for sums in check.sums for term in sums]
     if not terms:
         return torch.zeros(4 * len(checks), dtype=torch.float64)
     joined = together(terms)
+    norms = to_device([place % 4 > 1 for place in places], joined.device, torch.bool)
+    joined = torch.where(norms, joined.square(), joined)
     return joined.new_zeros(4 * len(checks)).index_add_(0, to_device(places, joined.device, torch.long), joined)
 
 

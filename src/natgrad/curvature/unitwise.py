@@ -25,7 +25,7 @@ from natgrad.curvature.curvature import (
     part_of,
 )
 from natgrad.layers.layer import Layer, Shape
-from natgrad.layers.norm import Norm
+from natgrad.layers.norm import Norm, UnitSums
 from natgrad.layers.op_cost import OpCost, launched, moved, product
 from natgrad.linalg import damped_inverse, first_inverse
 
@@ -61,15 +61,16 @@ class SampleMoment(Moment):
         index = None if chosen is None else _places_of(chosen, samples, places, x.device)
         return KeptInputs(layer.rows(x, index), chosen, samples, places)
 
-    def after(self, layer: Layer, kept: KeptInputs, dy: Tensor, draw: Draw) -> Tensor:
+    def after(self, layer: Layer, kept: KeptInputs, dy: Tensor, draw: Draw) -> Tensor | UnitSums:
+        """Gradients of the chosen samples, each of which stands for `step` samples."""
         inputs, chosen, samples, places = kept
         if isinstance(layer, Norm):
-            units = layer.unit_gradients(inputs, dy, chosen)
-        else:
-            index = None if chosen is None else _places_of(chosen, samples, places, dy.device)
-            taken = samples if chosen is None else len(range(samples)[chosen])
-            units = layer.sample_gradients(inputs, layer.output_rows(dy, index), taken).flatten(1, 2)
-        return units if chosen is None else units.mul_(chosen.step**0.5)  # each stands for `step` samples
+            sums = layer.unit_sums(inputs, dy, chosen)
+            return sums if chosen is None else sums._replace(weight=chosen.step**0.5)
+        index = None if chosen is None else _places_of(chosen, samples, places, dy.device)
+        taken = samples if chosen is None else len(range(samples)[chosen])
+        units = layer.sample_gradients(inputs, layer.output_rows(dy, index), taken).flatten(1, 2)
+        return units if chosen is None else units.mul_(chosen.step**0.5)
 
     def taken(self, layer: Layer, samples: int, ranks: int) -> int:
         """How many of a call's samples are measured: one of every so many, as `Draw.every` draws them."""
@@ -98,41 +99,60 @@ class SampleMoment(Moment):
             return samples
         return math.ceil(samples / max(1, samples // self._wanted(layer, self.rows_per_dim)))
 
+    def shifted(self, part: Tensor | UnitSums, before: int) -> Tensor:
+        return super().shifted(written(part), before)
+
     @staticmethod
-    def gradients(parts: list[Tensor]) -> Tensor:
+    def gradients(parts: Sequence[Any]) -> Tensor:
         """Per-sample gradients [n, b*o, i] of one forward pass: a sample's calls add up before they square.
 
         A call with fewer samples than others saw the first ones, as the later steps of a packed sequence do.
         """
-        if len(parts) == 1:
-            return parts[0]
-        total = parts[0].new_zeros(max(map(len, parts)), *parts[0].shape[1:])
-        for part in parts:
+        units = [written(part) for part in parts]
+        if len(units) == 1:
+            return units[0]
+        total = units[0].new_zeros(max(map(len, units)), *units[0].shape[1:])
+        for part in units:
             total[: len(part)] += part
         return total
 
-    def close(self, parts: list[Tensor]) -> Tensor:
+    def close(self, parts: list[Any]) -> Tensor:
         return self._products(self.gradients(parts))
 
-    def close_all(self, parts: Sequence[list[Tensor]]) -> list[Tensor]:
-        """Units know nothing of each other, so those of all layers that look alike are one product."""
+    def close_all(self, parts: Sequence[list[Any]]) -> list[Tensor]:
+        """Units know nothing of each other, so those of all layers that look alike are written out as one product."""
         if type(self).close is not SampleMoment.close:
             return super().close_all(parts)
-        units, found = [self.gradients(own) for own in parts], list[Tensor](torch.empty(0) for _ in parts)
+        units = [own[0] if len(own) == 1 else self.gradients(own) for own in parts]
         alike: dict[Any, list[int]] = {}
         for k, own in enumerate(units):
-            alike.setdefault((len(own), own.shape[2], own.dtype, own.device), []).append(k)
+            kind = own.kind if isinstance(own, UnitSums) else (len(own), own.shape[2], own.dtype, own.device)
+            alike.setdefault(kind, []).append(k)
+        found: dict[int, Tensor] = {}
         for ks in alike.values():
-            joined = torch.cat([units[k] for k in ks], 1) if len(ks) > 1 else units[ks[0]]
-            for k, own in zip(ks, self._products(joined).split([units[k].shape[1] for k in ks])):
-                found[k] = own
-        return found
+            own = [units[k] for k in ks]
+            counts = [(u.products if isinstance(u, UnitSums) else u).shape[1] for u in own]
+            found |= zip(ks, self._products(together(own)).split(counts))
+        return [found[k] for k in range(len(parts))]
 
     def _products(self, units: Tensor) -> Tensor:
         """The sums over samples of what units [n, u, i] make, [u, i, i] or [u, i]."""
         if self.diagonal:
             return units.square().sum(0)
         return torch.einsum("nui,nuj->uij", units, units)
+
+
+def written(part: Tensor | UnitSums) -> Tensor:
+    """Per-sample gradients [n, u, i] of one call."""
+    return part.written() if isinstance(part, UnitSums) else part
+
+
+def together(parts: Sequence[Tensor | UnitSums]) -> Tensor:
+    """Per-sample gradients of parts of one kind, units behind units."""
+    if len(parts) == 1:
+        return written(parts[0])
+    sums = [part for part in parts if isinstance(part, UnitSums)]
+    return UnitSums.joined(sums).written() if sums else torch.cat([written(part) for part in parts], 1)
 
 
 def gradients_work(layer: Layer, x: Tensor, samples: int, places: int) -> tuple[OpCost, ...]:

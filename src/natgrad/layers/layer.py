@@ -170,12 +170,12 @@ class Layer(ABC):
         return self.projected(x, u)
 
     def bilinear(self, looked: Any, dy: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """v^T dW u of one call, summed over blocks, and the sum of squares of its terms, float64.
+        """v^T dW u of one call, summed over blocks, and the norm of its terms, float64.
 
         The gradient of W is the sum over rows of g a^T, so v^T dW u is the sum over rows of (g . v)(a . u).
         """
         terms = self.projected_output(dy, v).mul_(looked)
-        return terms.sum(dtype=torch.float64), torch.linalg.vector_norm(terms, dtype=torch.float64).square()
+        return terms.sum(dtype=torch.float64), torch.linalg.vector_norm(terms, dtype=torch.float64)
 
     def sample_gradients(self, rows: Tensor, output_rows: Tensor, samples: int) -> Tensor:
         """Per-sample gradients [n, b, o, i]: sums over a sample's places of g a^T.

@@ -59,6 +59,45 @@ def of(x: Tensor, samples: slice | None) -> Tensor:
     return x if samples is None else x[samples]
 
 
+class UnitSums(NamedTuple):
+    """Per-sample gradients of a normalisation's channels, as the sums that they are made of; not yet written out.
+
+    products [m, c]: sums over places of dy * rows. sums [m, c]: those of dy; None where nothing needs them. With `mean`
+    and `scale` ([c] or [m, c]) rows are raw, and x_hat = (rows - mean) * scale. biased: whether channels have a shift.
+    weight: by which all is multiplied.
+    """
+
+    products: Tensor
+    sums: Tensor | None
+    mean: Tensor | None
+    scale: Tensor | None
+    biased: bool
+    weight: float = 1.0
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Sums of one kind can be joined."""
+        own, centred = self.products, None if self.mean is None else self.mean.dim()
+        return len(own), own.dtype, own.device, centred, self.biased, self.weight
+
+    def written(self) -> Tensor:
+        """The gradients [m, c, i]."""
+        products, sums = self.products, self.sums
+        if self.mean is not None and self.scale is not None and sums is not None:
+            products = products.addcmul(self.mean, sums, value=-1).mul_(self.scale)
+        units = torch.stack([products, sums], -1) if self.biased and sums is not None else products.unsqueeze(-1)
+        return units if self.weight == 1 else units * self.weight
+
+    @staticmethod
+    def joined(parts: Sequence[UnitSums]) -> UnitSums:
+        """Channels behind channels, of parts of one kind."""
+        first = parts[0]
+        tensors = [[t for t in own if t is not None] for own in zip(*(part[:4] for part in parts))]
+        products, *rest = [torch.cat(own, -1) if own else None for own in tensors]
+        assert products is not None
+        return UnitSums(products, *rest, biased=first.biased, weight=first.weight)
+
+
 def _private(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     """A function of autograd that has no public name yet."""
     return getattr(getattr(torch._C, "_autograd", None), name, otherwise)
@@ -147,19 +186,19 @@ class Norm(Layer):
         return NormInputs(self.normalized(x, samples, output))
 
     def unit_gradients(self, inputs: NormInputs, dy: Tensor, samples: slice | None) -> Tensor:
-        """Per-sample gradients [m, c, i], the sums over places of dy * [x_hat, 1], in portions that stay in cache."""
+        """Per-sample gradients [m, c, i], the sums over places of dy * [x_hat, 1]."""
+        return self.unit_sums(inputs, dy, samples).written()
+
+    def unit_sums(self, inputs: NormInputs, dy: Tensor, samples: slice | None) -> UnitSums:
+        """What `unit_gradients` are made of, in portions that stay in cache."""
         mean, scale, chosen = inputs.mean, inputs.scale, inputs.chosen
         outputs, rows = of(self.places(dy), samples), of(inputs.take(), chosen)
         dtype = at_least_single(outputs.dtype, rows.dtype)
-        found, start = outputs.new_empty(len(outputs), outputs.shape[2], 2, dtype=dtype), 0
-        for a, g in zip(portions(rows), portions(outputs)):
-            part = found[start : start + len(g)]
-            torch.sum(promote(g) * a, 1, out=part[..., 0])
-            torch.sum(g, 1, dtype=dtype, out=part[..., 1])
-            start += len(g)
-        if mean is not None and scale is not None:
-            found[..., 0].addcmul_(mean, found[..., 1], value=-1).mul_(scale)
-        return found if self.biased else found[..., :1]
+        pairs = list(zip(portions(rows), portions(outputs)))
+        products = behind([torch.sum(promote(g) * a, 1, dtype=dtype) for a, g in pairs])
+        summed = self.biased or mean is not None
+        sums = behind([torch.sum(g, 1, dtype=dtype) for _, g in pairs]) if summed else None
+        return UnitSums(products, sums, mean, scale, self.biased)
 
     def projected(self, x: Tensor, u: Tensor) -> Tensor:
         rows = self.normalized(x).flatten(0, 1)
@@ -175,15 +214,18 @@ class Norm(Layer):
         return NormSeen(saved.input, saved.input._version, saved.mean, saved.scale)
 
     def bilinear(self, looked: NormSeen, dy: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As many terms as inputs are not written down: the sum of their squares is that of a sample of them."""
+        """As many terms as inputs are not written down: their norm is that of a sample of them."""
         if looked.x._version != looked.version:  # overwritten since: there is nothing to look at
             return torch.full((), math.nan, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         scale, shift = self.summed(looked, dy)
-        total = torch.sum(v[:, 0] * u[:, 0] * scale, dtype=torch.float64)
+        terms = scale * u[:, 0]
         if self.biased:
-            total = total + torch.sum(v[:, 0] * u[:, 1] * shift, dtype=torch.float64)
+            terms = terms.addcmul(shift, u[:, 1])
         some = promote(dy[:: max(1, len(dy) // 8)])
-        return total, some.square().mean(dtype=torch.float64) * (2 * dy.numel())
+        total = torch.sum(terms.mul_(v[:, 0]), dtype=torch.float64)
+        return total, torch.linalg.vector_norm(some, dtype=torch.float64) * math.sqrt(
+            2 * dy.numel() / max(1, some.numel())
+        )
 
     def summed(self, looked: NormSeen, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The sums over all rows of dy * x_hat [c] and of dy [c]."""
@@ -200,6 +242,11 @@ class Norm(Layer):
 
     def unpack(self, matrix: Tensor) -> tuple[Tensor, ...]:
         return tuple(matrix[:, 0, k].reshape(p.shape) for k, p in enumerate(self.parameters))
+
+
+def behind(parts: Sequence[Tensor]) -> Tensor:
+    """Parts behind one another; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class Axes(NamedTuple):
@@ -255,9 +302,11 @@ class Entrywise(Norm):
     def rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         return super().rows(x, index) * self._own(promote(x))
 
-    def unit_gradients(self, inputs: NormInputs, dy: Tensor, samples: slice | None) -> Tensor:
-        found = super().unit_gradients(inputs, dy, samples)
-        return found.mul_(self._own(found))
+    def unit_sums(self, inputs: NormInputs, dy: Tensor, samples: slice | None) -> UnitSums:
+        found = super().unit_sums(inputs, dy, samples)
+        if self.biased and found.sums is not None:
+            (found.sums if self.scales else found.products).zero_()
+        return found
 
     def _own(self, like: Tensor) -> Tensor:
         """Which of scale and shift the call has [1 or 2]."""
