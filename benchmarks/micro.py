@@ -61,14 +61,16 @@ def batch(build, shape):
 @pytest.mark.parametrize("samples", [8, None], ids=["bounded", "every row"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_measure(benchmark, name, samples):
-    alone(benchmark, measured, natgrad.Kronecker(samples), *batch(*LAYERS[name]))
+    alone(benchmark, measured, natgrad.curvature.Kronecker(samples), *batch(*LAYERS[name]))
 
 
 def test_measure_norm(benchmark):
-    alone(benchmark, measured, natgrad.UnitWise(8), *batch(*NORM))
+    alone(benchmark, measured, natgrad.curvature.UnitWise(8), *batch(*NORM))
 
 
-@pytest.mark.parametrize("kind", [natgrad.Kronecker, natgrad.EigenKronecker], ids=["Cholesky", "eigen"])
+@pytest.mark.parametrize(
+    "kind", [natgrad.curvature.Kronecker, natgrad.curvature.EigenKronecker], ids=["Cholesky", "eigen"]
+)
 @pytest.mark.parametrize("side", SIDES)
 def test_invert(benchmark, side, kind):
     rows = torch.randn(2 * side, side)
@@ -79,7 +81,7 @@ def test_invert(benchmark, side, kind):
 def test_precondition(benchmark, shape):
     out, inner = shape
     inverses = {"A": torch.randn(1, inner, inner), "G": torch.randn(1, out, out)}
-    alone(benchmark, natgrad.Kronecker().precondition, inverses, torch.randn(1, out, inner), 0.1)
+    alone(benchmark, natgrad.curvature.Kronecker().precondition, inverses, torch.randn(1, out, inner), 0.1)
 
 
 @pytest.mark.parametrize("side", SIDES)

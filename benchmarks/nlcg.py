@@ -73,15 +73,15 @@ METHODS = {
     "NLCG hardened": nlcg(),
     "NLCG identity": nlcg(preconditioner=None),
     "NLCG second moment": nlcg(-13, preconditioner=natgrad.SecondMoment()),
-    "NLCG DY": nlcg(beta=natgrad.dai_yuan),
+    "NLCG DY": nlcg(beta=natgrad.optim.dai_yuan),
     "constant .9 + diagonal BFGS": nlcg(beta=lambda products: 0.9, step=natgrad.Scheduled(feedback=None)),
     "K-FAC + momentum .9": Method(
         lambda model, lr: natgrad.KFAC(model, lr, momentum=0.9, refresh=1, length=natgrad.plain, **BLOCKS), -9
     ),
     "NLCG FR + K-FAC": nlcg(-9, **KRONECKER),
-    "NLCG FR, curvature step": curved(natgrad.fletcher_reeves),
-    "NLCG PR, curvature step": curved(natgrad.polak_ribiere),
-    "NLCG PR + K-FAC, curvature step": curved(natgrad.polak_ribiere, **KRONECKER),
+    "NLCG FR, curvature step": curved(natgrad.optim.fletcher_reeves),
+    "NLCG PR, curvature step": curved(natgrad.optim.polak_ribiere),
+    "NLCG PR + K-FAC, curvature step": curved(natgrad.optim.polak_ribiere, **KRONECKER),
 }
 
 

@@ -108,7 +108,9 @@ CASES = {
     "spngd, clipped, decay": spngd(max_norm=0.5, weight_decay=0.05, rule=COUPLED),
     "spngd, sampled labels": spngd(fisher="sampled"),
     "spngd, directions": spngd(gather="directions"),
-    "spngd, eigenvectors, full norms": spngd(curvature=LayerBlocks(natgrad.EigenKronecker, natgrad.Full)),
+    "spngd, eigenvectors, full norms": spngd(
+        curvature=LayerBlocks(natgrad.curvature.EigenKronecker, natgrad.curvature.Full)
+    ),
     "kfac": lambda model, world: natgrad.KFAC(model, 0.02, damping=3e-2, length=natgrad.plain, world=world),
     "kfac, measured change": lambda model, world: natgrad.KFAC(model, 0.1, damping=1e-2, world=world),
     "seng": seng(),
@@ -118,12 +120,12 @@ CASES = {
     "nlcg": nlcg(),
     "nlcg, loss": lambda model, world: natgrad.NLCG(model, 0.1, world=world),
     "nlcg, faithful": lambda model, world: natgrad.NLCG(model, 0.1, mode="faithful", weight_decay=0.01, world=world),
-    "nlcg, second moment": nlcg(preconditioner=natgrad.SecondMoment(), lr=0.0005, beta=natgrad.polak_ribiere),
-    "nlcg, curvature": nlcg(preconditioner=natgrad.spngd_blocks, beta=natgrad.dai_yuan),
+    "nlcg, second moment": nlcg(preconditioner=natgrad.SecondMoment(), lr=0.0005, beta=natgrad.optim.polak_ribiere),
+    "nlcg, curvature": nlcg(preconditioner=natgrad.spngd_blocks, beta=natgrad.optim.dai_yuan),
     "nlcg, curvature step": lambda model, world: natgrad.NLCG(
         model,
         preconditioner=natgrad.spngd_blocks,
-        beta=natgrad.polak_ribiere,
+        beta=natgrad.optim.polak_ribiere,
         step=natgrad.CurvatureStep(),
         world=world,
     ),

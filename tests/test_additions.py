@@ -116,7 +116,9 @@ def with_all(model, world=None):
         lr=0.05,
         momentum=0.8,
         rows_per_dim=None,
-        curvature=lambda layer, samples, max_size: natgrad.Identity() if layer.kind == "loose" else Outputs(samples),
+        curvature=lambda layer, samples, max_size: (
+            natgrad.curvature.Identity() if layer.kind == "loose" else Outputs(samples)
+        ),
         refresh=Doubling(),
         rule=Nesterov(),
         length=unit,

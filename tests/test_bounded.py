@@ -50,7 +50,7 @@ def test_bounded_f_is_that_of_the_chosen_samples(module, last, monkeypatch):
     out = module(x)
     dy, pick = torch.randn_like(out), draw()
     chosen = pick.every(21, 5)
-    few, every = (SampleMoment(n, diagonal=True) for n in (1, None))
+    few, every = (SampleMoment(n) for n in (1, None))
     parts = [m.after(layer, m.before(layer, x.detach(), pick, out), dy, pick) for m in (few, every)]
     assert (chosen.step, few.effective_samples(layer, 21, 21), every.effective_samples(layer, 21, 21)) == (4, 6, 21)
     few_units, units = map(unitwise.written, parts)

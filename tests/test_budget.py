@@ -246,7 +246,9 @@ KINDS = {
     "every row": lambda m, r, w: spngd(m, r, w, rows_per_dim=None),
     "sampled labels": lambda m, r, w: spngd(m, r, w, fisher="sampled"),
     "KFAC": lambda m, r, w: natgrad.KFAC(m, 0.05, refresh=r, world=w),
-    "eigenvectors": lambda m, r, w: spngd(m, r, w, curvature=natgrad.LayerBlocks(natgrad.EigenKronecker, natgrad.Full)),
+    "eigenvectors": lambda m, r, w: spngd(
+        m, r, w, curvature=natgrad.LayerBlocks(natgrad.curvature.EigenKronecker, natgrad.curvature.Full)
+    ),
 }
 
 

@@ -149,7 +149,7 @@ def test_last_step_is_none_where_nothing_is_bounded():
     plain = natgrad.SPNGD(model, lr=0.1, length=natgrad.plain)
     train(plain, model, [points(8, 0)])
     assert plain.last_step is None
-    clipped = natgrad.SPNGD(model, lr=0.1, length=natgrad.kl_clip)
+    clipped = natgrad.SPNGD(model, lr=0.1, length=natgrad.optim.kl_clip)
     train(clipped, model, [points(8, 0)])
     assert clipped.last_step[1:] == (0.01, clipped.last_step.factor, 1.0, 1.0)
 

@@ -176,19 +176,19 @@ def test_layer_norm(double):
     assert_close(torch.stack(changes, -1), unit_steps(F.layer_norm(x, (5,)), g, gradients, 1), **EXACT)
 
 
-def test_diagonal_and_unitwise_of_a_linear_layer(double):
+def test_unitwise_of_a_linear_layer(double):
     """Per-sample gradients by a loop, one dense solve."""
     x = torch.randn(6, 5, 4)
-    for curvature in (natgrad.Diagonal, natgrad.UnitWise):
-        layer = nn.Linear(4, 3)
-        changes, gradients, g = step(layer, x, curvature=lambda layer, samples, size, c=curvature: c(samples))
-        rows = with_ones(x)
-        samples = torch.stack([sum(torch.outer(g[n, s], rows[n, s]) for s in range(5)) for n in range(6)])
-        for unit in range(3):
-            f = samples[:, unit].T @ samples[:, unit] / 6
-            f = torch.diag(f.diagonal()) if curvature is natgrad.Diagonal else f
-            expected = -torch.linalg.solve(f + DAMPING * torch.eye(5), columns(gradients)[unit])
-            assert_close(columns(changes)[unit], expected, **EXACT)
+    layer = nn.Linear(4, 3)
+    changes, gradients, g = step(
+        layer, x, curvature=lambda layer, rows_per_dim, size: natgrad.curvature.UnitWise(rows_per_dim)
+    )
+    rows = with_ones(x)
+    samples = torch.stack([sum(torch.outer(g[n, s], rows[n, s]) for s in range(5)) for n in range(6)])
+    for unit in range(3):
+        f = samples[:, unit].T @ samples[:, unit] / 6
+        expected = -torch.linalg.solve(f + DAMPING * torch.eye(5), columns(gradients)[unit])
+        assert_close(columns(changes)[unit], expected, **EXACT)
 
 
 @pytest.mark.parametrize("size", [4, 2])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from natgrad.curvature import Diagonal, Kronecker, UnitWise
+from natgrad.curvature import Kronecker, UnitWise
 from natgrad.linalg import damped_inverse, mean_eigenvalue
 
 
@@ -95,6 +95,6 @@ def test_a_layer_without_signal_has_finite_inverses():
     for key, value in zero.items():
         inverse, _ = Kronecker().factor(key, value, parts[key])
         assert_close(inverse[0], 100 * torch.eye(value.shape[-1]))
-    for curvature, value in ((UnitWise(), torch.zeros(2, 2, 2)), (Diagonal(), torch.zeros(2, 3))):
-        parts = curvature.split({"F": mean_eigenvalue(value)}, 1e-4)
-        assert bool(torch.isfinite(curvature.factor("F", value, parts["F"])[0]).all())
+    value = torch.zeros(2, 2, 2)
+    parts = UnitWise().split({"F": mean_eigenvalue(value)}, 1e-4)
+    assert bool(torch.isfinite(UnitWise().factor("F", value, parts["F"])[0]).all())

@@ -295,7 +295,7 @@ def test_tied_momentum_never_exceeds_what_was_asked_for(schedule):
     model, seen = mlp(), []
 
     def watched(momentum, lr, last, first):
-        seen.append((natgrad.tied(momentum, lr, last, first), momentum))
+        seen.append((natgrad.optim.tied(momentum, lr, last, first), momentum))
         return seen[-1][0]
 
     opt = natgrad.SPNGD(model, lr=0.1, rule=natgrad.Momentum(coefficient=watched))

@@ -69,7 +69,7 @@ def papers(displaced):
 @pytest.mark.parametrize("displaced", [False, True])
 def test_tied_momentum_and_rescaling_are_the_papers(displaced):
     net = model()
-    rule = natgrad.Momentum(coefficient=natgrad.tied, displaced=displaced)
+    rule = natgrad.Momentum(coefficient=natgrad.optim.tied, displaced=displaced)
     opt = spngd(net, momentum=0.9, rule=rule, rescale="always")
     for k, lr in enumerate(LR):
         opt.param_groups[0]["lr"] = lr
@@ -96,7 +96,7 @@ def test_gradients_have_no_displacement():
 def test_a_new_damping_acts_at_once_by_eigenvectors():
     """Nothing is measured or inverted again, and the step is the one of a fresh inverse at this damping."""
     ends = {}
-    for matrix in (natgrad.Kronecker, natgrad.EigenKronecker):
+    for matrix in (natgrad.curvature.Kronecker, natgrad.curvature.EigenKronecker):
         net = model()
         opt = spngd(net, refresh=100, curvature=natgrad.LayerBlocks(matrix), momentum=0.0)
         for damping in (DAMPING, 3 * DAMPING, 3.1 * DAMPING):  # the last is too near for Cholesky's to be made anew
@@ -106,14 +106,14 @@ def test_a_new_damping_acts_at_once_by_eigenvectors():
             opt.zero_grad()
             ends.setdefault(matrix, []).append(weights(net))
         used = {float(cell.state()["A_damping"]) for cell in opt.cells}
-        assert used == ({DAMPING} if matrix is natgrad.EigenKronecker else {3 * DAMPING})
+        assert used == ({DAMPING} if matrix is natgrad.curvature.EigenKronecker else {3 * DAMPING})
     plain, eigen = ends.values()
     for k in (0, 1):
         assert_close(eigen[k], plain[k], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(eigen[2], plain[2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [natgrad.UnitWise, natgrad.Full])
+@pytest.mark.parametrize("kind", [natgrad.curvature.UnitWise, natgrad.curvature.Full])
 def test_norms_have_a_damping_of_their_own(kind):
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
@@ -134,7 +134,7 @@ def test_norms_have_a_damping_of_their_own(kind):
 def test_a_full_block_that_is_too_large_is_unit_wise():
     net = nn.Sequential(nn.Linear(5, 40), nn.LayerNorm(40))
     for limit, name in ((80, "full"), (79, "unit-wise")):
-        opt = natgrad.SPNGD(net, lr=0.1, curvature=natgrad.LayerBlocks(norm=natgrad.Full), max_size=limit)
+        opt = natgrad.SPNGD(net, lr=0.1, curvature=natgrad.LayerBlocks(norm=natgrad.curvature.Full), max_size=limit)
         assert [row.curvature for row in opt.coverage()][1] == name
 
 

@@ -21,7 +21,7 @@ every_metric = pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_and_beta_trains_all_parameters(metric, beta):
     options = {**METRICS[metric], "beta": beta}
     model, batch = Mixed(), Mixed.batch(32, 0)
-    if metric == "faithful" and beta not in (natgrad.fletcher_reeves, natgrad.polak_ribiere):
+    if metric == "faithful" and beta not in (natgrad.optim.fletcher_reeves, natgrad.optim.polak_ribiere):
         with pytest.raises(ValueError, match=r"faithful.*hardened"):
             nlcg(model, **options)
         return
@@ -34,7 +34,7 @@ def test_every_metric_and_beta_trains_all_parameters(metric, beta):
 def test_the_strong_choice_needs_no_learning_rate():
     model, (x, y) = mlp(), points(64, 0)
     line = natgrad.CurvatureStep()
-    options = {"preconditioner": natgrad.spngd_blocks, "beta": natgrad.polak_ribiere, "fisher": "sampled"}
+    options = {"preconditioner": natgrad.spngd_blocks, "beta": natgrad.optim.polak_ribiere, "fisher": "sampled"}
     opt = natgrad.NLCG(model, step=line, **options)
     losses = []
     for _ in range(30):

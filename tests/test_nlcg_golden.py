@@ -62,7 +62,7 @@ def run(beta):
 
 
 def test_fletcher_reeves(double):
-    for k, (beta, multiplier, average, x, h) in enumerate(run(natgrad.fletcher_reeves)):
+    for k, (beta, multiplier, average, x, h) in enumerate(run(natgrad.optim.fletcher_reeves)):
         assert beta == pytest.approx(BETAS[k], abs=1e-9)
         assert multiplier == pytest.approx(MULTIPLIERS[k], abs=1e-9)
         assert average == pytest.approx(AVERAGES[k], abs=1e-9)
@@ -71,7 +71,7 @@ def test_fletcher_reeves(double):
 
 
 def test_polak_ribiere(double):
-    rows = list(run(natgrad.polak_ribiere))
+    rows = list(run(natgrad.optim.polak_ribiere))
     assert [row[0] for row in rows] == pytest.approx(PR_BETAS, abs=1e-9)
     assert_close(rows[-1][3], torch.tensor(PR_WEIGHTS), **EXACT)
 

@@ -118,7 +118,7 @@ IMPROVED = SampleBlocks(SampleSpace(samples=8, columns="improved"))
     ("options", "says"),
     [
         ({"momentum": 0.9}, r"'momentum': beta"),
-        ({"fallback": natgrad.adam}, r"'fallback'.*inner products"),
+        ({"fallback": natgrad.optim.adam}, r"'fallback'.*inner products"),
         ({"length": natgrad.trust}, r"'length'.*step="),
         ({"curvature": natgrad.spngd_blocks}, r"'curvature'.*preconditioner=spngd_blocks"),
     ],
@@ -139,7 +139,7 @@ def test_arguments_of_the_others_say_what_takes_their_place(options, says):
         ({"preconditioner": IMPROVED}, r"columns=\"empirical\""),
         ({"mode": "exact"}, r"mode='exact'.*'hardened'"),
         ({"mode": "faithful", "preconditioner": natgrad.SecondMoment()}, "faithful"),
-        ({"mode": "faithful", "beta": natgrad.dai_yuan}, "faithful"),
+        ({"mode": "faithful", "beta": natgrad.optim.dai_yuan}, "faithful"),
         ({"mode": "faithful", "step": natgrad.CurvatureStep(), "lr": 1.0}, "faithful"),
         ({"mode": "faithful", "beta_max": 0.9}, "faithful"),
         ({"beta": 0.9}, "beta=0.9"),
@@ -210,7 +210,7 @@ def test_coverage_names_the_metric_and_its_bytes():
     for options, name, vectors in (
         ({}, "diagonal BFGS", 3),
         ({"preconditioner": None}, "identity", 1),
-        ({"preconditioner": None, "beta": natgrad.polak_ribiere}, "identity", 2),
+        ({"preconditioner": None, "beta": natgrad.optim.polak_ribiere}, "identity", 2),
         ({"preconditioner": natgrad.SecondMoment()}, "second moment", 2),
     ):
         opt = nlcg(model, **options)

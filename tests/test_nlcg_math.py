@@ -63,7 +63,7 @@ def test_the_second_moment_is_adams(double):
     assert_close(weights(model), weights(other))
 
 
-class Fixed(natgrad.Metric):
+class Fixed(natgrad.optim.Metric):
     """A diagonal that is known."""
 
     name: ClassVar[str] = "fixed"

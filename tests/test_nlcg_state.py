@@ -32,7 +32,7 @@ def disk(saved):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_resumed_run_is_the_same_run(metric, checkpoint, dtype):
     step = natgrad.Scheduled("step", period=2, tau=0.02)
-    options = {**METRICS[metric], "step": step, "weight_decay": 0.01, "beta": natgrad.polak_ribiere}
+    options = {**METRICS[metric], "step": step, "weight_decay": 0.01, "beta": natgrad.optim.polak_ribiere}
     model = mlp().to(dtype)
     opt = nlcg(model, **options)
     told(opt, model, [points(16, k, dtype) for k in range(5)])

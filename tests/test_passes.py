@@ -671,7 +671,7 @@ def test_a_bernoulli_of_one_logit():
 @pytest.mark.parametrize("variance", [1.0, 0.25])
 def test_a_normal_distribution_of_known_variance(variance):
     model, x = nn.Sequential(nn.Linear(4, 2)), batch_of(0)[0]
-    likelihood = "normal" if variance == 1 else natgrad.Normal(variance)
+    likelihood = "normal" if variance == 1 else natgrad.optim.Normal(variance)
     found = sampled_fisher(model, x, likelihood)
     assert_close(found, torch.eye(2) / variance, rtol=0.1, atol=0.1 / variance)
 

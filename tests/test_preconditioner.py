@@ -16,7 +16,7 @@ from natgrad.parallel import run_threads
 BLOCKS = {
     "kfac": natgrad.kfac_blocks,
     "spngd": natgrad.spngd_blocks,
-    "eigen": natgrad.optim.blocks.LayerBlocks(natgrad.EigenKronecker, natgrad.Full),
+    "eigen": natgrad.optim.blocks.LayerBlocks(natgrad.curvature.EigenKronecker, natgrad.curvature.Full),
 }
 SETTINGS = {"damping": 0.03, "refresh": 2, "rows_per_dim": None, "ema_decay": 0.5}
 

@@ -52,11 +52,11 @@ def test_without_loose_parameters(optimizer, double):
         {"length": natgrad.KLClip(1e-3)},
         {"length": natgrad.MeasuredChange(1e-3, first=2.0, least=1e-6)},
         {"length": natgrad.MeasuredChange(1e-3, least=1e-6), "rule": natgrad.Momentum(before=True)},
-        {"rule": natgrad.Momentum(before=True, coefficient=natgrad.tied)},
+        {"rule": natgrad.Momentum(before=True, coefficient=natgrad.optim.tied)},
         {"rescale": "always"},
         {"max_norm": 0.1},
         {"ema_decay": 0.5, "refresh": 2},
-        {"curvature": natgrad.LayerBlocks(natgrad.EigenKronecker, natgrad.Full)},
+        {"curvature": natgrad.LayerBlocks(natgrad.curvature.EigenKronecker, natgrad.curvature.Full)},
     ],
     ids=lambda o: "-".join(o),
 )

@@ -31,9 +31,9 @@ def test_momentum_half_way_through_the_papers_runs(epochs, begin, end, power, m0
     half = epochs / 2
     first, lr = 1.0, polynomial(half, begin, end, power)
     last = polynomial(half - epochs / steps, begin, end, power)
-    assert natgrad.tied(m0, lr, last, first) * lr / last == pytest.approx(paper, rel=0.05)
-    assert natgrad.corrected(m0, lr, last, first) * lr / last == pytest.approx(release, abs=1.1e-3)
-    assert natgrad.heavy_ball(m0, lr, last, first) * lr / last == pytest.approx(m0)
+    assert natgrad.optim.tied(m0, lr, last, first) * lr / last == pytest.approx(paper, rel=0.05)
+    assert natgrad.optim.corrected(m0, lr, last, first) * lr / last == pytest.approx(release, abs=1.1e-3)
+    assert natgrad.optim.heavy_ball(m0, lr, last, first) * lr / last == pytest.approx(m0)
 
 
 def steps_of(options, lrs, count=3):
@@ -58,9 +58,9 @@ def steps_of(options, lrs, count=3):
 LRS = (0.1, 0.05, 0.02)
 KEEPS = {
     # on displacements: v(t) = m(t) v(t-1) - lr(t) U(t)
-    natgrad.tied: [0.0, 0.9 * 0.05 / 0.1, 0.9 * 0.02 / 0.1],  # m0 / eta0 * eta(t), SP-NGD eq. 22
-    natgrad.corrected: [0.0, 0.9 * 0.05 / 0.1, 0.9 * 0.02 / 0.05],  # m0 * eta(t) / eta(t-1), its release
-    natgrad.heavy_ball: [0.0, 0.9, 0.9],
+    natgrad.optim.tied: [0.0, 0.9 * 0.05 / 0.1, 0.9 * 0.02 / 0.1],  # m0 / eta0 * eta(t), SP-NGD eq. 22
+    natgrad.optim.corrected: [0.0, 0.9 * 0.05 / 0.1, 0.9 * 0.02 / 0.05],  # m0 * eta(t) / eta(t-1), its release
+    natgrad.optim.heavy_ball: [0.0, 0.9, 0.9],
 }
 
 
@@ -78,7 +78,7 @@ def test_three_steps_of_momentum_are_the_papers_displacements(rule, before):
 
 def test_the_first_lr_of_tied_momentum_is_a_schedulers():
     model = mlp()
-    opt = natgrad.SPNGD(model, lr=0.2, rule=natgrad.Momentum(coefficient=natgrad.tied))
+    opt = natgrad.SPNGD(model, lr=0.2, rule=natgrad.Momentum(coefficient=natgrad.optim.tied))
     torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 0.5)
     train(opt, model, [points(8, 0)])
     assert opt.param_groups[0]["initial_lr"] == 0.2
@@ -139,7 +139,7 @@ LENGTHS = {
     "plain": natgrad.plain,
     "trust": natgrad.trust,
     "kl": natgrad.KLClip(1e-6),
-    "measured": natgrad.measured_change,
+    "measured": natgrad.optim.measured_change,
 }
 
 

@@ -201,3 +201,15 @@ def test_what_was_assumed_is_readable_after_the_first_measurement():
     backward(model, points(8, 0), reduction="sum")
     quiet(told.step)
     assert 'reduction="sum"' in str(told.assumed)
+
+
+def test_names_of_the_version_before_are_found_with_a_warning():
+    for module, names in natgrad.MOVED.items():
+        for name in names:
+            with pytest.warns(DeprecationWarning, match=rf"^natgrad.{name} is now {module.__name__}.{name}$"):
+                assert getattr(natgrad, name) is getattr(module, name)
+    with pytest.warns(DeprecationWarning, match=r"^natgrad.predicted_change is now natgrad.optim.kl_clip$"):
+        assert natgrad.predicted_change is natgrad.optim.kl_clip
+    with pytest.raises(AttributeError, match="no attribute 'Diagonal'"):
+        _ = natgrad.Diagonal
+    assert len(natgrad.__all__) < 26

@@ -7,15 +7,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from natgrad import CountSketch, Gaussian, Legacy, RowNorm, SampleSpace, Uniform
 from natgrad.capture import Sampler
-from natgrad.curvature import Sketch, per_sample
+from natgrad.curvature import CountSketch, Legacy, SampleSpace, Sketch, Uniform, per_sample
 from natgrad.curvature.per_sample import combine, conform, explicit, gram, numbers, project, stacked, thinned
 from natgrad.layers import layer_of
 from natgrad.layers.layer import Shape
 
 SHAPE = Shape(2, 3, 4)
-SKETCHES = [CountSketch, Uniform, RowNorm, Gaussian]
+SKETCHES = [CountSketch, Uniform]
 
 
 def factors(n=5, places=3, shape=SHAPE):
@@ -118,7 +117,7 @@ def test_sketches_refuse_sizes_that_cannot_be(kind):
 
 
 @pytest.mark.parametrize("size", [256, 1024])
-@pytest.mark.parametrize("kind", [CountSketch, Gaussian])
+@pytest.mark.parametrize("kind", [CountSketch])
 def test_the_error_of_a_direction_is_that_of_its_effective_dimension(kind, size):
     """At most 1.5 sqrt(d_eff / q) over draws (specs: about 0.7)."""
     torch.manual_seed(0)

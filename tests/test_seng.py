@@ -133,7 +133,7 @@ def test_a_bounded_number_of_samples_is_the_fisher_of_those(every, monkeypatch):
 
 @pytest.mark.parametrize("owners", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"block": "network"}, {"columns": "improved"}, {"sketch": natgrad.CountSketch(40)}]
+    "options", [{}, {"block": "network"}, {"columns": "improved"}, {"sketch": natgrad.curvature.CountSketch(40)}]
 )
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_make_one_direction(every, ranks, options, owners):
@@ -196,7 +196,7 @@ def test_averaged_gradients(every):
 
 def test_local_directions_are_averaged(every):
     start, x, y = copy.deepcopy(every), *batch(12)
-    legacy = natgrad.Legacy(10**6, 10**9, local=True)  # without its boost
+    legacy = natgrad.curvature.Legacy(10**6, 10**9, local=True)  # without its boost
 
     def work(world):
         model = clone(start)

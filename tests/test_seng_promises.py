@@ -18,7 +18,7 @@ ROW_STATE = {"U", "U_inverse", "U_mean", "U_columns", "U_left", "U_right", "U_to
 
 
 def seng(model, **options):
-    settings = {"lr": 0.1, "damping": 0.5, "samples": None, "refresh": 3, "sketch": natgrad.CountSketch(30)}
+    settings = {"lr": 0.1, "damping": 0.5, "samples": None, "refresh": 3, "sketch": natgrad.curvature.CountSketch(30)}
     return natgrad.SENG(model, **{**settings, **options})
 
 
@@ -195,7 +195,7 @@ def test_no_logits_are_refused_in_one_line():
         ({"rank": 0}, "rank=0"),
         ({"budget": 0}, "budget=0"),
         ({"samples": 0}, "samples=0"),
-        ({"legacy": natgrad.Legacy(local=True), "block": "network"}, "leave block"),
+        ({"legacy": natgrad.curvature.Legacy(local=True), "block": "network"}, "leave block"),
     ],
 )
 def test_what_cannot_be_is_refused(options, says):

@@ -105,7 +105,7 @@ def test_names_become_what_they_say(monkeypatch):
     )
     given = handed_over(settings, monkeypatch)
     assert given["refresh"] == Adaptive(0.2, 7, 5)
-    assert given["curvature"] == (natgrad.Kronecker, natgrad.Identity())
+    assert given["curvature"] == (natgrad.curvature.Kronecker, natgrad.curvature.Identity())
     assert given["length"] == natgrad.KLClip(0.5)
     assert given["world"] == (torch.bfloat16, None, False, None)
     assert handed_over(KFac(), monkeypatch)["refresh"] == Adaptive()

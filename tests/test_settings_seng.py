@@ -103,7 +103,7 @@ def test_every_name_of_a_choice_is_known():
 
 def test_names_become_what_they_say(monkeypatch):
     settings = Seng(
-        sketch="row_norm",
+        sketch="uniform",
         sketch_size=9,
         legacy=True,
         legacy_c=128,
@@ -115,8 +115,8 @@ def test_names_become_what_they_say(monkeypatch):
         wire="bfloat16",
     )
     given = handed_over(settings, monkeypatch)
-    assert given["sketch"] == natgrad.RowNorm(9)
-    assert given["legacy"] == natgrad.Legacy(128, 10)
+    assert given["sketch"] == natgrad.curvature.Uniform(9)
+    assert given["legacy"] == natgrad.curvature.Legacy(128, 10)
     assert given["length"] == natgrad.KLClip(0.5)
     assert given["rule"] == Momentum(False, tied, False, False)
     assert given["world"] == (torch.bfloat16, None, False, False, None)

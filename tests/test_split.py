@@ -73,7 +73,7 @@ def test_one_large_factor_does_not_hold_a_resnet50s_step():
     with torch.device("meta"):
         model = ImageResNet(depth=50).build((3, 224, 224), 1000)
     costs = [
-        natgrad.Kronecker(8).cost(layer, 4096)
+        natgrad.curvature.Kronecker(8).cost(layer, 4096)
         for layer in (natgrad.layers.layer_of(m) for m in model.modules() if isinstance(m, nn.Conv2d))
     ]
     for ranks in (16, 64, 107):

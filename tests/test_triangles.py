@@ -301,7 +301,7 @@ def test_a_state_with_the_last_direction_loads_and_looks_back_from_its_next_step
 
 
 def test_eigenvectors_are_not_symmetric_and_stay_whole(small):
-    curvature = LayerBlocks(natgrad.EigenKronecker)
+    curvature = LayerBlocks(natgrad.curvature.EigenKronecker)
     opt = natgrad.SPNGD(Net(), 0.1, curvature=curvature)
     assert opt.cells[0].state()["A"].dim() == 2
     assert opt.cells[0].state()["A_inverse"].shape[1:] == (19, 20)

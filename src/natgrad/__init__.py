@@ -1,78 +1,90 @@
-"""natgrad: second-order training with very large mini-batches, on unmodified PyTorch models."""
+"""natgrad: second-order training with very large mini-batches, on unmodified PyTorch models.
+
+The names here are what a training script needs. Parts to build with are in `natgrad.curvature` (Kronecker, UnitWise,
+SampleSpace, sketches), `natgrad.optim` (betas, coefficients of momentum, fallbacks, likelihoods) and `natgrad.refresh`.
+"""
 
 import warnings
 from typing import Any
 
-from natgrad.curvature import (
-    CountSketch,
-    Diagonal,
-    EigenKronecker,
-    Full,
-    Gaussian,
-    Identity,
-    Kronecker,
-    Legacy,
-    RowNorm,
-    SampleSpace,
-    Sketch,
-    Uniform,
-    UnitWise,
-)
+from natgrad import curvature, optim, refresh
 from natgrad.optim import (
     KFAC,
     NLCG,
     SENG,
     SPNGD,
-    Adam,
-    Bernoulli,
-    Categorical,
     CurvatureStep,
     DiagonalBFGS,
     KLClip,
-    LastStep,
     LayerBlocks,
     MeasuredChange,
-    Metric,
     Momentum,
     NatgradWarning,
-    Normal,
     Preconditioner,
-    Products,
     Scheduled,
     SecondMoment,
     SecondOrder,
-    adam,
-    corrected,
-    dai_yuan,
     decay_groups,
-    fletcher_reeves,
-    hager_zhang,
-    heavy_ball,
-    hestenes_stiefel,
-    hs_dy,
     kfac_blocks,
-    kl_clip,
-    measured_change,
     plain,
-    polak_ribiere,
     spngd_blocks,
-    tied,
     trust,
 )
 from natgrad.parallel import World
-from natgrad.refresh import Adaptive, Budget, Every, Staleness
+from natgrad.refresh import Adaptive, Budget, Every
 
 __version__ = "0.1.0"
 
-RENAMED = {"PredictedChange": "KLClip", "predicted_change": "kl_clip"}
+RENAMED = {"PredictedChange": "KLClip", "predicted_change": "optim.kl_clip"}
 """Names of the version before, which warn in this one."""
+MOVED = {
+    curvature: (
+        "CountSketch",
+        "EigenKronecker",
+        "Full",
+        "Identity",
+        "Kronecker",
+        "Legacy",
+        "SampleSpace",
+        "Sketch",
+        "Uniform",
+        "UnitWise",
+    ),
+    optim: (
+        "Adam",
+        "adam",
+        "Bernoulli",
+        "Categorical",
+        "Normal",
+        "LastStep",
+        "Metric",
+        "Products",
+        "corrected",
+        "dai_yuan",
+        "fletcher_reeves",
+        "hager_zhang",
+        "heavy_ball",
+        "hestenes_stiefel",
+        "hs_dy",
+        "kl_clip",
+        "measured_change",
+        "polak_ribiere",
+        "tied",
+    ),
+    refresh: ("Staleness",),
+}
+"""Names that stood here in the version before, by the module where they are."""
 
 
 def __getattr__(name: str) -> Any:
+    for module, names in MOVED.items():
+        if name in names:
+            warnings.warn(f"natgrad.{name} is now {module.__name__}.{name}", DeprecationWarning, stacklevel=2)
+            return getattr(module, name)
     if name not in RENAMED:
         raise AttributeError(f"module 'natgrad' has no attribute {name!r}")
     warnings.warn(f"natgrad.{name} is now natgrad.{RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[RENAMED[name]]
+    return getattr(optim, RENAMED[name].rpartition(".")[2])
 
 
 __all__ = [
@@ -80,57 +92,24 @@ __all__ = [
     "NLCG",
     "SENG",
     "SPNGD",
-    "Adam",
     "Adaptive",
-    "Bernoulli",
     "Budget",
-    "Categorical",
-    "CountSketch",
     "CurvatureStep",
-    "Diagonal",
     "DiagonalBFGS",
-    "EigenKronecker",
     "Every",
-    "Full",
-    "Gaussian",
-    "Identity",
     "KLClip",
-    "Kronecker",
-    "LastStep",
     "LayerBlocks",
-    "Legacy",
     "MeasuredChange",
-    "Metric",
     "Momentum",
     "NatgradWarning",
-    "Normal",
     "Preconditioner",
-    "Products",
-    "RowNorm",
-    "SampleSpace",
     "Scheduled",
     "SecondMoment",
     "SecondOrder",
-    "Sketch",
-    "Staleness",
-    "Uniform",
-    "UnitWise",
     "World",
-    "adam",
-    "corrected",
-    "dai_yuan",
     "decay_groups",
-    "fletcher_reeves",
-    "hager_zhang",
-    "heavy_ball",
-    "hestenes_stiefel",
-    "hs_dy",
     "kfac_blocks",
-    "kl_clip",
-    "measured_change",
     "plain",
-    "polak_ribiere",
     "spngd_blocks",
-    "tied",
     "trust",
 ]

@@ -1,7 +1,6 @@
 """What a layer's curvature looks like: pure functions over its statistics."""
 
 from natgrad.curvature.curvature import Cost, Curvature, Draw, Extent, Moment, Statistic
-from natgrad.curvature.diagonal import Diagonal
 from natgrad.curvature.eigen import EigenKronecker
 from natgrad.curvature.full import Full
 from natgrad.curvature.identity import Identity
@@ -9,24 +8,21 @@ from natgrad.curvature.kronecker import Kronecker
 from natgrad.curvature.legacy import Legacy
 from natgrad.curvature.per_sample import Rows
 from natgrad.curvature.sample_space import SampleSpace
-from natgrad.curvature.sketch import CountSketch, Gaussian, RowNorm, Sketch, Uniform
+from natgrad.curvature.sketch import CountSketch, Sketch, Uniform
 from natgrad.curvature.unitwise import UnitWise
 
 __all__ = [
     "Cost",
     "CountSketch",
     "Curvature",
-    "Diagonal",
     "Draw",
     "EigenKronecker",
     "Extent",
     "Full",
-    "Gaussian",
     "Identity",
     "Kronecker",
     "Legacy",
     "Moment",
-    "RowNorm",
     "Rows",
     "SampleSpace",
     "Sketch",

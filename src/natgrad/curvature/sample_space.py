@@ -77,10 +77,7 @@ class SampleSpace(ByRows):
         if sketch is None or size >= shape.numel or (places_of(used) == 1 and "right" in used):
             product = gram(used, shape)
         else:
-            energy = None
-            if sketch.needs_energy:
-                energy = in_portions(used, shape, lambda c: c.square().sum(0, keepdim=True)).sum(0)
-            drawn = sketch.draw(shape.numel, size, generator, energy)
+            drawn = sketch.draw(shape.numel, size, generator)
             kept["drawn"] = drawn
             kept["sketched"] = in_portions(used, shape, lambda columns: sketch.apply(drawn, columns, size))
             product = kept["sketched"] @ kept["sketched"].T

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.generators import generator_on
-
-CHUNK = 2**22  # entries of a Gaussian map that exist at a time
 CACHED = 2**18  # numbers that stay in a processor's cache
 
 
@@ -23,7 +20,6 @@ class Sketch(ABC):
     """`size`: to how many numbers; None takes 16 for each sample. Layers that have no more are not sketched."""
 
     size: int | None = None
-    needs_energy = False
 
     def __post_init__(self):
         if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
@@ -38,8 +34,8 @@ class Sketch(ABC):
         return 8 * size
 
     @abstractmethod
-    def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
-        """One map, as numbers to be kept. `energy` [length]: the mean squares of what will be mapped."""
+    def draw(self, length: int, size: int, generator: torch.Generator) -> Tensor:
+        """One map, as numbers to be kept."""
 
     @abstractmethod
     def apply(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
@@ -60,7 +56,7 @@ class CountSketch(Sketch):
     def held(self, length: int, size: int) -> int:
         return 4 * length
 
-    def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
+    def draw(self, length: int, size: int, generator: torch.Generator) -> Tensor:
         options = {"generator": generator, "device": generator.device}
         places = torch.randint(size, (length,), **options) + 1
         return (places * (1 - 2 * torch.randint(2, (length,), **options))).int()
@@ -85,7 +81,7 @@ class CountSketch(Sketch):
 class Uniform(Sketch):
     """`size` of the numbers, drawn without replacement, times sqrt(length / size). What SENG's release draws."""
 
-    def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
+    def draw(self, length: int, size: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(length, generator=generator, device=generator.device)[:size].sort().values
 
     def apply(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
@@ -94,51 +90,3 @@ class Uniform(Sketch):
     @staticmethod
     def length(x: Tensor) -> int:
         return x.shape[-1]
-
-
-@dataclass(frozen=True)
-class RowNorm(Sketch):
-    """`size` of the numbers, drawn with probabilities by their mean squares, times 1 / sqrt(size * probability).
-
-    Kept as [2, size]: places and factors.
-    """
-
-    needs_energy = True
-
-    def held(self, length: int, size: int) -> int:
-        return 16 * size
-
-    def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
-        assert energy is not None
-        energy = energy.double()
-        share = energy / energy.sum() if bool(energy.sum() > 0) else torch.full_like(energy, 1 / length)
-        edges = share.cumsum(0)  # torch.multinomial takes no more than 2^24 categories
-        at = torch.rand(size, generator=generator, dtype=torch.float64, device=energy.device) * edges[-1]
-        places = torch.searchsorted(edges, at).clamp_max(length - 1)
-        return torch.stack([places.double(), (size * share[places]).rsqrt()])
-
-    def apply(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
-        return x[..., drawn[0].long()] * drawn[1].to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Gaussian(Sketch):
-    """Products with `size` vectors of independent normal numbers over sqrt(size); dear: length * size products.
-
-    Kept as one seed: the map is made anew, in portions, whenever it is applied.
-    """
-
-    def held(self, length: int, size: int) -> int:
-        return 8
-
-    def draw(self, length: int, size: int, generator: torch.Generator, energy: Tensor | None = None) -> Tensor:
-        return torch.randint(2**62, (1,), generator=generator, device=generator.device)
-
-    def apply(self, drawn: Tensor, x: Tensor, size: int) -> Tensor:
-        generator = generator_on(x.device, int(drawn))
-        result = x.new_zeros(*x.shape[:-1], size)
-        for part in x.split(max(1, CHUNK // size), -1):
-            shape = (part.shape[-1], size)
-            # in one precision, whatever x has, so that the map is the same for both
-            result += part @ torch.randn(shape, generator=generator, device=x.device).to(x.dtype)
-        return result / size**0.5

@@ -43,13 +43,12 @@ class KeptInputs(NamedTuple):
 class SampleMoment(Moment):
     """F from per-sample gradients. Bounded, it takes whole samples: a sample's gradient needs all of its places."""
 
-    diagonal: bool = False
     key = "F"
     draws = "layer"
 
     def shape(self, layer: Layer) -> tuple[int, ...]:
         b, o, i = layer.shape
-        return (b * o, i) if self.diagonal else (b * o, i, i)
+        return b * o, i, i
 
     def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> KeptInputs:
         samples, places = layer.count(x)
@@ -87,8 +86,6 @@ class SampleMoment(Moment):
     def close_work(self, layer: Layer, samples: int) -> tuple[OpCost, ...]:
         """What `close` takes for so many samples."""
         b, o, i = layer.shape
-        if self.diagonal:
-            return (moved(samples * layer.shape.numel, 2, calls=2),)
         return moved(samples * b * o * i, 3), launched(4), product(i, samples, i, b * o)
 
     def _wanted(self, layer: Layer, samples: int) -> int:
@@ -136,9 +133,7 @@ class SampleMoment(Moment):
         return [found[k] for k in range(len(parts))]
 
     def _products(self, units: Tensor) -> Tensor:
-        """The sums over samples of what units [n, u, i] make, [u, i, i] or [u, i]."""
-        if self.diagonal:
-            return units.square().sum(0)
+        """The sums over samples of what units [n, u, i] make, [u, i, i]."""
         return torch.einsum("nui,nuj->uij", units, units)
 
 

@@ -51,7 +51,7 @@ class SENG(SecondOrder, shared=SharedByNaturalGradients):
         weight_decay: as for SPNGD.
         refresh: steps between measurements, or Budget(share, then=steps) with block="layer".
         samples: columns of U, drawn over all samples of the step on all ranks; None takes all.
-        sketch: a map for products of columns of many weights: CountSketch(), Uniform(), RowNorm(), Gaussian(), or None.
+        sketch: a map for products of columns of many weights: CountSketch(), Uniform() or None.
         rank: places to which factors are cut for these products. Off by default: 4 of 16 give errors of .04 to .2 in K.
         columns: "empirical", or "improved": over the norm of the gradient of the sample's logits (arXiv 2406.06420).
         block: "layer", or "network": one solve for all layers.

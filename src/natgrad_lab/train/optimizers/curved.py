@@ -19,9 +19,9 @@ COEFFICIENTS = {"corrected": directions.corrected, "tied": directions.tied, "hea
 BOUNDS = {"kl_clip": natgrad.KLClip, "measured_change": natgrad.MeasuredChange}
 LENGTHS = {"plain": step_size.plain, "trust": step_size.trust, **{name: kind() for name, kind in BOUNDS.items()}}
 LengthName = Literal["plain", "trust", "kl_clip", "measured_change"]
-NORMS = {"unitwise": natgrad.UnitWise, "full": natgrad.Full}
+NORMS = {"unitwise": natgrad.curvature.UnitWise, "full": natgrad.curvature.Full}
 """What normalisations get, by the name that a recipe gives; another kind of block is one more entry here."""
-INVERSES = {"cholesky": natgrad.Kronecker, "eigen": natgrad.EigenKronecker}
+INVERSES = {"cholesky": natgrad.curvature.Kronecker, "eigen": natgrad.curvature.EigenKronecker}
 WIRES = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -147,7 +147,7 @@ class Curved(Settings):
                 raise ValueError(
                     f"norm_damping={self.norm_damping:g} says nothing to norms=plain; set --optimizer.norms unitwise"
                 )
-            return LayerBlocks(INVERSES[self.inverse], natgrad.Identity)
+            return LayerBlocks(INVERSES[self.inverse], natgrad.curvature.Identity)
         if not self.norm_damping > 0:
             raise ValueError(f"norm_damping={self.norm_damping:g} must be positive; set --optimizer.norm-damping")
         return LayerBlocks(INVERSES[self.inverse], partial(NORMS[self.norms], coefficient=self.norm_damping))

@@ -159,7 +159,7 @@ class Nlcg(Settings):
         if self.preconditioner != "kronecker":
             self._unheard((*OF_CURVATURE, "wire"), f"preconditioner={self.preconditioner}, which measures nothing")
             return {"preconditioner": METRICS[self.preconditioner]}
-        norms: Any = natgrad.Identity if self.norms == "plain" else NORMS[self.norms]
+        norms: Any = natgrad.curvature.Identity if self.norms == "plain" else NORMS[self.norms]
         return {
             "preconditioner": natgrad.LayerBlocks(INVERSES[self.inverse], norms),
             "damping": self.damping,

@@ -13,10 +13,8 @@ from natgrad_lab.train.optimizers.curved import COEFFICIENTS, WIRES, LengthName,
 from natgrad_lab.train.optimizers.settings import Settings
 
 SKETCHES = {
-    "count": natgrad.CountSketch,
-    "uniform": natgrad.Uniform,
-    "row_norm": natgrad.RowNorm,
-    "gaussian": natgrad.Gaussian,
+    "count": natgrad.curvature.CountSketch,
+    "uniform": natgrad.curvature.Uniform,
 }
 LEGACY = ("legacy_c", "legacy_threshold", "legacy_mean_field", "legacy_local")
 
@@ -38,7 +36,7 @@ class Seng(Settings):
     None: no limit."""
     samples: int | None = 256
     """Samples whose gradients make up the curvature, drawn from all ranks' batch; None: all."""
-    sketch: Literal["count", "uniform", "row_norm", "gaussian"] | None = "count"
+    sketch: Literal["count", "uniform"] | None = "count"
     """The map to fewer numbers, by which gradients of large layers are compared; None: exact products."""
     sketch_size: int | None = None
     """To how many numbers; None: 16 for each sample."""
@@ -117,11 +115,11 @@ class Seng(Settings):
             world=self.ranks(world),
         )
 
-    def release(self) -> natgrad.Legacy | None:
+    def release(self) -> natgrad.curvature.Legacy | None:
         """The release's ways, where they are asked for."""
         if not self.legacy:
             return None
-        return natgrad.Legacy(self.legacy_c, self.legacy_threshold, self.legacy_mean_field, self.legacy_local)
+        return natgrad.curvature.Legacy(self.legacy_c, self.legacy_threshold, self.legacy_mean_field, self.legacy_local)
 
     def ranks(self, world: World) -> World:
         """The same ranks, with these settings' messages."""
