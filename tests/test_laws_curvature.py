@@ -9,8 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from helpers import CURVATURES
-from natgrad.curvature import SampleSpace
 from natgrad.capture import Sampler
+from natgrad.curvature import SampleSpace
 from natgrad.layers import layer_of
 from natgrad.linalg import mean_eigenvalue
 

@@ -1,8 +1,6 @@
 """The structure check finds what it should, and this tree has nothing to find."""
 
-import pytest
 
-import natgrad
 import structure
 
 
@@ -58,11 +56,3 @@ def test_files_that_a_page_names_exist(tmp_path):
     write(tmp_path, {"page.md": "`a/b.py`, `b.py`, `c.py`, `x/b.py` and b.py\n"})
     found = structure.missing([tmp_path / "page.md"], [tmp_path / "a" / "b.py"])
     assert found == ["page.md names c.py, which does not exist", "page.md names x/b.py, which does not exist"]
-
-
-def test_names_of_the_version_before_warn():
-    for old, new in natgrad.RENAMED.items():
-        with pytest.warns(DeprecationWarning, match=f"natgrad.{old} is now natgrad.{new}"):
-            assert getattr(natgrad, old) is getattr(natgrad, new)
-    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
-        natgrad.Nothing  # noqa: B018
