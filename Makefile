@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint bench docs format clean
 
 demo: $(READY)
-	$(BIN)/natgrad compare digits --ranks 2 --out runs/demo
+	$(BIN)/natgrad compare text --profile demo --ranks 2 --out runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -34,7 +34,7 @@ from natgrad_lab.train.log import write_json
 
 HERE = Path(__file__).resolve().parent
 COMPARISONS = {
-    "demo": ("digits", "--ranks", "2"),
+    "demo": ("text", "--profile", "demo", "--ranks", "2"),
     "digits": ("digits", "--profile", "full", "--workers", "2"),
     "charlm": ("charlm", "--profile", "cpu", "--workers", "2"),
     "cifar100-small": ("cifar100-small", "--profile", "cpu", "--workers", "2"),

@@ -26,7 +26,10 @@ REFUSED = {
     "a share": ({"far_behind": 1.5}, "far_behind=1.5.*--far-behind"),
     "no settings": ({"settings": "no/such"}, "'no/such' holds no finished comparison"),
     "a size alone": ({"settings_batch": 100}, "settings_batch=100 .*without --settings"),
-    "points beside": ({"settings": "runs/a", "trials": 3}, "trials=3 says nothing beside --settings.*--trials out"),
+    "points beside": (
+        {"settings": "runs/a", "trials": 3},
+        "trials=3 says nothing where settings are taken.*--trials out",
+    ),
     "a share beside": ({"settings": "a", "far_behind": 0.5}, "far_behind=0.5 .*leave --far-behind out"),
 }
 
@@ -66,3 +69,17 @@ def test_a_profile_that_tunes_nothing_asks_for_settings():
     with pytest.raises(ValueError, match=r"trials=0 must be at least 1 .*--settings to the folder"):
         check(task, Protocol(profile="large"))
     check(task, Protocol(profile="large", trials=1))
+
+
+def test_stated_settings_stand_in_for_tuning():
+    task = find_task("text")
+    plan = plan_of(task, Protocol(profile="demo"))
+    assert rules.steps_of(task, Protocol(profile="demo"), 32) == 200
+    for contender in task.chosen(plan.profile.optimizers):
+        (values,) = plan.transfer.values(contender, 32)
+        assert set(values) == set(contender.all_of())
+    with pytest.raises(ValueError, match=r"states no settings of LARS.*--trials"):
+        check(task, Protocol(profile="demo", optimizers=("LARS",)))
+    assert plan_of(task, Protocol(profile="demo", trials=2)).transfer is None
+    with pytest.raises(ValueError, match=r"settings_batch=32 says nothing without --settings"):
+        check(task, Protocol(profile="demo", settings_batch=32))

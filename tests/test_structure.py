@@ -1,6 +1,5 @@
 """The structure check finds what it should, and this tree has nothing to find."""
 
-
 import structure
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from natgrad.parallel import World
 from natgrad_lab.compare.tasks import Batch, Profile, Task
-from natgrad_lab.compare.transfer import Transfer
+from natgrad_lab.compare.transfer import Stated, Transfer
 from natgrad_lab.data import Splits
 from natgrad_lab.train import environment
 from natgrad_lab.train.loop import build_model
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 
     profile: Profile
     folder: Path
-    transfer: Transfer | None = None
+    transfer: Transfer | Stated | None = None
     """Where settings are taken from; None: they are tuned."""
 
     def budgets(self, steps: int) -> list[int]:
@@ -113,12 +113,15 @@ def plan_of(task: Task, protocol: Protocol) -> Plan:
     base = task.profile(protocol.profile)
     names = ("trials", "seeds", "finalists", "halving", "half", "far_behind")
     given = {name: getattr(protocol, name) for name in names}
-    profile = Profile(
-        protocol.optimizers or base.optimizers,
-        protocol.batch or base.batch,
-        **{name: getattr(base, name) if value is None else value for name, value in given.items()},
+    profile = replace(
+        base,
+        optimizers=protocol.optimizers or base.optimizers,
+        batch=protocol.batch or base.batch,
+        **{name: value for name, value in given.items() if value is not None},
     )
-    transfer = Transfer(Path(protocol.settings), protocol.settings_batch) if protocol.settings is not None else None
+    transfer: Transfer | Stated | None = base.stated if protocol.trials is None else None
+    if protocol.settings is not None:
+        transfer = Transfer(Path(protocol.settings), protocol.settings_batch)
     if transfer is not None:
         profile = replace(profile, trials=0, far_behind=None)
     elif profile.far_behind == 0:
@@ -128,7 +131,8 @@ def plan_of(task: Task, protocol: Protocol) -> Plan:
 
 def steps_of(task: Task, protocol: Protocol, batch: Batch) -> int:
     """Return the steps of a run."""
-    return protocol.steps if protocol.steps is not None else task.steps_of(batch)
+    stated = task.profile(protocol.profile).steps if protocol.steps is None else protocol.steps
+    return task.steps_of(batch) if stated is None else stated
 
 
 def samples_of(batch: Batch, splits: Splits) -> int:
@@ -139,6 +143,8 @@ def samples_of(batch: Batch, splits: Splits) -> int:
 def check(task: Task, protocol: Protocol) -> None:
     """Raise ValueError for anything that can be known to be wrong before processes are started."""
     plan = plan_of(task, protocol)
+    if protocol.settings is None and protocol.settings_batch is not None:
+        raise ValueError(f"settings_batch={protocol.settings_batch} says nothing without --settings; leave it out")
     numbers: dict[str, Any] = {"ranks": protocol.ranks, "workers": protocol.workers, "steps": protocol.steps}
     numbers |= {name: getattr(plan.profile, name) for name in ("finalists", "seeds")}
     check_tuning(protocol, plan)
@@ -169,8 +175,6 @@ def check_tuning(protocol: Protocol, plan: Plan) -> None:
                 f"trials={plan.profile.trials} must be at least 1 where settings are tuned; set --trials, or "
                 "--settings to the folder of a finished comparison"
             )
-        if protocol.settings_batch is not None:
-            raise ValueError(f"settings_batch={protocol.settings_batch} says nothing without --settings; leave it out")
         share = plan.profile.far_behind
         if share is not None and not 0 < share < 1:
             raise ValueError(f"far_behind={share:g} must lie between 0 and 1; set --far-behind 0.6")
@@ -178,7 +182,9 @@ def check_tuning(protocol: Protocol, plan: Plan) -> None:
     for name in ("trials", "finalists", "halving", "far_behind"):
         if getattr(protocol, name) is not None:
             flag, value = name.replace("_", "-"), getattr(protocol, name)
-            raise ValueError(f"{name}={value} says nothing beside --settings, which tunes nothing; leave --{flag} out")
+            raise ValueError(
+                f"{name}={value} says nothing where settings are taken over and nothing is tuned; leave --{flag} out"
+            )
 
 
 def build(task: Task, contender: Any) -> None:

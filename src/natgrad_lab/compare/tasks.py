@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from natgrad_lab.compare.contenders import CONTENDERS, Contender, chosen
 from natgrad_lab.compare.space import Space
+from natgrad_lab.compare.transfer import Batch, Stated
 from natgrad_lab.data import Cifar100, Digits, ImageSet
 from natgrad_lab.data.text import Charlm, Stdlib
 from natgrad_lab.import_path import is_path, resolve
@@ -21,7 +22,6 @@ from natgrad_lab.train.optimizers import Sgd
 from natgrad_lab.train.part_kinds import made
 from natgrad_lab.train.recipe import Recipe
 
-Batch = int | Literal["full"]
 EVERYONE = tuple(contender.name for contender in CONTENDERS)
 STRONGEST = ("AdamW", "Muon", "SOAP", "SPNGD", "KFAC", "NLCG-K-FAC")
 IMAGES = ("LARS", *STRONGEST)
@@ -36,7 +36,7 @@ WRITERS = ("AdamW", "Muon", "SOAP", "SPNGD")
 class Profile:
     """How much of a task's comparison is made; every number can be replaced on the command line.
 
-    Without trials nothing is tuned: settings are those of another comparison.
+    Without trials nothing is tuned: settings are those of another comparison, or `stated` ones.
     """
 
     optimizers: tuple[str, ...]
@@ -47,6 +47,10 @@ class Profile:
     halving: bool = True
     half: bool = True
     far_behind: float | None = None
+    steps: int | None = None
+    """Steps of a run; None: the task's, by the size of a batch."""
+    stated: "Stated | None" = None
+    """What contenders take without tuning where neither --trials nor --settings says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,39 @@ CIFAR100_32 = Task(
     profiles={"cpu": Profile(FEW, (4096,), trials=0, seeds=1, half=False)},
 )
 
+CHOSEN_ON_TEXT = Stated(
+    {
+        "AdamW": {"lr": 0.00378, "betas": (0.9, 0.95), "weight_decay": 0.01, "schedule": "quadratic", "warm_up": 0.15},
+        "Muon": {
+            "lr": 0.0436,
+            "rest_lr": 0.00334,
+            "momentum": 0.7,
+            "weight_decay": 0.1,
+            "schedule": "linear",
+            "warm_up": 0.0,
+        },
+        "SOAP": {
+            "lr": 0.018,
+            "betas": (0.8, 0.95),
+            "every": 1,
+            "weight_decay": 0.0,
+            "schedule": "linear",
+            "warm_up": 0.15,
+        },
+        "SPNGD": {
+            "lr": 0.076,
+            "largest_change": 0.211,
+            "damping": 0.000256,
+            "weight_decay": 0.03,
+            "rescale": None,
+            "schedule": "linear",
+            "warm_up": 0.15,
+        },
+    },
+    "text at batch 32 and 500 steps, four points each",
+)
+"""`natgrad compare text`, rounded to three digits: what four points of each space came to on held-out text."""
+
 TEXT = Task(
     name="text",
     about="the next character of python's standard library, windows of 128, on a transformer of 4 blocks of width 128",
@@ -224,6 +261,7 @@ TEXT = Task(
     judged=1024,
     profiles={
         "cpu": Profile(WRITERS, (32,), trials=4, seeds=2, finalists=1, half=False, far_behind=0.6),
+        "demo": Profile(WRITERS, (32,), trials=0, seeds=1, half=False, steps=200, stated=CHOSEN_ON_TEXT),
         "large": Profile(WRITERS, (256,), trials=0, seeds=1, half=False),
         "full": Profile(EVERYONE, (32, 256), trials=12),
     },

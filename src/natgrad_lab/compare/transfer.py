@@ -1,11 +1,32 @@
 """Settings taken over: what another comparison has chosen at one of its sizes of batch, used here without tuning."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from natgrad_lab.compare.contenders import Contender
-from natgrad_lab.compare.tasks import Batch
+
+Batch = int | Literal["full"]
+
+
+class Stated(NamedTuple):
+    """Settings that stand in the code, by contender, and the comparison that has chosen them, in words."""
+
+    chosen: Mapping[str, Mapping[str, Any]]
+    by: str
+
+    def values(self, contender: Contender, batch: Batch) -> list[dict[str, Any]]:
+        """Return what is stated for a contender. Raise ValueError where nothing is."""
+        if contender.name not in self.chosen:
+            raise ValueError(
+                f"this profile states no settings of {contender.name}; leave it out of --optimizers, or set --trials"
+            )
+        return [dict(self.chosen[contender.name])]
+
+    def words(self, batch: Batch) -> str:
+        """Say where the settings come from."""
+        return self.by
 
 
 class Transfer(NamedTuple):
