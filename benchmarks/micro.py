@@ -21,6 +21,7 @@ from torch import nn
 
 import natgrad
 from natgrad.capture import Sampler
+from natgrad.curvature.curvature import RowSum
 from natgrad.layers import layer_of
 from natgrad.parallel.packing import pack, unpack
 
@@ -39,8 +40,8 @@ def measured(curvature, module: nn.Module, x: torch.Tensor, dy: torch.Tensor) ->
     layer, draw = layer_of(module), Sampler(0, 0, 0, 1.0).draw(0, 0, x.device)
     found = {}
     for statistic in curvature.statistics:
-        kept = statistic.before(layer, x, draw)
-        found[statistic.key] = statistic.close([statistic.after(layer, kept, dy, draw)])
+        part = statistic.after(layer, statistic.before(layer, x, draw), dy, draw)
+        found[statistic.key] = statistic.close([part.total if isinstance(part, RowSum) else part])
     return found
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import natgrad
 from natgrad.curvature import Curvature
+from natgrad.curvature.curvature import RowSum
 from natgrad.optim import SecondOrder
 
 
@@ -166,6 +167,12 @@ def statistic(optimizer, name, key):
     """A statistic of the layer `name`."""
     cell = next(c for c in optimizer.cells if c.name == name)
     return cell.square(key)
+
+
+def measured(moment, layer, x, dy, draw, output=None):
+    """The part of one call of a layer, a sum over its rows or samples."""
+    part = moment.after(layer, moment.before(layer, x, draw, output), dy, draw)
+    return moment.close([part.total if isinstance(part, RowSum) else part])
 
 
 def quiet(build, *args, **options):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from helpers import CURVATURES
+from helpers import CURVATURES, measured
 from natgrad.capture import Sampler
 from natgrad.curvature import SampleSpace
 from natgrad.layers import layer_of
@@ -56,7 +56,7 @@ def statistics(curvature, layer, x, out, dy, draw=EVERYTHING):
     result = {}
     for moment in curvature.statistics:
         with torch.no_grad():
-            part = moment.close([moment.after(layer, moment.before(layer, x, draw, out), dy, draw)])
+            part = measured(moment, layer, x, dy, draw, out)
         result[moment.key] = part * (1 / n if moment.order == 0 else n)
     return result
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import natgrad
-from helpers import backward, points, statistic
+from helpers import backward, measured, points, statistic
 from natgrad.curvature import unitwise
 from natgrad.curvature.kronecker import InputMoment, OutputMoment
 from natgrad.curvature.unitwise import SampleMoment
@@ -54,8 +54,7 @@ def test_ranks_share_the_rows():
 
 
 def measure(moment, layer, x, dy, seed):
-    sampler = draw(seed)
-    part = moment.close([moment.after(layer, moment.before(layer, x, sampler, None), dy, sampler)])
+    part = measured(moment, layer, x, dy, draw(seed))
     return part / len(x) if moment.order == 0 else part
 
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.checksum import Checksum, numbers_of
-from natgrad.curvature.curvature import Draw, Moment, Statistic
+from natgrad.curvature.curvature import Draw, Moment, RowSum, Statistic
 from natgrad.curvature.per_sample import Rows, Sample, count, longer, places_of, stacked, thinned
 from natgrad.eager import Eager
 from natgrad.functions import Found
@@ -110,7 +110,7 @@ class Measured(NamedTuple):
     """What one step's passes left on this rank: sums and rows, the weight of each, and all samples of the step."""
 
     sums: dict[Key, Tensor]
-    weights: dict[Key, int]  # rows of a moment, samples of rows
+    weights: dict[Key, float]  # rows of a moment, samples of rows
     blocks: dict[Key, Tensor]  # rows of each block [b], where layers are uneven
     samples: int
     rows: dict[Key, Sample]
@@ -317,7 +317,8 @@ class Capture:
             episode.forget()
         self._episodes, self._waiting, self._told, self._within, self._counted = [], {}, told, within, set()
         self._sums: dict[Key, Tensor] = {}
-        self._weights: dict[Key, int] = {}
+        self._weights: dict[Key, float] = {}
+        self._live: dict[Key, Tensor] = {}  # rows that have a gradient, [1] or of each block [b], not read yet
         self._rows: dict[Key, Sample] = {}
         self._blocks: dict[Key, Tensor] = {}
         self._seen: dict[int, LayerSeen] = defaultdict(LayerSeen)
@@ -753,13 +754,12 @@ class Capture:
                 if moment not in due:
                     continue  # of an earlier step
                 before = kept if x is None else moment.before(layer, x, draw, None)
-                part = precise(moment.after(layer, before, dy, draw), layer)
-                key = index, moment.key
-                if isinstance(moment, Moment) and layer.uneven and moment.order == 0:
-                    counts = layer.block_rows(dy if x is None else x)
-                    self._blocks[key] = self._blocks[key] + counts if key in self._blocks else counts
-                if isinstance(moment, Moment):
+                key, found = (index, moment.key), moment.after(layer, before, dy, draw)
+                if isinstance(found, RowSum):
+                    self._live[key] = self._live[key] + found.rows if key in self._live else found.rows
+                elif isinstance(moment, Moment):
                     self._weights[key] = self._weights.get(key, 0) + call.own * call.places
+                part = precise(found.total if isinstance(found, RowSum) else found, layer)
                 if isinstance(moment, Moment) and moment.additive:
                     self._sums[key] = self._sums[key].add_(part) if key in self._sums else part
                 else:
@@ -900,10 +900,29 @@ class Capture:
             readings.ask(together([n for *_, n in asked]), lambda numbers: hear_episodes(asked, numbers))
         if self._half is not None and self._half[0]:
             readings.ask(together(self._half[0]).square().sum(), self._hear_half)
+        self._ask_live(readings)
         self._ask_finite(readings)
         began = self.clock()
         self._check(readings)
         self.checking += self.clock() - began
+
+    def _ask_live(self, readings: Readings) -> None:
+        """Ask how many rows count. A layer in which no row does has shown nothing."""
+        if not self._live:
+            return
+        keys, counts = list(self._live), list(self._live.values())
+        device = counts[0].device
+        joined = torch.cat([own.to(device) for own in counts])
+
+        def hear(numbers: Tensor) -> None:
+            for key, rows in zip(keys, numbers.split([len(own) for own in counts])):
+                if self.layers[key[0]].uneven:
+                    self._blocks[key] = rows
+                self._weights[key] = float(rows.sum())
+            for index in {index for index, _ in keys if not self._weights[index, _]}:
+                self._weights |= {key: 0.0 for key in self._weights if key[0] == index}
+
+        readings.ask(joined, hear)
 
     def _ask_finite(self, readings: Readings) -> None:
         """Ask which layers' sums and rows are finite."""

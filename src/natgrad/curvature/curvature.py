@@ -82,7 +82,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def after(self, layer: Layer, kept: Any, dy: Tensor, draw: Draw) -> Any:
-        """The part of one call, from what was kept and the output's gradient."""
+        """The part of one call, from what was kept and the output's gradient: of a Moment, a tensor or a RowSum."""
 
     def shifted(self, part: Any, before: int) -> Any:
         """The part of a call that did not see the first `before` samples of those that are measured."""
@@ -91,6 +91,16 @@ class Statistic(ABC):
     def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
         """What measuring one call on x that gave y takes on one of `ranks` ranks. Both may be on the meta device."""
         raise NotImplementedError(f"{type(self).__name__} does not say what measuring takes")
+
+
+class RowSum(NamedTuple):
+    """The part of one call of a moment of order 0 in which not every row counts: their sum, and how many there are.
+
+    rows: [1], or [b] where blocks have unlike numbers of rows, in double precision on the layer's device.
+    """
+
+    total: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """Kronecker-factored curvature, F ~ G (x) A for each block of a layer (SP-NGD section 3.3).
 
-A [b, i, i] = mean over samples and places of a a^T; G [b, o, o] = mean over samples of the sum over places of g g^T
+A [b, i, i] = mean over samples and places of a a^T, over those that have a gradient (a row with g = 0 adds nothing to
+F = sum g g^T (x) a a^T, so a padded place has no say in A either); G [b, o, o] = mean over samples of the sum over places of g g^T
 (1/(hw) sits on A, as in the paper). The damped inverse is (G + sqrt(l)/pi I)^-1 (x) (A + pi sqrt(l) I)^-1 with pi^2
 the ratio of the factors' mean eigenvalues (eq. 12). A side of more than `max_size` keeps only its diagonal.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from natgrad.curvature.curvature import (
     Draw,
     Extent,
     Moment,
+    RowSum,
     block_diagonal,
     part_of,
     wanted_rows,
@@ -31,6 +35,28 @@ from natgrad.layers.layer import Layer, Shape, gram_cost, moment
 from natgrad.layers.op_cost import OpCost, launched, moment_of, moved, product
 from natgrad.linalg import damped_inverse, first_inverse
 from natgrad.triangles import times
+
+
+class LiveInput(NamedTuple):
+    """A call's input, and how often it had been written to."""
+
+    x: Tensor
+    version: int
+
+
+def among(index: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Places `index` [m] that were drawn of all, moved to those that are `live` [total], and their weights [m].
+
+    The r-th live place takes the draws of a stretch of the places; its weight is one over their number, so that it
+    is as likely as the others on average. Where all are live, nothing moves. Without any live place weights are 0.
+    """
+    total, order = len(live), live.cumsum(0)
+    count = order[-1]
+    rank = (index * count).div(total, rounding_mode="floor")
+    some = count.clamp_min(1)
+    ends = [((rank + k) * total + some - 1).div(some, rounding_mode="floor") for k in (0, 1)]
+    places = torch.searchsorted(order, rank + 1).clamp_max(total - 1)
+    return places, (count > 0) / (ends[1] - ends[0])
 
 
 @dataclass(frozen=True)
@@ -45,31 +71,57 @@ class InputMoment(Moment):
         b, _, i = layer.shape
         return (b, i) if self.diagonal else (b, i, i)
 
-    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Tensor:
-        """The sum over all rows, by which calls weigh; of some rows, as much as it would be of all."""
+    def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Tensor | LiveInput:
+        """The sum over all rows, by which calls weigh; of some rows, as much as it would be of all.
+
+        Where rows count by their gradients, the input, which autograd keeps for the gradient of the weight anyway.
+        """
+        if layer.counts_live:
+            return LiveInput(x, x._version)
         samples, places = layer.count(x)
-        total, b, i = samples * places, layer.shape.blocks, layer.shape.inner
+        total = samples * places
         if self.diagonal:
             return layer.mean_square(x).mul_(total)
-        index = None if self.rows_per_dim is None else draw(total, wanted_rows(self.rows_per_dim, i))
-        if index is None or layer.second_moment_cost(x) <= b * gram_cost(len(index), i):
+        index = self._drawn(layer, x, draw)
+        if index is None:
             return layer.moment_total(x)
         return moment(layer.rows(x, index), mean=False).mul_(total / len(index))
 
-    def after(self, layer: Layer, kept: Tensor, dy: Tensor, draw: Draw) -> Tensor:
-        return kept
+    def after(self, layer: Layer, kept: Tensor | LiveInput, dy: Tensor, draw: Draw) -> Tensor | RowSum:
+        if isinstance(kept, Tensor):
+            return kept
+        x, live = kept.x, layer.live(dy)
+        if x._version != kept.version:  # overwritten since: there is nothing to look at
+            return RowSum(dy.new_full(self.shape(layer), math.nan), layer.live_rows(live))
+        if self.diagonal:
+            return RowSum(layer.live_squares(x, live), layer.live_rows(live))
+        index = self._drawn(layer, x, draw)
+        if index is None:
+            return RowSum(layer.live_total(x, live), layer.live_rows(live))
+        index, weights = among(index, live)
+        rows, share = layer.rows(x, index), len(live) / len(index)
+        total = moment(rows * weights.sqrt().to(rows.dtype).view(-1, 1, 1), mean=False)
+        return RowSum(total.mul_(share), weights.sum(dtype=torch.float64).mul(share).view(1))
+
+    def _drawn(self, layer: Layer, x: Tensor, draw: Draw) -> Tensor | None:
+        """Some of a call's rows; None: all of them, by themselves or because that is cheaper."""
+        (samples, places), (b, _, i) = layer.count(x), layer.shape
+        index = None if self.rows_per_dim is None else draw(samples * places, wanted_rows(self.rows_per_dim, i))
+        cheaper = index is None or layer.second_moment_cost(x) <= b * gram_cost(len(index), i)
+        return None if cheaper else index
 
     def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
+        live = (moved(y.numel(), 1), launched(6)) if layer.counts_live else ()
         if self.diagonal:
-            return (moved(x.numel(), 2, calls=4),)
+            return *live, moved(x.numel(), 2, calls=4)
         if self.rows_per_dim is None:
-            return layer.second_moment_work(x)
+            return *live, *layer.second_moment_work(x)
         b, _, i = layer.shape
         samples, places = layer.count(x)
         rows = part_of(wanted_rows(self.rows_per_dim, i), ranks)
         if rows >= samples * places or layer.second_moment_cost(x) <= b * gram_cost(rows, i):
-            return layer.second_moment_work(x)
-        return *layer.rows_work(x, rows), launched(6), moment_of(rows, i, b)
+            return *live, *layer.second_moment_work(x)
+        return *live, *layer.rows_work(x, rows), launched(16 if live else 6), moment_of(rows, i, b)
 
     def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
         if self.rows_per_dim is None or self.diagonal:
@@ -96,13 +148,16 @@ class OutputMoment(Moment):
         index = None
         if self.rows_per_dim is not None and kept > EXACT_ROWS:
             index = draw(kept, self._wanted(layer))
-        if self.diagonal:
-            total = layer.output_rows(dy, index).square().sum(0)
-        elif index is None:
-            return layer.output_moment(dy)
-        else:
-            total = moment(layer.output_rows(dy, index), mean=False)
-        return total if index is None else total * (kept / len(index))
+        if index is None:
+            return layer.output_rows(dy).square().sum(0) if self.diagonal else layer.output_moment(dy)
+        weights = None
+        if layer.counts_live:
+            index, weights = among(index, layer.live(dy))
+        rows = layer.output_rows(dy, index)
+        if weights is not None:
+            rows = rows * weights.sqrt().to(rows.dtype).view(-1, 1, 1)
+        total = rows.square().sum(0) if self.diagonal else moment(rows, mean=False)
+        return total * (kept / len(index))
 
     def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
         b, o, _ = layer.shape

@@ -133,6 +133,20 @@ class Conv(Layer):
         return total
 
     @property
+    def counts_live(self) -> bool:
+        """Places of a sequence are counted by their gradients; those of an image all count (SP-NGD eq. 11)."""
+        return len(self.kernel) == 1
+
+    def live_total(self, x: Tensor, live: Tensor) -> Tensor:
+        x = self._batched(x)
+        live = live.view(len(x), -1)
+        step = max(1, CHUNK // max(1, self.shape.inner * self.groups * live.shape[1]))
+        total = promote(x).new_zeros(self.groups, self.shape.inner, self.shape.inner)
+        for part, own in zip(x.split(step), live.split(step)):
+            total.add_(super().live_total(part, own.flatten()))
+        return total
+
+    @property
     def _pointwise(self) -> bool:
         """Whether every place reads one pixel, its own."""
         return all(k == stride == 1 and not total for k, stride, _, total, _ in self.geometry)
@@ -383,6 +397,10 @@ class TransposedConv(Layer):
         other = copy.copy(self)
         other.reads = self._reader(given["stride"], given["padding"], given["dilation"])
         return Form(other, use.x)
+
+    @property
+    def counts_live(self) -> bool:
+        return len(self.reads.kernel) == 1
 
     def count(self, x: Tensor) -> tuple[int, int]:
         return x.shape[0], math.prod(x.shape[2:])

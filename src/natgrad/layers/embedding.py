@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers.layer import Layer, Shape, layer_of, promote, take
-from natgrad.layers.linear import Exchanged, LinearPart
+from natgrad.layers.linear import Exchanged, LinearPart, rows_with_gradient
 from natgrad.layers.op_cost import Passes, moved
 from natgrad.layers.use import Form, Use
 
@@ -80,6 +80,16 @@ class Embedding(Layer):
         if self.padding is not None:
             share[self.padding] = 0
         return share.unsqueeze(0)
+
+    def live(self, dy: Tensor) -> Tensor:
+        return rows_with_gradient(dy)
+
+    def live_squares(self, x: Tensor, live: Tensor) -> Tensor:
+        dtype = promote(self.parameters[0]).dtype
+        total = torch.zeros(self.shape.inner, dtype=dtype, device=live.device).index_add_(0, x.reshape(-1), live.to(dtype))
+        if self.padding is not None:
+            total[self.padding] = 0
+        return total.unsqueeze(0)
 
     def passes(self, x: Tensor, y: Tensor) -> Passes:
         """A row is read and written for each token; backward, rows are added up in a zeroed table."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layers.layer import Layer, Shape, he_scale, promote, take
-from natgrad.layers.linear import exchange
+from natgrad.layers.linear import exchange, rows_with_gradient
 from natgrad.layers.use import Form, Part, Use
 
 Segment = tuple[int, int, int]  # an expert, the first of its rows, the one after its last row
@@ -25,6 +25,7 @@ class Experts(Layer):
     kind = "experts"
     per_sample = False
     uneven = True
+    counts_live = True  # type: ignore[assignment]
 
     def __init__(self, module: Any, weight: Any):
         super().__init__(module, Shape(*weight.shape), (weight,), he_scale(weight.shape[2]))
@@ -99,11 +100,20 @@ class ExpertsCall(Experts):
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return self._spread(dy, index)
 
-    def block_rows(self, x: Tensor) -> Tensor:
-        found = torch.zeros(self.shape.blocks, dtype=torch.float64)
+    def live(self, dy: Tensor) -> Tensor:
+        return rows_with_gradient(dy)
+
+    def live_rows(self, live: Tensor) -> Tensor:
+        found = torch.zeros(self.shape.blocks, dtype=torch.float64, device=live.device)
         for expert, start, stop in self.segments:
-            found[expert] += stop - start
+            found[expert] += live[start:stop].sum()
         return found
+
+    def live_total(self, x: Tensor, live: Tensor) -> Tensor:
+        return self._moment(promote(x) * live.unsqueeze(1))
+
+    def live_squares(self, x: Tensor, live: Tensor) -> Tensor:
+        return self.mean_square(promote(x) * live.unsqueeze(1)).mul_(max(1, len(x)))
 
     def _moment(self, x: Tensor) -> Tensor:
         x = promote(x)

@@ -54,7 +54,7 @@ class Layer(ABC):
     free: int | None = None  # trailing dimensions of an input that are features; None: samples always come first
     guess = False  # it is only a guess that the parameters are used as this layer says
     per_sample = True  # which rows are whose is known
-    uneven = False  # blocks have unlike numbers of rows: `block_rows`
+    uneven = False  # blocks have unlike numbers of rows: `live_rows`
     scale: float  # the root mean square of a healthy weight, for lengths that divide by a weight's norm
 
     def __init__(self, module: Any, shape: Shape, parameters: Sequence[Any], scale: float):
@@ -70,10 +70,6 @@ class Layer(ABC):
     def exchanged(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Of a `late` form: inputs and the gradients of outputs, for a call on x whose output has the gradient dy."""
         raise TypeError(f"{type(self).__name__} reads its input as it comes")
-
-    def block_rows(self, x: Tensor) -> Tensor:
-        """Where blocks are `uneven`, how many rows of a call on x are each block's [b]."""
-        raise TypeError(f"{type(self).__name__} has the same rows in all blocks")
 
     @property
     def by_weight(self) -> bool:
@@ -152,6 +148,31 @@ class Layer(ABC):
     def mean_square(self, x: Tensor) -> Tensor:
         """The diagonal of `second_moment` [b, i]."""
         return self.rows(x).square().mean(0)
+
+    @property
+    def counts_live(self) -> bool:
+        """Whether A is a mean over the rows of a call whose output has a gradient; else over all its rows.
+
+        A layer with a way to A that reads no rows counts all of them.
+        """
+        return type(self).second_moment is Layer.second_moment
+
+    def live(self, dy: Tensor) -> Tensor:
+        """Which rows of a call have a gradient of the output dy [rows] that is not exactly zero."""
+        return torch.linalg.vector_norm(self.output_rows(dy).flatten(1), math.inf, 1) != 0
+
+    def live_total(self, x: Tensor, live: Tensor) -> Tensor:
+        """The sum over the rows `live` [rows] of a a^T [b, i, i]."""
+        rows = self.rows(x)
+        return moment(rows if every(live) else rows * live.to(rows.dtype).view(-1, 1, 1), mean=False)
+
+    def live_squares(self, x: Tensor, live: Tensor) -> Tensor:
+        """The diagonal of `live_total` [b, i]."""
+        return (self.rows(x).square() * live.view(-1, 1, 1)).sum(0)
+
+    def live_rows(self, live: Tensor) -> Tensor:
+        """How many rows there are [1], or of each block where they are `uneven` [b], in double precision."""
+        return live.sum(dtype=torch.float64).view(1)
 
     def output_moment(self, dy: Tensor) -> Tensor:
         """The SUM over all rows of g g^T [b, o, o]."""
@@ -241,6 +262,11 @@ def real_type(x: Tensor) -> torch.dtype:
 def take(x: Tensor, index: Tensor | None) -> Tensor:
     """Entries `index` along the first dimension, all of them without one."""
     return x if index is None else x.index_select(0, index)
+
+
+def every(live: Tensor) -> bool:
+    """Whether all rows count, where that is known without waiting for a device."""
+    return live.device.type == "cpu" and bool(live.all())
 
 
 def portions(x: Tensor) -> tuple[Tensor, ...]:

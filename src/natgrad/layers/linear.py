@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,9 @@ class Linear(Layer):
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return promote(take(dy.reshape(-1, dy.shape[-1]), index)).unsqueeze(1)
 
+    def live(self, dy: Tensor) -> Tensor:
+        return rows_with_gradient(dy)
+
     def projected(self, x: Tensor, u: Tensor) -> Tensor:
         weight = u[0, :-1] if self.biased else u[0]
         product = promote(x).reshape(-1, x.shape[-1]) @ weight
@@ -138,7 +142,7 @@ class Exchanged(LinearPart):
     The gradient of the weight is the sum over rows of x dy^T where others have dy x^T, so dy is the row a and x the
     row g. The two sides scale with the loss in other ways (a not at all, g as the loss). So dy is divided by the root
     of its mean square norm and x multiplied by it: their products are the same, and the rows a of a call have a mean
-    square norm of 1, as the one-hot rows of an embedding have.
+    square norm of 1, as the one-hot rows of an embedding have. Rows without gradient are zero on both sides.
     """
 
     def __init__(self, whole: Any, chosen: Matrix):
@@ -178,9 +182,15 @@ class Lookup(LinearPart):
 def exchange(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The rows a and g of a call on x whose output has the gradient dy, where the two change sides (see Exchanged)."""
     a, g = promote(dy), promote(x)
-    mean = a.square().sum() / max(1, a.numel() // max(1, a.shape[-1]))
+    live = (torch.linalg.vector_norm(a, math.inf, -1, keepdim=True) != 0).to(a.dtype)
+    mean = a.square().sum() / live.sum().clamp_min(1)
     root = torch.where(mean > 0, mean, 1).sqrt()
-    return a / root, g * root
+    return a / root, g * (root * live)
+
+
+def rows_with_gradient(dy: Tensor) -> Tensor:
+    """Which rows of a gradient [..., features] are not exactly zero [rows]."""
+    return torch.linalg.vector_norm(dy.reshape(-1, dy.shape[-1]), math.inf, 1) != 0
 
 
 @layer_of.register

@@ -144,6 +144,7 @@ class Norm(Layer):
     """What all normalisations share: a row is x_hat of one place, a block is a channel."""
 
     kind = "norm"
+    counts_live = False  # type: ignore[assignment]  # its rows are read while the statistics are as they were
 
     def __init__(self, module: Any, parameters: Sequence[Any] | None = None):
         parameters = weight_and_bias(module) if parameters is None else parameters
