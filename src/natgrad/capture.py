@@ -121,6 +121,7 @@ class Measured(NamedTuple):
     half: tuple[float, int] | None = (
         None  # the squared norm of what the first passes left in the gradients, their samples
     )
+    uneven: tuple[float, float] | None = None  # the least and the most predictions of passes that weigh alike
 
 
 @dataclass(eq=False)
@@ -966,7 +967,8 @@ class Capture:
             half = self._half_square, sum(counts[: self._half[1]])
         seen = dict(self._seen)
         sums, weights, blocks, rows = self._sums, self._weights, self._blocks, self._rows
-        measured = Measured(sums, weights, blocks, samples, rows, predictions, by, steepest, seen, half)
+        uneven = weighed_alike([(float(e.predictions or 0.0), float(e.steepness)) for e in self._episodes])
+        measured = Measured(sums, weights, blocks, samples, rows, predictions, by, steepest, seen, half, uneven)
         self.discard()
         return measured
 
@@ -1063,6 +1065,21 @@ def steepness(rows: Tensor, most: int = 256) -> Tensor:
     sizes = some.abs().sum(1)
     balanced = some.shape[1] > 1 and (some.sum(1).abs() <= 1e-2 * sizes).all()
     return torch.where(torch.as_tensor(balanced, device=rows.device), sizes.max(), 0)
+
+
+def weighed_alike(passes: Iterable[tuple[float, float]]) -> tuple[float, float] | None:
+    """The least and the most predictions of forward passes where each pass seems to weigh as much as any other, however
+    many predictions it has: the steepness of its logits falls with their number. None where they are alike, or it
+    does not. `passes`: the predictions and the steepness of each.
+    """
+    known = [(n, size) for n, size in passes if n > 0 and size > 0]
+    if len(known) < 2:
+        return None
+    least, most = min(n for n, _ in known), max(n for n, _ in known)
+    apart = math.sqrt(most / least)
+    sizes, products = [size for _, size in known], [n * size for n, size in known]
+    alike = max(products) / min(products) < apart < max(sizes) / min(sizes)
+    return (least, most) if alike and most >= 1.5 * least else None
 
 
 def keeps_graph() -> bool:

@@ -434,6 +434,13 @@ class CurvatureEngine:
                 "mean over the others, as with ignore_index. If it is a mean over all (a hinge, a clipped ratio), set "
                 "predictions=1"
             )
+        if measured.uneven is not None and not self.sampled and reduction == "mean":
+            least, most = measured.uneven
+            told.append(
+                f"means of means: forward passes with {least:g} to {most:g} predictions have losses that are means of "
+                "their own, so those of the shortest weigh most. Curvature takes all predictions of a step to weigh "
+                "alike: divide each pass's summed loss by the predictions of the whole step"
+            )
         if self.time_first and any(measured.seen[k].deep for k in found.layers if k in measured.seen):
             told.append(
                 f"time first: {shortened(self.time_first)} with batch_first=False have samples in the second "
