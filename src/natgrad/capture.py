@@ -408,7 +408,9 @@ class Capture:
 
     def _call(self, found: Found, output: Tensor, flat: Flat | None = None) -> bool:
         start = self.clock()
-        form = self.layers[found.layer].form(found.use)
+        layer, use = self.layers[found.layer], found.use
+        plain = use.part.plain and (use.bias is None or use.bias.plain)
+        form = layer.form(use) if plain or layer.scales else None
         if form is not None:
             if found.use.part.through is not None and found.layer in self._checked:
                 self._checksum(found.layer).round(found.use.part.through)
@@ -437,7 +439,7 @@ class Capture:
         episode = self._episode() if task < 0 else self._through(task)
         arrange = self._arrangement(index, layer, x, flat, episode)
         own, places = layer.count(arrange(x)) if x.numel() else (0, 1)
-        episode.first = episode.first or own
+        episode.first = own if own == episode.given else episode.first or own
         episode.whole |= own == episode.given
         straight = arrange == STRAIGHT and own < episode.first
         offset, samples = part_of_batch(x, own, episode.first) if straight else (0, own)
@@ -539,7 +541,7 @@ class Capture:
         if index not in episode.aligned:
             common = self.sampler.draw(TOGETHER, episode.number, device)
             layers = self.sampler.draw(index, episode.number << 20, device)
-            episode.aligned[index] = {"layer": Aligned(layers), "all": Aligned(common)}
+            episode.aligned[index] = {"layer": Aligned(layers, episode.given), "all": Aligned(common, episode.given)}
         own = self.sampler.draw(index, (episode.number << 20) + number, device)
         windows = {kind: draw.at(call.offset, call.samples) for kind, draw in episode.aligned[index].items()}
         return {"call": own, **windows}
@@ -585,7 +587,7 @@ class Capture:
             if call.sizes is not None:
                 seen.forms.append(call.sizes)
             if call.kept:
-                seen.grown |= any(draw.grown for draw in call.episode.aligned.get(call.index, {}).values())
+                seen.grown |= any(draw.strayed for *_, draw in call.kept if isinstance(draw, Window))
             self._reach(call, dy.detach())
 
     def _hear(self, episode: Episode, near: Call | None = None) -> None:

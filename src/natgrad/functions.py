@@ -198,6 +198,28 @@ def _methods(*names: str) -> list[Any]:
 PLUS = frozenset(_methods("add", "add_", "__add__", "__radd__", "__iadd__"))
 """Sums. A number that is added to a weight changes nothing of its gradient."""
 
+MINUS = frozenset(_methods("sub", "subtract", "__sub__"))
+TIMES = frozenset(_methods("mul", "multiply", "__mul__", "__rmul__"))
+OVER = frozenset(_methods("div", "divide", "true_divide", "__truediv__"))
+
+
+def constants(func: Any, args: Sequence[Any], weight: Tensor, out: Tensor) -> Tensor | float | None:
+    """By what a function multiplies the entries of a weight, 1 where it adds a number; None if it does something else.
+
+    A tensor is constant where it has no gradient; it has the weight's shape.
+    """
+    if len(args) != 2 or args[0] is args[1] or out.shape != weight.shape:
+        return None
+    first, other = args[0] is weight, args[1] if args[0] is weight else args[0]
+    if isinstance(other, (int, float)):
+        if func in PLUS or (func in MINUS and first):
+            return 1.0
+        return float(other) if func in TIMES else 1.0 / other if func in OVER and first and other else None
+    if not isinstance(other, Tensor) or other.requires_grad or other.shape != weight.shape:
+        return None
+    return other.detach() if func in TIMES else 1 / other.detach() if func in OVER and first else None
+
+
 READERS: dict[Any, Reader] = {
     **dict.fromkeys(_there((F, "linear")), linear),
     **dict.fromkeys(_methods("addmm"), addmm),
@@ -226,7 +248,7 @@ READERS: dict[Any, Reader] = {
         use_input_stats=True,
         eps=1e-5,
     ),
-    **dict.fromkeys(_methods("mul", "multiply", "__mul__", "__rmul__"), scale),
+    **dict.fromkeys(TIMES, scale),
     **dict.fromkeys(PLUS, shift),
     **dict.fromkeys(_methods("expand", "expand_as", "repeat"), copied),
     **dict.fromkeys(_there((F, "grouped_mm"), (torch, "_grouped_mm")), grouped),

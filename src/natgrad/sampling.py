@@ -68,17 +68,17 @@ class Picked(Draw):
 class Aligned:
     """The draws of one layer's calls in one forward pass, all of them on the same samples.
 
-    `total` is how many samples there are, as the first call says. `grown`: a later call saw more, and what it drew is
-    not what the first one drew.
+    `total` is how many samples there are, as the first call says, or one that has as many as the model was `given`.
     """
 
-    def __init__(self, draw: Draw):
-        self.draw, self.total, self.grown = draw, 0, False
+    def __init__(self, draw: Draw, given: int = 0):
+        self.draw, self.given, self.total = draw, given, 0
         self.chosen: Tensor | None = None  # of all samples; None: all of them
 
     def at(self, offset: int, total: int) -> Window:
         """The draws of a call on samples from `offset` on, of `total`."""
-        self.total = self.total or total
+        if not self.total or total == self.given:
+            self.total = total
         return Window(self, offset, total)
 
 
@@ -87,24 +87,31 @@ class Window(Draw):
 
     def __init__(self, aligned: Aligned, offset: int, total: int):
         self.aligned, self.offset, self.total, self.before = aligned, offset, total, 0
+        self.drawn = 0  # of how many samples some were chosen; 0: all are measured
+
+    @property
+    def strayed(self) -> bool:
+        """Whether what was chosen is of more samples than there are, as other calls say."""
+        return self.drawn not in (0, self.aligned.total)
 
     def __call__(self, total: int, wanted: int) -> Tensor | None:
-        aligned = self.aligned
-        chosen = aligned.draw(max(self.total, aligned.total), wanted)
-        aligned.grown |= self.total > aligned.total and chosen is not None
-        aligned.chosen = chosen
+        aligned, most = self.aligned, max(self.total, self.aligned.total)
+        chosen = aligned.draw(most, wanted)
+        self.drawn = 0 if chosen is None else most
+        if not self.strayed:
+            aligned.chosen = chosen
         if chosen is None:
             self.before = self.offset
             return None
-        if total == max(self.total, aligned.total):
+        if total == most:
             return chosen
         self.before = int((chosen < self.offset).sum())
         return chosen[(chosen >= self.offset) & (chosen < self.offset + total)] - self.offset
 
     def every(self, total: int, wanted: int) -> slice | None:
-        aligned = self.aligned
-        chosen = aligned.draw.every(max(self.total, aligned.total), wanted)
-        aligned.grown |= self.total > aligned.total and chosen is not None
+        aligned, most = self.aligned, max(self.total, self.aligned.total)
+        chosen = aligned.draw.every(most, wanted)
+        self.drawn = 0 if chosen is None else most
         if chosen is None:
             self.before = self.offset
             return None

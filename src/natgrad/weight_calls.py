@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from natgrad.functions import PLUS, READERS, SAME_NUMBERS, Found, KnownWeight
+from natgrad.functions import PLUS, READERS, SAME_NUMBERS, Found, KnownWeight, constants
 from natgrad.layers import Layer
 from natgrad.layers.use import Part, contiguous
 from natgrad.slots import Slot
@@ -192,11 +192,17 @@ class WeightCalls:
         given = [(x, known) for x in _tensors((*args, *kwargs.values())) if (known := self.find(x)) is not None]
         if not given or (out._is_view() and self.find(out) is not None and func not in READERS):
             return
-        if func in SAME_NUMBERS or (func in PLUS and len(list(_tensors((*args, *kwargs.values())))) == 1):
-            x, known = given[0]
+        x, known = given[0]
+        if func in SAME_NUMBERS:
             if out.numel() == x.numel() and known.part.full and out is not x:
                 self.others[id(out)] = out, known._replace(part=_same(known.part, out))
             return
+        if known.part.full and out is not x and not kwargs:
+            with torch.no_grad():
+                factor = constants(func, args, x, out)
+            if factor is not None:
+                self.others[id(out)] = out, known._replace(part=_same(_multiplied(known.part, factor), out))
+                return
         reader = READERS.get(func)
         read = list(reader(self.find, args, kwargs, out)) if reader is not None else []
         told = {one.layer for one in read if self.used(one, out, flat)}
@@ -215,6 +221,12 @@ class WeightCalls:
                 del self.once[id(x)]
                 tokens = found.use.x.reshape(1, -1).expand(len(out), -1)
                 self.used(found._replace(use=replace(found.use, x=tokens)), out, flat)
+
+
+def _multiplied(part: Part, factor: Tensor | float) -> Part:
+    """The part times constants."""
+    factor = factor.reshape(-1) if isinstance(factor, Tensor) else factor
+    return part if isinstance(factor, float) and factor == 1 else part._replace(times=part.times * factor)
 
 
 def _same(part: Part, out: Tensor) -> Part:

@@ -53,6 +53,7 @@ class Layer(ABC):
     diagonal_inputs = False  # rows never overlap (an embedding's one-hot rows): A is exactly diagonal
     free: int | None = None  # trailing dimensions of an input that are features; None: samples always come first
     guess = False  # it is only a guess that the parameters are used as this layer says
+    scales = False  # a weight that was multiplied by constants before its use is known too (Part.times)
     per_sample = True  # which rows are whose is known
     uneven = False  # blocks have unlike numbers of rows: `live_rows`
     scale: float  # the root mean square of a healthy weight, for lengths that divide by a weight's norm

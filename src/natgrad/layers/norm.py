@@ -144,6 +144,7 @@ class Norm(Layer):
     """What all normalisations share: a row is x_hat of one place, a block is a channel."""
 
     kind = "norm"
+    scales = True
     counts_live = False  # type: ignore[assignment]  # its rows are read while the statistics are as they were
 
     def __init__(self, module: Any, parameters: Sequence[Any] | None = None):
@@ -156,7 +157,16 @@ class Norm(Layer):
             axes = Axes.of(use, self.shape.blocks)
             if axes is None or (use.part.place == 1) != (use.does == "shift" and self.biased):
                 return None
-            return Form(Entrywise(self, axes, use.does == "scale"), use.x)
+            x = use.x
+            if not use.part.plain:
+                if use.does == "shift":
+                    return None
+                times = use.part.times
+                with torch.no_grad():  # y = (times * w) x is w (times * x)
+                    x = x * (times.view(use.part.size) if isinstance(times, Tensor) else times)
+            return Form(Entrywise(self, axes, use.does == "scale"), x)
+        if not use.part.plain or (use.bias is not None and not use.bias.plain):
+            return None
         if use.does not in KINDS or (use.bias is not None) != self.biased or not use.part.full or use.part.place:
             return None
         return Form(KINDS[use.does](self, use), use.x)

@@ -27,6 +27,10 @@ OPAQUE = (nn.RNNBase, RNNCellBase, nn.Bilinear, nn.EmbeddingBag, Parametrization
 """Modules whose functions are not linear in one weight, or do not tell what they do with it."""
 
 
+VECTORS = (nn.ParameterDict, nn.ParameterList)
+"""Modules in which adapters keep their scales, under names of the user's."""
+
+
 class FoundLayer(NamedTuple):
     """A layer, its name in the model, why it is loose ("" if it is not), and the dimension of samples in its inputs."""
 
@@ -182,7 +186,7 @@ def _guesses(module: nn.Module, own: Mapping[str, nn.Parameter], turned: bool) -
             layer = Linear(module, parameter)
         elif parameter.dim() == 3 and sides == 3:
             layer = Experts(module, parameter)
-        elif sides == 2 or (sides == 1 and key.endswith(("weight", "bias"))):
+        elif sides == 2 or (sides == 1 and (key.endswith(("weight", "bias")) or isinstance(module, VECTORS))):
             layer = EntrywiseWeight(module, (parameter,))
         else:  # a few numbers that may be anything
             continue

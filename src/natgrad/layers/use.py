@@ -18,7 +18,8 @@ from torch import Tensor, nn
 class Part(NamedTuple):
     """Entries of a parameter, as its strided view: `place` is the parameter's place among those of its layer.
 
-    through: the least precise type in which its numbers have been since.
+    through: the least precise type in which its numbers have been since. times: constants by which they were multiplied
+    since, one for each entry [numel] or one for all.
     """
 
     parameter: nn.Parameter
@@ -27,6 +28,12 @@ class Part(NamedTuple):
     stride: tuple[int, ...]
     offset: int
     through: torch.dtype | None = None
+    times: Tensor | float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether its numbers are the parameter's."""
+        return isinstance(self.times, float) and self.times == 1
 
     @property
     def full(self) -> bool:
