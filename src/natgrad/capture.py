@@ -408,9 +408,7 @@ class Capture:
 
     def _call(self, found: Found, output: Tensor, flat: Flat | None = None) -> bool:
         start = self.clock()
-        layer, use = self.layers[found.layer], found.use
-        plain = use.part.plain and (use.bias is None or use.bias.plain)
-        form = layer.form(use) if plain or layer.scales else None
+        form = self.layers[found.layer].form(found.use)
         if form is not None:
             if found.use.part.through is not None and found.layer in self._checked:
                 self._checksum(found.layer).round(found.use.part.through)

@@ -200,7 +200,7 @@ class WeightCalls:
         if known.part.full and out is not x and not kwargs:
             with torch.no_grad():
                 factor = constants(func, args, x, out)
-            if factor is not None:
+            if factor is not None and (isinstance(factor, float) and factor == 1 or self.layers[known.layer].scales):
                 self.others[id(out)] = out, known._replace(part=_same(_multiplied(known.part, factor), out))
                 return
         reader = READERS.get(func)
