@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import natgrad
 from helpers import backward, heard, statistic, unwarned
+from natgrad import weight_calls
 from natgrad.curvature.per_sample import explicit
 
 N = 5
@@ -200,7 +201,67 @@ class Pictures(nn.Module):
         return self.head(torch.tanh(self.up(x)).mean((2, 3)))
 
 
+class Recurrent(nn.Module):
+    """A head over what recurrent layers give. `packed`: sequences end where there are only zeros."""
+
+    def __init__(self, inner, packed=False):
+        super().__init__()
+        self.inner, self.packed = inner, packed
+        self.head = nn.Linear((inner.proj_size or inner.hidden_size) * (1 + inner.bidirectional), 3)
+
+    def forward(self, x):
+        first = self.inner.batch_first
+        if self.packed:
+            lengths = (x != 0).any(2).sum(1)
+            x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            return self.head(nn.utils.rnn.pad_packed_sequence(self.inner(x)[0], batch_first=True)[0].sum(1))
+        out = self.inner(x if first else x.transpose(0, 1))[0]
+        return self.head(out.mean(1 if first else 0))
+
+
+class Cells(nn.Module):
+    """A loop over cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru, self.head = nn.LSTMCell(8, 5), nn.GRUCell(5, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x):
+        state = h = None
+        for step in x.unbind(1):
+            state = self.lstm(step, state)
+            h = self.gru(state[0], h)
+        return self.head(h)
+
+
+class Scaled(nn.Module):
+    """Vectors in a dictionary, as adapters keep them, times one (IA3), and a magnitude over a norm (DoRA)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.down, self.up = nn.Linear(8, 8), nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        self.vectors = nn.ParameterDict({"one": seeded(8, 1), "other": seeded(2)})
+        self.weight, self.head = nn.Parameter(seeded(8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            norm = (self.inner.weight + 2).norm(dim=1)
+        whole = self.up(self.down(torch.eye(8, dtype=x.dtype))).detach()  # calls that no gradient reaches
+        scale = 1
+        scale *= self.vectors["one"].flatten()
+        share = (self.weight / (norm + whole.diagonal().abs())).view(1, -1)
+        low = self.up(self.vectors["other"] * self.down(x))
+        return self.head(torch.tanh((share - 1) * self.inner(x) * scale + share * low * 0.5).mean(1))
+
+
 SEQUENCES = {
+    "adapters": Scaled,
+    "lstm": lambda: Recurrent(nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True)),
+    "lstm, smaller states": lambda: Recurrent(nn.LSTM(8, 6, batch_first=True, proj_size=4)),
+    "gru, time first": lambda: Recurrent(nn.GRU(8, 6, 2)),
+    "rnn": lambda: Recurrent(nn.RNN(8, 6, bias=False, batch_first=True, nonlinearity="relu")),
+    "lstm, packed": lambda: Recurrent(nn.LSTM(8, 6, batch_first=True, bidirectional=True), packed=True),
+    "cells": Cells,
     "attention": Attention,
     "attention, time first": lambda: Attention(first=False),
     "attention, other keys": lambda: Attention("keys"),
@@ -228,6 +289,8 @@ def case(name):
     if name in TOKENS:
         return TOKENS[name]().double(), lambda m, k: F.cross_entropy(m(TEXT[k]).flatten(0, 1), TEXT[k].flatten())
     x = seeded(N, 4, 8) if name in SEQUENCES else seeded(N, 3, 6, 6)
+    if "packed" in name:
+        x = x * (torch.arange(4) < torch.tensor([4, 3, 3, 2, 1]).unsqueeze(1)).unsqueeze(2)
     build = SEQUENCES.get(name) or IMAGES[name]
     return build().double(), lambda m, k: F.cross_entropy(m(x[k]), LABELS[k])
 
@@ -259,6 +322,29 @@ def test_a_weight_in_several_places_is_counted_and_placed_once(name):
     assert sum(row.parameters for row in opt.coverage()) == sum(p.numel() for p in model.parameters())
     placed = [id(p) for cell in opt.cells for p in cell.layer.parameters]
     assert len(placed) == len(set(placed)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.SENG], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["lstm", "gru, time first", "lstm, packed", "cells"])
+def test_recurrent_layers_run_as_torch_has_them_where_nothing_is_measured(name, kind, monkeypatch):
+    """Written out in the steps that measure, to rounding; else in torch's own function, to the last bit."""
+    model, loss = case(name)
+    opt, written = kind(model, lr=0.1, refresh=2), []
+    whole = weight_calls.written_out
+    monkeypatch.setattr(weight_calls, "written_out", lambda func, args: written.append(func) or whole(func, args))
+    with unwarned():
+        for step in range(4):
+            written.clear()
+            value = loss(model, slice(None))
+            with torch.no_grad():
+                plain = loss(model, slice(None))
+            assert bool(written) == (step % 2 == 0)
+            assert_close(value.detach(), plain, rtol=1e-12 if step % 2 == 0 else 0, atol=0)
+            value.backward()
+            opt.step()
+            opt.zero_grad()
+    assert opt.coverage().share == 1
+    assert not opt.engine.drops
 
 
 def test_the_factors_of_attention_are_those_of_its_product():

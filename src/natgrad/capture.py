@@ -291,6 +291,7 @@ class Capture:
             lambda found, output, flat: (own := me()) is None or own.used(found, output, flat),
             lambda index: None if (own := me()) is None else own.strange(index),
             lambda parameter: None if (own := me()) is None else own._stands_for(parameter),
+            lambda index: (own := me()) is not None and index in own.watches,
         )
         for module in dict.fromkeys(layer.module for layer in seen.values()):
             self._handles.append(module.register_forward_pre_hook(Enter(self), prepend=True))
@@ -868,7 +869,7 @@ class Capture:
         fresh = moment.close(parts, layer.shape)
         aligned = episode.aligned[index]["all"]
         if aligned.chosen is None:
-            fresh = longer(fresh, aligned.total)
+            fresh = longer(fresh, max(aligned.total, count(fresh)))
             fresh["chosen"] = torch.arange(count(fresh), device=layer.parameters[0].device)
         elif count(fresh) < len(aligned.chosen):
             fresh = {**longer(fresh, len(aligned.chosen)), "chosen": aligned.chosen}

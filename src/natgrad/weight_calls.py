@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.functions import PLUS, READERS, SAME_NUMBERS, Found, KnownWeight, constants
 from natgrad.layers import Layer
 from natgrad.layers.use import Part, contiguous
+from natgrad.recurrent import weights_of, written_out
 from natgrad.slots import Slot
 
 ATTENTION = F.multi_head_attention_forward
@@ -62,6 +63,9 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is ATTENTION:
             return self._attention(args, kwargs)
+        if any(one.wants(weight) for weight in weights_of(func, args, kwargs) for one in self.watching):
+            with self:
+                return written_out(func, args)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.requires_grad and getattr(func, "__name__", "") != "__get__":
             for one in self.watching:
@@ -104,6 +108,7 @@ class WeightCalls:
 
     used(found, output, flat): a function has given `output`; it returns whether that is a call of the layer.
     stands_for(parameter): the layer's parameter in whose place another one stands in a module.
+    measured(layer): whether something is measured of a layer.
     """
 
     def __init__(
@@ -112,8 +117,10 @@ class WeightCalls:
         used: Callable[[Found, Tensor, Flat | None], bool],
         strange: Callable[[int], None],
         stands_for: Callable[[nn.Parameter], Slot | None],
+        measured: Callable[[int], bool],
     ):
         self.layers, self.used, self.strange, self.stands_for = layers, used, strange, stands_for
+        self.measured = measured
         self.own = {id(p): (k, place) for k, layer in layers.items() for place, p in enumerate(layer.parameters)}
         self.begin()
 
@@ -144,6 +151,11 @@ class WeightCalls:
         self.others: dict[int, tuple[Tensor, KnownWeight | None]] = {}
         self.once: dict[int, tuple[Tensor, Found]] = {}
         return left
+
+    def wants(self, weight: Tensor) -> bool:
+        """Whether something is measured of the layer of a weight."""
+        known = self.find(weight)
+        return known is not None and self.measured(known.layer)
 
     def find(self, x: Any) -> KnownWeight | None:
         """The weight, or the part of one, that a tensor is."""

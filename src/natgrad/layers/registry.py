@@ -23,7 +23,10 @@ from natgrad.layers.linear import Linear
 from natgrad.layers.norm import EntrywiseWeight
 from natgrad.layers.uncurved import UncurvedParameter
 
-OPAQUE = (nn.RNNBase, RNNCellBase, nn.Bilinear, nn.EmbeddingBag, ParametrizationList)
+RECURRENT = (nn.RNNBase, RNNCellBase)
+"""Modules whose weights map inputs and states to gates, each a linear layer (recurrent.py)."""
+
+OPAQUE = (nn.Bilinear, nn.EmbeddingBag, ParametrizationList)
 """Modules whose functions are not linear in one weight, or do not tell what they do with it."""
 
 
@@ -132,6 +135,10 @@ def _layers(
 ) -> Iterator[tuple[str, Layer | str]]:
     """The layers of a module by the names that they add to its own; reasons hold for what comes after them."""
     layer, trained = layer_of(module), set(own.values())
+    if isinstance(layer, str) and isinstance(module, RECURRENT):
+        yield "", "a bias without its weight, or with a weight that is frozen"
+        yield from _gates(module, own)
+        return
     if isinstance(layer, str):
         yield "", layer
         if layer.startswith(UNREGISTERED) and not isinstance(module, OPAQUE):
@@ -158,6 +165,14 @@ def _not_whole(layer: Layer, trained: set[nn.Parameter], module: nn.Module) -> s
     if len(trained) > len(set(layer.parameters)):
         return f"{type(module).__name__} has more parameters than its kind of layer"
     return ""
+
+
+def _gates(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Layer]]:
+    """The linear layers of a recurrent module: weight_ih_l0 with bias_ih_l0, and so on."""
+    for key, weight in own.items():
+        if key.startswith("weight_"):
+            name = key.removeprefix("weight_")
+            yield name, Linear(module, weight, own.get(f"bias_{name}"))
 
 
 def _guesses(module: nn.Module, own: Mapping[str, nn.Parameter], turned: bool) -> Iterator[tuple[str, Layer]]:
