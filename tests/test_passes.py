@@ -959,7 +959,9 @@ def test_modules_with_time_first_put_the_layers_around_them_in_question():
         opt = quiet(natgrad.KFAC, model, lr=0.1, **options)
         i = torch.randint(9, (7, 5))
         F.cross_entropy(model(i).flatten(0, 1), i.flatten()).backward()
-        assert len(said_by(opt.step)) == count
+        said = said_by(opt.step)
+        assert len(said) == 2 * count  # the modules themselves are known, and disagree with those around them
+        assert sum(text.startswith("time first") for text in said) == count
         assert opt.assumed.samples == (7 if count else 5)
 
 
