@@ -207,7 +207,8 @@ TORCH: dict[str, Zoo] = {
     "autoencoder, tied": Zoo(Autoencoder, classified(4, 8)),
     "tokens, tied": Zoo(Tied, lambda m, k: F.cross_entropy(m(TEXT[k]).flatten(0, 1), TEXT[k].flatten())),
     "upsampler": Zoo(upsampler, classified(3, 8, 8)),
-    "nn.LSTM": Zoo(lambda: Over(nn.LSTM(8, 8, batch_first=True)), classified(5, 8), share=0.0),
+    "nn.LSTM": Zoo(lambda: Over(nn.LSTM(8, 8, 2, batch_first=True)), classified(5, 8)),
+    "nn.GRU": Zoo(lambda: Over(nn.GRU(8, 4, batch_first=True, bidirectional=True)), classified(5, 8)),
 }
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -413,6 +414,17 @@ VISION: dict[str, Zoo] = {
         classified(3, 32, 32),
         ("torchvision",),
     ),
+    "torchvision Swin V2": Zoo(
+        lambda: importlib.import_module("torchvision").models.SwinTransformer(
+            *([2, 2], 16, [1, 1], [2, 2], [4, 4]),
+            num_classes=3,
+            stochastic_depth_prob=0.0,
+            block=importlib.import_module("torchvision").models.swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=importlib.import_module("torchvision").models.swin_transformer.PatchMergingV2,
+        ),
+        classified(3, 32, 32),
+        ("torchvision",),
+    ),
     "torchvision ShuffleNet": vision("shufflenet_v2_x0_5"),
     "torchvision ConvNeXt": Zoo(
         lambda: importlib.import_module("torchvision").models.ConvNeXt(
@@ -450,7 +462,13 @@ def adapted(**options: Any) -> Zoo:
 PEFT: dict[str, Zoo] = {
     "LoRA": adapted(kind="LoraConfig", r=2, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0),
     "LoRA, embeddings": adapted(kind="LoraConfig", r=2, target_modules=["embed_tokens", "q_proj"]),
-    "IA3": adapted(kind="IA3Config", target_modules=["k_proj", "v_proj"], feedforward_modules=[])._replace(share=0.0),
+    "DoRA": adapted(
+        kind="LoraConfig", use_dora=True, r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.0
+    ),
+    "VeRA": adapted(kind="VeraConfig", r=4, target_modules=["q_proj", "v_proj"], vera_dropout=0.0, save_projection=False),
+    "IA3": adapted(
+        kind="IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
 }
 
 ALL: dict[str, Zoo] = {**TORCH, **TRANSFORMERS, **TIMM, **VISION, **PEFT}

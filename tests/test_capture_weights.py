@@ -254,7 +254,81 @@ class Scaled(nn.Module):
         return self.head(torch.tanh((share - 1) * self.inner(x) * scale + share * low * 0.5).mean(1))
 
 
+class Relative(nn.Module):
+    """Attention to which what places have to do with each other is added: from a table or a network of coordinates.
+
+    kind: how it is added. `table`: by whole numbers that the model makes of places (as many as there are samples).
+    """
+
+    def __init__(self, kind="plus", table=True, places=N):
+        super().__init__()
+        self.kind, self.places = kind, places
+        self.pack, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+        if table:
+            self.bias = nn.Embedding(2 * places - 1, 2)
+        else:
+            self.bias = nn.Sequential(nn.Linear(1, 6), nn.ReLU(inplace=True), nn.Linear(6, 2, bias=False))
+            self.register_buffer("coordinates", torch.linspace(-1, 1, 2 * places - 1).view(1, -1, 1))
+            self.register_buffer("index", torch.arange(places)[:, None] - torch.arange(places) + places - 1)
+
+    def relative(self):
+        if isinstance(self.bias, nn.Embedding):
+            places = torch.arange(self.places)
+            return self.bias(places[:, None] - places + self.places - 1).permute(2, 0, 1).unsqueeze(0)
+        table = self.bias(self.coordinates).view(-1, 2)
+        return 4 * torch.sigmoid(table[self.index.view(-1)].view(self.places, self.places, 2).permute(2, 0, 1))
+
+    def forward(self, x):
+        x = x.reshape(-1, self.places, 8)  # windows of places
+        q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in self.pack(x).chunk(3, 2))
+        bias = self.relative()
+        if self.kind == "mask":
+            bias = bias if bias.dim() == 4 else bias.unsqueeze(0)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            seen = torch.zeros(len(x), 1, self.places, self.places, dtype=x.dtype)
+            seen[:, :, 0, -1] = -1e9
+            scores = q @ k.mT
+            scores += bias + seen if self.kind == "twice" else bias
+            out = scores.softmax(3) @ v
+            out = out + (q @ k.mT + bias).softmax(3) @ v if self.kind == "twice" else out
+        return self.head(out.transpose(1, 2).flatten(2).reshape(-1, 10, 8).mean(1))
+
+
+class ZeroedBias(nn.Module):
+    """Keys have no bias, as in Swin V2: a part of a copy is set to zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.pack, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        bias = self.pack.bias.clone()
+        bias[8:16].zero_()
+        q, k, v = F.linear(x, self.pack.weight, bias).chunk(3, 2)
+        return self.head(((q @ k.mT).softmax(2) @ v).mean(1))
+
+
+class Overwritten(nn.Module):
+    """What a product of three dimensions gives is a view, and is overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x).relu_().mean(1))
+
+
 SEQUENCES = {
+    "overwritten": Overwritten,
+    "relative places": Relative,
+    "relative places, twice": lambda: Relative("twice"),
+    "relative places, as a mask": lambda: Relative("mask"),
+    "relative places, of windows": lambda: Relative(places=2),
+    "relative coordinates": lambda: Relative(table=False),
+    "relative coordinates, as a mask": lambda: Relative("mask", table=False, places=2),
+    "no bias of keys": ZeroedBias,
     "adapters": Scaled,
     "lstm": lambda: Recurrent(nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True)),
     "lstm, smaller states": lambda: Recurrent(nn.LSTM(8, 6, batch_first=True, proj_size=4)),
@@ -288,7 +362,7 @@ def case(name):
     torch.manual_seed(0)
     if name in TOKENS:
         return TOKENS[name]().double(), lambda m, k: F.cross_entropy(m(TEXT[k]).flatten(0, 1), TEXT[k].flatten())
-    x = seeded(N, 4, 8) if name in SEQUENCES else seeded(N, 3, 6, 6)
+    x = seeded(N, 10 if "relative" in name else 4, 8) if name in SEQUENCES else seeded(N, 3, 6, 6)
     if "packed" in name:
         x = x * (torch.arange(4) < torch.tensor([4, 3, 3, 2, 1]).unsqueeze(1)).unsqueeze(2)
     build = SEQUENCES.get(name) or IMAGES[name]

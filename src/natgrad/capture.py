@@ -40,6 +40,7 @@ from natgrad.curvature.per_sample import Rows, Sample, count, longer, places_of,
 from natgrad.eager import Eager
 from natgrad.functions import Found
 from natgrad.hooks import (
+    Apart,
     Arrival,
     Begin,
     Deposit,
@@ -49,6 +50,7 @@ from natgrad.hooks import (
     LayerHook,
     Leave,
     LogitGradientScaling,
+    anchor,
     deposits,
     transformed,
 )
@@ -59,12 +61,13 @@ from natgrad.parallel import local_of
 from natgrad.readings import Readings, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
 from natgrad.slots import Slot, Slots
-from natgrad.weight_calls import Flat, WeightCalls
+from natgrad.weight_calls import Flat, Shared, WeightCalls
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
 
 FIRST, EVERY = 8, 8  # a layer's first measurements have a checksum, and after them one of so many
 TOGETHER = -2  # the "layer" by which all layers draw the same samples
+MOST_APART = 2**27  # numbers of the gradients of all samples of an output that they have in common
 LOGITS = -1  # the "layer" whose output is the model's
 TOLD = ("predictions", "steepness")  # what devices count of an episode
 
@@ -200,6 +203,9 @@ class Call:
     deep: bool = False  # its input has more than one dimension that could be that of samples
     swapped: bool = False  # the module was not as it had been found
     positions: Any = False  # its input counts 0, 1, 2, ..., as places do and samples do not
+    common: Tensor | None = None  # the input that all samples have alike, one for each of them
+    leads: bool = False  # its output has a dimension of one in the place of samples
+    apart: Tensor | None = None  # the gradients of such an output by samples, as far as they are known
     dy: Tensor | None = None
 
 
@@ -230,6 +236,7 @@ class Capture:
         self.checking = 0.0  # the checksum
         self.edges: list[Any] | None = None  # with sampled labels: where watched outputs enter the graph
         self.inside = False  # the backward pass of sampled labels is running
+        self.nested = False  # a gradient is being told apart by samples, within a backward pass
         self.drawn = 0.0  # the predictions for which labels were drawn
         self.drew = False  # labels were drawn, and no gradient has come since
         self._twice = False  # for a forward pass for which labels had been drawn before
@@ -292,6 +299,8 @@ class Capture:
             lambda index: None if (own := me()) is None else own.strange(index),
             lambda parameter: None if (own := me()) is None else own._stands_for(parameter),
             lambda index: (own := me()) is not None and index in own.watches,
+            lambda shared, calls, expanded: None if (own := me()) is None else own.met(shared, calls, expanded),
+            [] if (model := self.model()) is None else [*model.parameters(), *model.buffers()],
         )
         for module in dict.fromkeys(layer.module for layer in seen.values()):
             self._handles.append(module.register_forward_pre_hook(Enter(self), prepend=True))
@@ -330,6 +339,7 @@ class Capture:
         self._half: tuple[Sequence[Tensor], int] | None = None
         self._half_square = 0.0
         self._settled = False  # the step's passes have ended
+        self._off: list[tuple[int, Tensor]] = []  # layers, and whether what samples have of a shared call is not all
         self._outer = self._last = None
         self._sent.clear()
         self.drew, self.drawn = False, 0.0
@@ -379,7 +389,7 @@ class Capture:
         if self._depth == 0:
             self._inner = Episode(len(self._episodes), given=given)
             if self.calls is not None:
-                self.calls.begin()
+                self.calls.begin(given)
             if self.halves and self._half is None and self._added and torch._C._current_graph_task_id() == -1:
                 self._half = gradient_norms(self.layers), len(self._episodes)
         self._depth += 1
@@ -390,8 +400,7 @@ class Capture:
         if self._depth:
             return None
         if self.calls is not None:
-            for output, found in self.calls.begin():
-                self._call(found, output)
+            self.calls.begin()
         episode, self._inner = self._inner, None
         if episode is None or logits is None:
             return None
@@ -402,68 +411,104 @@ class Capture:
         """A function was given a layer's weight. Whether it is a call of the layer."""
         if transformed():
             return True
-        if self.calls is not None and self._for_all_samples(found):
-            self.calls.once[id(output)] = output, found
-            return True
-        return self._call(found, output, flat)
-
-    def _call(self, found: Found, output: Tensor, flat: Flat | None = None) -> bool:
         start = self.clock()
         form = self.layers[found.layer].form(found.use)
         if form is not None:
             if found.use.part.through is not None and found.layer in self._checked:
                 self._checksum(found.layer).round(found.use.part.through)
-            output.register_hook(Arrival(self, self.called(found.layer, form, output, flat)))
+            common = self._for_all_samples(found, form, output)
+            call = self.called(found.layer, form, output, flat, common)
+            anchor(output).register_hook(Arrival(self, call, output.shape))
+            if common and self.calls is not None:
+                self.calls.share(output, call)
         self.seconds += self.clock() - start
         return form is not None
 
-    def _for_all_samples(self, found: Found) -> bool:
-        """Whether rows are looked up once for all samples, as places are: what they are added to tells more."""
+    def _for_all_samples(self, found: Found, form: Form, output: Tensor) -> bool:
+        """Whether a call is made once for all samples, as of places: no sample has a say in its input."""
         given = 0 if self._inner is None else self._inner.given
-        x = found.use.x
-        if found.use.does != "embedding" or given < 2 or x.dim() not in (1, 2):
+        x = form.x
+        if self.calls is None or given < 2 or form.late or form.turned or not x.dim() or not form.layer.per_sample:
             return False
-        return len(x) == 1 if x.dim() == 2 else len(x) != given
+        if self._pass() >= 0 or given * output.numel() > MOST_APART:
+            return False
+        looked_up = found.use.does == "embedding"
+        if looked_up and x.dim() == 2 and len(x) == 1:
+            return True
+        if self.calls.constant(x) is None:
+            return False
+        return len(x) != given or (looked_up and not bool((x == x[:1]).all()))  # places, not one number for all samples
+
+    def met(self, shared: Tensor, calls: Sequence[Shared], expanded: Tensor) -> None:
+        """What calls gave for all samples meets them: a copy of it for each."""
+        expanded.register_hook(Apart(self, shared, calls))
+
+    def told_apart(self, shared: Tensor, calls: Sequence[Shared], dy: Tensor) -> None:
+        """The gradient of the copies of a shared tensor is known: that of each sample's goes back to the calls."""
+        if not self.inside and self.edges is not None:
+            return
+        due = [one for one in calls if one.call.kept and (self.inside or deposits(self.weight(one.call.index)))]
+        if not due:
+            return
+        n = due[0].call.own
+        each = (dy if len(dy) == n else dy.unflatten(0, (n, -1)).sum(1)).reshape(n, *shared.shape)
+        self.nested = True
+        try:
+            edges = [one.edge for one in due]
+            found = torch.autograd.grad(shared, edges, each, True, allow_unused=True, is_grads_batched=True)
+        finally:
+            self.nested = False
+        for one, gradient in zip(due, found):
+            if gradient is not None:
+                gradient = gradient.reshape(n, *one.shape)
+                one.call.apart = gradient if one.call.apart is None else one.call.apart + gradient
 
     def strange(self, index: int) -> None:
         """Something else is done with a layer's weight."""
         self._episode().strange.add(index)
 
-    def called(self, index: int, form: Form, output: Tensor, flat: Flat | None = None) -> Call:
-        """A layer is called."""
+    def called(
+        self, index: int, form: Form, output: Tensor, flat: Flat | None = None, common: bool = False
+    ) -> Call:
+        """A layer is called. `common`: once for all samples."""
         layer, x = form.layer, form.x
         if self.sharded and not layer.by_weight:
             self._look_up()
         watch, task = self.watches.get(index), self._pass()
         episode = self._episode() if task < 0 else self._through(task)
-        arrange = self._arrangement(index, layer, x, flat, episode)
-        own, places = layer.count(arrange(x)) if x.numel() else (0, 1)
-        episode.first = own if own == episode.given else episode.first or own
-        episode.whole |= own == episode.given
+        arrange = STRAIGHT if common else self._arrangement(index, layer, x, flat, episode)
+        leads = common and len(x) == 1 and x.dim() > (layer.free or 0)
+        whole = x.detach().expand(episode.given, *x.shape[leads:]) if common else x
+        own, places = layer.count(arrange(whole)) if x.numel() else (0, 1)
+        if not common:
+            episode.first = own if own == episode.given else episode.first or own
+            episode.whole |= own == episode.given
         straight = arrange == STRAIGHT and own < episode.first
         offset, samples = part_of_batch(x, own, episode.first) if straight else (0, own)
         call = Call(index, episode, own, places, samples, offset, layer, arrange, form.turned, task=task)
         call.deep = layer.free is not None and x.dim() - layer.free > 1
+        call.common, call.leads = whole if common and watch else None, leads
         if watch and own:
             first = not x.requires_grad
             with calm(x.device):
                 x = x.detach()
                 call.late = x if form.late else None
-                call.positions = layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
+                call.positions = not common and layer.kind == "embedding" and x.dim() == 1 and counts_up(x)
                 call.swapped = not layer.by_weight and swapped(layer, self._computing(index))
                 if index in self._checked:
                     with self._timed():
                         call.looked = self._checksum(index).look(x, output, layer, form.late)
                 draws = self._draws(index, episode, call, x.device)
-                moved = arrange(x)
-                call.sizes = OutputForm(moved.shape, output.shape, first)
+                moved = whole if common else arrange(x)
+                size = torch.Size((own, *output.shape[leads:])) if common else output.shape
+                call.sizes = OutputForm(moved.shape, size, first)
                 kept = output if arrange == STRAIGHT else None
                 call.kept = [
-                    (m, None if form.late else m.before(layer, moved, draws[m.draws], kept), draws[m.draws])
+                    (m, None if form.late or common else m.before(layer, moved, draws[m.draws], kept), draws[m.draws])
                     for m in watch.moments
                 ]
         if self.edges is not None:
-            self.edges.append(torch.autograd.graph.get_gradient_edge(output))
+            self.edges.append(torch.autograd.graph.get_gradient_edge(anchor(output)))
         return call
 
     def _arrangement(self, index: int, layer: Layer, x: Tensor, flat: Flat | None, episode: Episode) -> Arrangement:
@@ -549,6 +594,8 @@ class Capture:
 
     def arrived(self, call: Call, dy: Tensor) -> None:
         """The gradient of a call's output is known."""
+        if self.nested:
+            return
         counts = self.inside or self.edges is None
         if call.index == LOGITS:
             if counts:  # whether the pass counts is known at the first layer; those before it did not
@@ -624,7 +671,7 @@ class Capture:
 
     def deposited(self, index: int, place: int, gradient: Tensor) -> None:
         """Autograd is about to add to a parameter's gradient."""
-        if self.inside or index not in self.watches or not deposits(self.weight(index, place)):
+        if self.inside or self.nested or index not in self.watches or not deposits(self.weight(index, place)):
             return
         self.drew = False
         self._turn(self._pass(), None)
@@ -746,7 +793,13 @@ class Capture:
             episode.counts[index] = max(call.samples, episode.counts.get(index, 0))
             due = self.watches[index].moments if index in self.watches and call.own * call.places else ()
             dy, x = turned(call, dy), call.late
-            if x is not None:
+            if call.common is not None:
+                apart = self._apart(call, dy)
+                if apart is None:
+                    call.kept = []
+                    return
+                dy, x = apart, call.common
+            elif x is not None:
                 x, dy = layer.exchanged(x, dy)
                 x = call.arrange(x)
                 if not self.inside:  # else the pass that counts is still to come, and its checksum reads the input
@@ -768,6 +821,18 @@ class Capture:
                     before = draw.before if isinstance(draw, Window) else 0
                     episode.parts[key].append(moment.shifted(part, before) if before else part)
             call.kept = []
+
+    def _apart(self, call: Call, dy: Tensor) -> Tensor | None:
+        """The gradient of a shared output by samples; None where they were not seen. They add up to dy, or the output
+        was used otherwise too.
+        """
+        apart, call.apart = call.apart, None
+        if apart is None:
+            self._seen[call.index].once = True
+            return None
+        off = (apart.sum(0) - dy).abs().amax() > torch.finfo(dy.dtype).eps ** 0.5 * dy.abs().amax()
+        self._off.append((call.index, off))
+        return apart.squeeze(1) if call.leads else apart
 
     def _predictions(self, call: Call, dy: Tensor) -> Any:
         """How many of the rows of logits have a gradient. Places that all have the same gradient are one prediction, as
@@ -903,6 +968,7 @@ class Capture:
         if self._half is not None and self._half[0]:
             readings.ask(together(self._half[0]).square().sum(), self._hear_half)
         self._ask_live(readings)
+        self._ask_off(readings)
         self._ask_finite(readings)
         began = self.clock()
         self._check(readings)
@@ -925,6 +991,17 @@ class Capture:
                 self._weights |= {key: 0.0 for key in self._weights if key[0] == index}
 
         readings.ask(joined, hear)
+
+    def _ask_off(self, readings: Readings) -> None:
+        """Ask which layers that were called for all samples have more of a gradient than samples account for."""
+        layers, flags = [index for index, _ in self._off], [flag for _, flag in self._off]
+
+        def hear(numbers: Tensor) -> None:
+            for index, off in zip(layers, numbers.tolist()):
+                self._seen[index].once |= bool(off)
+
+        if flags:
+            readings.ask(together(flags), hear)
 
     def _ask_finite(self, readings: Readings) -> None:
         """Ask which layers' sums and rows are finite."""

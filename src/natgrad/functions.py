@@ -53,6 +53,7 @@ def with_bias(does: str, x: Tensor, weight: Any, bias: Any, out: Tensor, find: F
     """A use of a weight and of what is added, which has a number for each index of the dimension `channels`."""
     known, added = find(weight), find(bias) if isinstance(bias, Tensor) else None
     own = known is not None and added is not None and (added.layer, added.part.place) == (known.layer, 1)
+    own = own and added is not None and added.part.plain
     if known is not None:
         yield Found(known.layer, Use(does, x, known.part, added.part if own and added is not None else None, options))
     if added is not None and not own and len(added.part.size) == 1:
@@ -198,6 +199,7 @@ def _methods(*names: str) -> list[Any]:
 PLUS = frozenset(_methods("add", "add_", "__add__", "__radd__", "__iadd__"))
 """Sums. A number that is added to a weight changes nothing of its gradient."""
 
+ZEROED = frozenset(_there((Tensor, "zero_"), (torch, "zero_")))
 MINUS = frozenset(_methods("sub", "subtract", "__sub__"))
 TIMES = frozenset(_methods("mul", "multiply", "__mul__", "__rmul__"))
 OVER = frozenset(_methods("div", "divide", "true_divide", "__truediv__"))

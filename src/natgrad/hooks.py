@@ -28,6 +28,8 @@ class Watcher(Protocol):
 
     def arrived(self, call: Any, dy: Tensor) -> None: ...
 
+    def told_apart(self, shared: Tensor, calls: Any, dy: Tensor) -> None: ...
+
     def deposited(self, index: int, place: int, gradient: Tensor) -> None: ...
 
     def handed(self, index: int) -> None: ...
@@ -80,22 +82,50 @@ class LayerHook(Hook):
         start = capture.clock()
         call = capture.called(self.index, Form(capture.layers[self.index], x), output)
         capture.seconds += capture.clock() - start
-        output.register_hook(Arrival(capture, call))
+        anchor(output).register_hook(Arrival(capture, call, output.shape))
+
+
+def anchor(output: Tensor) -> Tensor:
+    """The tensor whose hook hears of an output's gradient, whatever is done to the output in place.
+
+    Where a function ends with a view of all that it has made, as a product of three dimensions does, an operation in
+    place gives that another history, and the view's own hooks would hear of nothing.
+    """
+    base = output._base if output._is_view() else None
+    if base is None or base.is_leaf or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 class Arrival(Hook):
-    """The hook of one call's output: its gradient is known."""
+    """The hook of one call's output, of this shape: its gradient is known."""
 
-    def __init__(self, capture: Watcher, call: Any):
+    def __init__(self, capture: Watcher, call: Any, shape: torch.Size | None = None):
         super().__init__(capture)
-        self.call = call
+        self.call, self.shape = call, shape
 
     def __call__(self, dy: Tensor | None) -> None:
         capture = self.capture()
         if dy is None or capture is None or transformed():  # no gradient: a wrapper passes on outputs that nobody uses
             return
         start = capture.clock()
-        capture.arrived(self.call, dy)
+        capture.arrived(self.call, dy if self.shape is None else dy.reshape(self.shape))
+        capture.seconds += capture.clock() - start
+
+
+class Apart(Hook):
+    """The hook of the copies for samples of what some calls gave for all of them: each sample's gradient is known."""
+
+    def __init__(self, capture: Watcher, shared: Tensor, calls: Any):
+        super().__init__(capture)
+        self.shared, self.calls = shared, calls
+
+    def __call__(self, dy: Tensor) -> None:
+        capture = self.capture()
+        if capture is None or transformed():
+            return
+        start = capture.clock()
+        capture.told_apart(self.shared, self.calls, dy.detach())
         capture.seconds += capture.clock() - start
 
 

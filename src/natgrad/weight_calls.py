@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from natgrad.functions import PLUS, READERS, SAME_NUMBERS, Found, KnownWeight, constants
+from natgrad.functions import MINUS, PLUS, READERS, SAME_NUMBERS, TIMES, ZEROED, Found, KnownWeight, constants
+from natgrad.hooks import anchor
 from natgrad.layers import Layer
 from natgrad.layers.use import Part, contiguous
 from natgrad.recurrent import weights_of, written_out
@@ -66,7 +68,11 @@ class Functions(TorchFunctionMode):
         if any(one.wants(weight) for weight in weights_of(func, args, kwargs) for one in self.watching):
             with self:
                 return written_out(func, args)
+        for one in self.watching:
+            args, kwargs = one.meet(func, args, kwargs)
         out = func(*args, **kwargs)
+        for one in self.watching:
+            one.note(func, args, kwargs, out)
         if isinstance(out, Tensor) and out.requires_grad and getattr(func, "__name__", "") != "__get__":
             for one in self.watching:
                 one.look(func, args, kwargs, out, self.flat)
@@ -108,7 +114,9 @@ class WeightCalls:
 
     used(found, output, flat): a function has given `output`; it returns whether that is a call of the layer.
     stands_for(parameter): the layer's parameter in whose place another one stands in a module.
-    measured(layer): whether something is measured of a layer.
+    measured(layer): whether something is measured of a layer. met(shared, calls, expanded): a tensor that these calls
+    gave for all samples alike meets the samples, as a copy for each of them (or for each of their windows).
+    fixed: tensors that no sample has a say in, the model's parameters and buffers.
     """
 
     def __init__(
@@ -118,9 +126,11 @@ class WeightCalls:
         strange: Callable[[int], None],
         stands_for: Callable[[nn.Parameter], Slot | None],
         measured: Callable[[int], bool],
+        met: Callable[[Tensor, Sequence[Shared], Tensor], None],
+        fixed: Iterable[Tensor],
     ):
         self.layers, self.used, self.strange, self.stands_for = layers, used, strange, stands_for
-        self.measured = measured
+        self.measured, self.met, self.fixed = measured, met, {id(tensor) for tensor in fixed}
         self.own = {id(p): (k, place) for k, layer in layers.items() for place, p in enumerate(layer.parameters)}
         self.begin()
 
@@ -145,12 +155,11 @@ class WeightCalls:
             if not mode.watching:
                 mode.remove()
 
-    def begin(self) -> list[tuple[Tensor, Found]]:
-        """A forward pass begins or ends. Returns lookups for all samples that were not added to anything."""
-        left = list(self.once.values()) if hasattr(self, "once") else []
+    def begin(self, given: int = 0) -> None:
+        """A forward pass of `given` samples begins; 0: of a number that is not known."""
         self.others: dict[int, tuple[Tensor, KnownWeight | None]] = {}
-        self.once: dict[int, tuple[Tensor, Found]] = {}
-        return left
+        self.given, self.shares = given, False
+        self.constants: dict[int, tuple[weakref.ref[Tensor], tuple[Shared, ...]]] = {}
 
     def wants(self, weight: Tensor) -> bool:
         """Whether something is measured of the layer of a weight."""
@@ -199,9 +208,9 @@ class WeightCalls:
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, flat: Flat | None = None
     ) -> None:
         """A function was called."""
-        if self.once and func in PLUS:
-            self._spread(_tensors((*args, *kwargs.values())), out, flat)
         given = [(x, known) for x in _tensors((*args, *kwargs.values())) if (known := self.find(x)) is not None]
+        if func in ZEROED and given and self._zeroed(*given[0]):
+            return
         if not given or (out._is_view() and self.find(out) is not None and func not in READERS):
             return
         x, known = given[0]
@@ -212,7 +221,7 @@ class WeightCalls:
         if known.part.full and out is not x and not kwargs:
             with torch.no_grad():
                 factor = constants(func, args, x, out)
-            if factor is not None and (isinstance(factor, float) and factor == 1 or self.layers[known.layer].scales):
+            if factor is not None and (isinstance(factor, float) and factor == 1 or self._scales(known)):
                 self.others[id(out)] = out, known._replace(part=_same(_multiplied(known.part, factor), out))
                 return
         reader = READERS.get(func)
@@ -224,15 +233,110 @@ class WeightCalls:
             if known.layer not in told:
                 self.strange(known.layer)
 
-    def _spread(self, added: Iterable[Tensor], out: Tensor, flat: Flat | None) -> None:
-        """Rows that were looked up once are added to those of every sample: a lookup for each of them."""
-        for x in added:
-            rows, found = self.once.get(id(x), (None, None))
-            fits = out.dim() == 3 and len(out) > 1 and out.shape[1:] == x.shape[-2:] and x.dim() in (2, 3)
-            if found is not None and rows is x and fits and (x.dim() == 2 or len(x) == 1):
-                del self.once[id(x)]
-                tokens = found.use.x.reshape(1, -1).expand(len(out), -1)
-                self.used(found._replace(use=replace(found.use, x=tokens)), out, flat)
+    def _scales(self, known: KnownWeight) -> bool:
+        return self.layers[known.layer].scales(known.part.place)
+
+    def _zeroed(self, x: Tensor, known: KnownWeight) -> bool:
+        """A part of a copy of a weight is set to zero; whether the layer knows what that makes of it."""
+        root = x._base if x._base is not None else x
+        _, whole = self.others.get(id(root), (None, None))
+        if whole is None or not self._scales(whole):
+            return False
+        entries = torch.ones(whole.part.parameter.numel(), dtype=root.dtype, device=root.device)
+        entries.as_strided(known.part.size, known.part.stride, known.part.offset).zero_()
+        self.others[id(root)] = root, whole._replace(part=_multiplied(whole.part, entries))
+        return True
+
+    # --- tensors in which no sample has a say ---
+
+    def constant(self, x: Tensor) -> tuple[Shared, ...] | None:
+        """The calls of layers of which a tensor is made, where no sample has a say in it; None where one may have."""
+        if id(x) in self.fixed:
+            return ()
+        reference, calls = self.constants.get(id(x), (None, ()))
+        return calls if reference is not None and reference() is x else None
+
+    def share(self, out: Tensor, call: Any) -> None:
+        """A call has given `out` for all samples alike."""
+        own = Shared(call, torch.autograd.graph.get_gradient_edge(anchor(out)), out.shape)
+        self.constants[id(out)] = weakref.ref(out), (*(self.constant(out) or ()), own)
+        self.shares = True
+
+    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """What a function makes of constants is constant."""
+        if self.given < 2:
+            return
+        calls: dict[Shared, None] = {}
+        for x in _tensors((*args, *kwargs.values())):
+            known = self.constant(x)
+            if known is None:
+                self._taint(func, args, kwargs)
+                return
+            calls |= dict.fromkeys(known if x.requires_grad else ())
+        for made in _tensors(out if isinstance(out, (tuple, list)) else (out,)):
+            self.constants[id(made)] = weakref.ref(made), tuple(calls)
+
+    def _taint(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """What is written to is constant no more."""
+        name = getattr(func, "__name__", "")
+        into = kwargs.get("out")
+        if args and (name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))):
+            into = args[0]
+        if isinstance(into, Tensor):
+            for written in (into, into._base):
+                self.constants.pop(id(written), None)
+
+    def meet(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """The arguments of a function, a copy for each sample of what all have alike: its gradient tells them apart."""
+        if not self.shares or func not in MEETING:
+            return args, kwargs
+        given = list(_tensors((*args, *kwargs.values())))
+        if func is SCALED_DOT_PRODUCT:
+            size = given[0].shape[:1]
+        elif len(given) == 2:
+            size = torch.broadcast_shapes(*(x.shape for x in given))
+        else:
+            return args, kwargs
+        alone = all(self.constant(x) is not None for x in given)  # as a mask may be that is the same for all
+        fresh = {id(x): self._met(x, size, alone) for x in given if self.constant(x)}
+        if not any(x is not None for x in fresh.values()):
+            return args, kwargs
+        replaced = [fresh.get(id(x)) if isinstance(x, Tensor) else None for x in args]
+        args = [x if new is None else new for x, new in zip(args, replaced)]
+        named = {k: new for k, x in kwargs.items() if isinstance(x, Tensor) and (new := fresh.get(id(x))) is not None}
+        return args, {**kwargs, **named}
+
+    def _met(self, shared: Tensor, size: Sequence[int], alone: bool) -> Tensor | None:
+        """A copy of a shared tensor for each of the first dimension of what comes of it, if that has the samples.
+
+        alone: no sample has a say in the result either. Then only a dimension of one is a place for samples.
+        """
+        calls, first = self.constant(shared), size[0] if size else 0
+        missing = max(0, len(size) - shared.dim())
+        if not calls or not shared.requires_grad or first < 2 or first % self.given:
+            return None
+        if (missing and alone) or (not missing and len(shared) != 1):
+            return None
+        whole = shared[(None,) * max(missing, 0)] if missing else shared
+        expanded = whole.expand(first, *whole.shape[1:])
+        self.met(shared, calls, expanded)
+        return expanded
+
+
+@dataclass(eq=False, frozen=True)
+class Shared:
+    """A call that all samples have in common, the edge of the graph at which its output enters, and its shape."""
+
+    call: Any
+    edge: Any
+    shape: torch.Size
+
+
+SCALED_DOT_PRODUCT = F.scaled_dot_product_attention
+MEETING = PLUS | MINUS | TIMES | {SCALED_DOT_PRODUCT}
+"""Functions in which what all samples have alike meets what each has."""
 
 
 def _multiplied(part: Part, factor: Tensor | float) -> Part:

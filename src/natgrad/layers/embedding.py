@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from natgrad.layers.use import Form, Use
 class Embedding(Layer):
     """nn.Embedding: W^T, a linear layer of one-hot rows, so A is the diagonal of how often each index occurs.
 
+    weight: the module's, unless given: a table of its own.
+
     Where the weight is that of a linear layer too (a tied head), its calls are calls of this one, with rows that are
     not one-hot: only the diagonal of their second moment counts.
     """
@@ -24,11 +27,12 @@ class Embedding(Layer):
     diagonal_inputs = True
     free = 0
 
-    def __init__(self, module: nn.Embedding):
-        self.padding = module.padding_idx
+    def __init__(self, module: nn.Module, weight: nn.Parameter | None = None):
+        own: Any = module
+        self.padding = own.padding_idx if weight is None else None
+        weight = own.weight if weight is None else weight
         self.biased, self.transposed = False, True  # as a linear layer
-        shape = Shape(1, module.embedding_dim, module.num_embeddings)
-        super().__init__(module, shape, (module.weight,), 0.02)  # the usual initialisation of transformers
+        super().__init__(module, Shape(1, *reversed(weight.shape)), (weight,), 0.02)  # as transformers begin
 
     def form(self, use: Use) -> Form | None:
         if use.does == "embedding" and use.part.full:

@@ -53,7 +53,6 @@ class Layer(ABC):
     diagonal_inputs = False  # rows never overlap (an embedding's one-hot rows): A is exactly diagonal
     free: int | None = None  # trailing dimensions of an input that are features; None: samples always come first
     guess = False  # it is only a guess that the parameters are used as this layer says
-    scales = False  # a weight that was multiplied by constants before its use is known too (Part.times)
     per_sample = True  # which rows are whose is known
     uneven = False  # blocks have unlike numbers of rows: `live_rows`
     scale: float  # the root mean square of a healthy weight, for lengths that divide by a weight's norm
@@ -67,6 +66,10 @@ class Layer(ABC):
     def form(self, use: Use) -> Form | None:
         """The layer as one call of a function uses its weight; None where that cannot be told."""
         return None
+
+    def scales(self, place: int) -> bool:
+        """Whether a parameter that was multiplied by constants before its use is known too (Part.times)."""
+        return False
 
     def exchanged(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Of a `late` form: inputs and the gradients of outputs, for a call on x whose output has the gradient dy."""

@@ -73,7 +73,12 @@ class Linear(Layer):
         shape = (use.x.transpose(-1, -2) if turned else use.x).shape
         if not shape or shape[-1] != self.shape.out:
             return None
-        return Form(self, use.x.new_zeros(()).expand(*shape[:-1], self.shape.inner - 1), turned=turned)
+        times = use.part.times
+        form = self if use.part.plain else ScaledBias(self, times if isinstance(times, Tensor) else use.x.new_tensor(times))
+        return Form(form, use.x.new_zeros(()).expand(*shape[:-1], self.shape.inner - 1), turned=turned)
+
+    def scales(self, place: int) -> bool:
+        return place == 1
 
     def count(self, x: Tensor) -> tuple[int, int]:
         samples = x.shape[0] if x.dim() > 1 else 1
@@ -134,6 +139,24 @@ class LinearPart(Linear):
 
     def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
         return promote(dy).reshape(-1, dy.shape[-1]) @ v[0, self.outputs]
+
+
+class ScaledBias(Linear):
+    """A bias that is added by itself, times constants [o] or []: zeros where it is left out."""
+
+    def __init__(self, whole: Any, times: Tensor):
+        for name, value in vars(whole).items():
+            setattr(self, name, value)
+        self.times = times
+
+    def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
+        return super().output_rows(dy, index) * self.times
+
+    def live(self, dy: Tensor) -> Tensor:
+        return rows_with_gradient(dy * self.times)
+
+    def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
+        return super().projected_output(dy, v * self.times)
 
 
 class Exchanged(LinearPart):

@@ -144,7 +144,6 @@ class Norm(Layer):
     """What all normalisations share: a row is x_hat of one place, a block is a channel."""
 
     kind = "norm"
-    scales = True
     counts_live = False  # type: ignore[assignment]  # its rows are read while the statistics are as they were
 
     def __init__(self, module: Any, parameters: Sequence[Any] | None = None):
@@ -170,6 +169,9 @@ class Norm(Layer):
         if use.does not in KINDS or (use.bias is not None) != self.biased or not use.part.full or use.part.place:
             return None
         return Form(KINDS[use.does](self, use), use.x)
+
+    def scales(self, place: int) -> bool:
+        return True
 
     @abstractmethod
     def normalized(self, x: Tensor, samples: slice | None = None, output: Tensor | None = None) -> Tensor:

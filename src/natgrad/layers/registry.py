@@ -17,6 +17,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from natgrad.layers.embedding import Embedding
 from natgrad.layers.experts import Experts
 from natgrad.layers.layer import UNREGISTERED, Layer, computes_otherwise, layer_of
 from natgrad.layers.linear import Linear
@@ -198,7 +199,7 @@ def _guesses(module: nn.Module, own: Mapping[str, nn.Parameter], turned: bool) -
     for key, parameter in left.items():
         sides = sum(n != 1 for n in parameter.shape)
         if parameter.dim() == 2 and sides == 2:
-            layer = Linear(module, parameter)
+            layer = Embedding(module, parameter) if key.endswith("table") else Linear(module, parameter)
         elif parameter.dim() == 3 and sides == 3:
             layer = Experts(module, parameter)
         elif sides == 2 or (sides == 1 and (key.endswith(("weight", "bias")) or isinstance(module, VECTORS))):
