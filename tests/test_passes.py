@@ -599,7 +599,7 @@ def test_a_layer_called_once_for_the_whole_batch_is_not_curved_by_sums():
             self.tokens, self.places, self.head = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(20, 3)
 
         def forward(self, i):
-            return self.head((self.tokens(i) * self.places(torch.arange(5)[None])).flatten(1))
+            return self.head(torch.maximum(self.tokens(i), self.places(torch.arange(5)[None])).flatten(1))
 
     torch.manual_seed(0)
     model = Positions()
@@ -913,7 +913,7 @@ def test_layers_on_no_samples_wait(kind, layer, shape):
 
 
 def test_places_are_not_taken_for_tokens():
-    """Positions 0, 1, 2, ... of one dimension, as many as there are samples."""
+    """Positions 0, 1, 2, ... of one dimension, as many as there are samples: each sample has all of them."""
 
     class Gpt(nn.Module):
         def __init__(self):
@@ -931,7 +931,8 @@ def test_places_are_not_taken_for_tokens():
         opt.zero_grad()
         F.cross_entropy(model(i).flatten(0, 1), i.flatten()).backward()
         quiet(opt.step)
-    assert {row.layer: row.covered for row in opt.coverage()} == {"token": True, "place.weight": False, "head": True}
+    assert {row.layer: row.covered for row in opt.coverage()} == {"token": True, "place": True, "head": True}
+    assert_close(statistic(opt, "place", "A"), torch.full((1, 8), 1 / 8, dtype=torch.float64), check_dtype=False)
 
 
 def test_samples_without_a_gradient_are_asked_about():

@@ -384,14 +384,16 @@ class Capture:
             self.calls.leave()
         self.depth.value = 0
 
-    def begin(self, given: int = 0) -> None:
-        """The model is called on an input whose first dimension is `given`."""
+    def begin(self, given: int = 0, inputs: Sequence[Tensor] = ()) -> None:
+        """The model is called on inputs, the first of which has the first dimension `given`."""
         if self._depth == 0:
             self._inner = Episode(len(self._episodes), given=given)
             if self.calls is not None:
                 self.calls.begin(given)
             if self.halves and self._half is None and self._added and torch._C._current_graph_task_id() == -1:
                 self._half = gradient_norms(self.layers), len(self._episodes)
+        if self.calls is not None:
+            self.calls.free(inputs)
         self._depth += 1
 
     def end(self, logits: Tensor | None) -> Call | None:
@@ -451,6 +453,8 @@ class Capture:
         if not due:
             return
         n = due[0].call.own
+        if len(dy) % n:
+            return
         each = (dy if len(dy) == n else dy.unflatten(0, (n, -1)).sum(1)).reshape(n, *shared.shape)
         self.nested = True
         try:

@@ -34,7 +34,7 @@ class Watcher(Protocol):
 
     def handed(self, index: int) -> None: ...
 
-    def begin(self, given: Any) -> None: ...
+    def begin(self, given: Any, inputs: Any) -> None: ...
 
     def enter(self) -> None: ...
 
@@ -184,8 +184,8 @@ class Begin(Hook):
         if torch.is_grad_enabled() and (capture := self.capture()) is not None:
             # without keywords only where garbage collection has removed the hook while torch was calling the hooks
             named = rest[0].values() if rest else ()
-            given = next((len(v) for v in (*args, *named) if isinstance(v, Tensor) and v.dim()), 0)
-            capture.begin(given)
+            inputs = [v for v in (*args, *named) if isinstance(v, Tensor)]
+            capture.begin(next((len(v) for v in inputs if v.dim()), 0), inputs)
             capture.enter()
 
 

@@ -283,8 +283,12 @@ class WeightCalls:
         if args and (name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))):
             into = args[0]
         if isinstance(into, Tensor):
-            for written in (into, into._base):
-                self.constants.pop(id(written), None)
+            self.free([into] if into._base is None else [into, into._base])
+
+    def free(self, tensors: Iterable[Tensor]) -> None:
+        """These are not constant: a model's inputs, or what was written to."""
+        for x in tensors:
+            self.constants.pop(id(x), None)
 
     def meet(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
