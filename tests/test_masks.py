@@ -160,7 +160,7 @@ def expected(model, batches, norms):
 
 def stepped(kind, model, batches, world=None, **options):
     """The displacement of one step of a mean over all labels of all ranks, with lr = 1."""
-    options = {"lr": 1.0, "momentum": 0.0, "damping": DAMPING, "samples": None, "refresh": 1, "world": world} | options
+    options = {"lr": 1.0, "momentum": 0.0, "damping": DAMPING, "rows_per_dim": None, "refresh": 1, "world": world} | options
     options |= {"length": natgrad.plain} if kind is not natgrad.NLCG else {}
     opt = made(kind, model, **options)
     before, ranks = weights(model), 1 if world is None else world.size
@@ -177,7 +177,7 @@ def stepped(kind, model, batches, world=None, **options):
 @pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.KFAC, natgrad.NLCG], ids=lambda kind: kind.__name__)
 def test_factors_and_steps_are_those_of_what_the_loss_counts(kind, batches, recompute):
     statistics, moved = expected(reader(), batches, norms=kind is not natgrad.KFAC)
-    options = {"decay": 0.0} if kind is natgrad.KFAC else {}
+    options = {"ema_decay": 0.0} if kind is natgrad.KFAC else {}
     found, opt = stepped(kind, reader(recompute=recompute), batches, **options)
     for name, own in statistics.items():
         for key, value in own.items():
@@ -274,7 +274,7 @@ def test_a_unit_at_rest_is_no_row():
     a = torch.cat([x, torch.ones(40, 1, dtype=torch.float64)], 1)
     live = model[0](x)[:, 0] > 0
     assert 5 < live.sum() < 35
-    opt = natgrad.SPNGD(model, lr=1e-9, samples=None, refresh=1, predictions=1)
+    opt = natgrad.SPNGD(model, lr=1e-9, rows_per_dim=None, refresh=1, predictions=1)
     model(x).mean().backward()
     opt.step()
     fisher = model[2].weight.item() ** 2 * a[live].T @ a[live] / 40
@@ -289,7 +289,7 @@ def test_a_layer_that_is_at_rest_is_measured_when_it_moves():
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 3, bias=False)).double()
     nn.init.zeros_(model[1].weight)
     x, y = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
-    opt, before = natgrad.SPNGD(model, lr=0.1, samples=None, refresh=100), weights(model)
+    opt, before = natgrad.SPNGD(model, lr=0.1, rows_per_dim=None, refresh=100), weights(model)
     for step in range(3):
         F.cross_entropy(model(x), y).backward()
         opt.step()
@@ -304,7 +304,7 @@ def drawn_at(places):
     """A of the head with labels drawn at some places, and what it must be."""
     model = reader()
     tokens, valid, labels = BATCHES[0]
-    opt = natgrad.SPNGD(model, lr=1e-9, samples=None, refresh=1, fisher="sampled")
+    opt = natgrad.SPNGD(model, lr=1e-9, rows_per_dim=None, refresh=1, fisher="sampled")
     logits = model(tokens, valid)
     opt.sample(logits[places])
     shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
@@ -329,7 +329,7 @@ def test_images_count_all_of_their_places():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(9, 2)).double()
     x = torch.randn(8, 2, 3, 3, dtype=torch.float64)
-    opt = natgrad.SPNGD(model, lr=1e-9, samples=None, refresh=1)
+    opt = natgrad.SPNGD(model, lr=1e-9, rows_per_dim=None, refresh=1)
     F.cross_entropy(model(x), torch.arange(8) % 2).backward()
     opt.step()
     rows = torch.cat([x.movedim(1, -1).reshape(-1, 2), torch.ones(72, 1, dtype=torch.float64)], 1)
@@ -342,7 +342,7 @@ def test_sequences_of_a_convolution_count_what_has_a_gradient():
     model = nn.Conv1d(2, 3, 3, padding=1).double()
     x = torch.randn(4, 2, 7, dtype=torch.float64)
     valid = torch.arange(7) < torch.tensor([7, 3, 5, 1]).unsqueeze(1)
-    opt = natgrad.SPNGD(model, lr=1e-9, samples=None, refresh=1, predictions=4)
+    opt = natgrad.SPNGD(model, lr=1e-9, rows_per_dim=None, refresh=1, predictions=4)
     model(x).square().sum(1)[valid].mean().backward()
     opt.step()
     patches = F.pad(x, (1, 1)).unfold(2, 3, 1).permute(0, 2, 3, 1).flatten(2)[valid]  # taps, then channels
