@@ -462,10 +462,10 @@ def adapted(**options: Any) -> Zoo:
 PEFT: dict[str, Zoo] = {
     "LoRA": adapted(kind="LoraConfig", r=2, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0),
     "LoRA, embeddings": adapted(kind="LoraConfig", r=2, target_modules=["embed_tokens", "q_proj"]),
-    "DoRA": adapted(
-        kind="LoraConfig", use_dora=True, r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.0
+    "DoRA": adapted(kind="LoraConfig", use_dora=True, r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.0),
+    "VeRA": adapted(
+        kind="VeraConfig", r=4, target_modules=["q_proj", "v_proj"], vera_dropout=0.0, save_projection=False
     ),
-    "VeRA": adapted(kind="VeraConfig", r=4, target_modules=["q_proj", "v_proj"], vera_dropout=0.0, save_projection=False),
     "IA3": adapted(
         kind="IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),

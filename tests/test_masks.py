@@ -1,6 +1,6 @@
 """What a language model's loss counts: masked labels, padded places, shifted tokens, micro-batches of several lengths.
 
-The references know nothing of natgrad: forward hooks of torch and autograd give every layer's rows, in double precision.
+The references know nothing of natgrad: torch's forward hooks and autograd give every layer's rows, in double precision.
 """
 
 import math
@@ -160,7 +160,14 @@ def expected(model, batches, norms):
 
 def stepped(kind, model, batches, world=None, **options):
     """The displacement of one step of a mean over all labels of all ranks, with lr = 1."""
-    options = {"lr": 1.0, "momentum": 0.0, "damping": DAMPING, "rows_per_dim": None, "refresh": 1, "world": world} | options
+    options = {
+        "lr": 1.0,
+        "momentum": 0.0,
+        "damping": DAMPING,
+        "rows_per_dim": None,
+        "refresh": 1,
+        "world": world,
+    } | options
     options |= {"length": natgrad.plain} if kind is not natgrad.NLCG else {}
     opt = made(kind, model, **options)
     before, ranks = weights(model), 1 if world is None else world.size
@@ -223,7 +230,9 @@ def test_rows_of_samples_are_those_of_what_the_loss_counts(batches):
 def test_more_padding_changes_nothing():
     """The same texts, padded further."""
     tokens, valid, labels = BATCHES[0]
-    longer = [F.pad(part, (0, 6), value=value) for part, value in zip((tokens, valid, labels), (PADDING, False, IGNORED))]
+    longer = [
+        F.pad(part, (0, 6), value=value) for part, value in zip((tokens, valid, labels), (PADDING, False, IGNORED))
+    ]
     for kind in (natgrad.SPNGD, natgrad.SENG, natgrad.NLCG):
         expect, _ = stepped(kind, reader(), [BATCHES[0]])
         assert_close(stepped(kind, reader(), [longer])[0], expect, rtol=1e-9, atol=1e-12)
@@ -239,7 +248,9 @@ def test_a_tied_table_counts_no_padding():
     live = calls[1].abs().amax(1) > 0
     root = (calls[1].square().sum() / live.sum()).sqrt()
     heads = calls[0][live] * root  # rows g of the head's use; dy over the root are its rows a
-    assert_close(calls[2] + counted([BATCHES[0]]) * heads.T @ heads, statistic(one, "embed", "G")[0], rtol=1e-9, atol=1e-12)
+    assert_close(
+        calls[2] + counted([BATCHES[0]]) * heads.T @ heads, statistic(one, "embed", "G")[0], rtol=1e-9, atol=1e-12
+    )
 
 
 def padded_twice():

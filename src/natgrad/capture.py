@@ -61,7 +61,7 @@ from natgrad.parallel import local_of
 from natgrad.readings import Readings, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
 from natgrad.slots import Slot, Slots
-from natgrad.weight_calls import Flat, Shared, WeightCalls
+from natgrad.weight_calls import Flat, SharedCall, WeightCalls
 
 Key = tuple[int, str]  # a layer's place in the list of watched layers, and one of its statistics
 
@@ -441,11 +441,11 @@ class Capture:
             return False
         return len(x) != given or (looked_up and not bool((x == x[:1]).all()))  # places, not one number for all samples
 
-    def met(self, shared: Tensor, calls: Sequence[Shared], expanded: Tensor) -> None:
+    def met(self, shared: Tensor, calls: Sequence[SharedCall], expanded: Tensor) -> None:
         """What calls gave for all samples meets them: a copy of it for each."""
         expanded.register_hook(Apart(self, shared, calls))
 
-    def told_apart(self, shared: Tensor, calls: Sequence[Shared], dy: Tensor) -> None:
+    def told_apart(self, shared: Tensor, calls: Sequence[SharedCall], dy: Tensor) -> None:
         """The gradient of the copies of a shared tensor is known: that of each sample's goes back to the calls."""
         if not self.inside and self.edges is not None:
             return
@@ -471,9 +471,7 @@ class Capture:
         """Something else is done with a layer's weight."""
         self._episode().strange.add(index)
 
-    def called(
-        self, index: int, form: Form, output: Tensor, flat: Flat | None = None, common: bool = False
-    ) -> Call:
+    def called(self, index: int, form: Form, output: Tensor, flat: Flat | None = None, common: bool = False) -> Call:
         """A layer is called. `common`: once for all samples."""
         layer, x = form.layer, form.x
         if self.sharded and not layer.by_weight:

@@ -1,8 +1,8 @@
 """Recurrent layers step by step: what torch runs in one function, as products of which each is seen.
 
-    LSTM  i, f, g, o = W_i x_t + b_i + W_h h + b_h;  c = sigmoid(f) c + sigmoid(i) tanh(g);  h = sigmoid(o) tanh(c), (W_r h)
-    GRU   r, z = sigmoid(W_i x_t + b_i + W_h h + b_h);  n = tanh(W_in x_t + b_in + r (W_hn h + b_hn));  h = n + z (h - n)
-    RNN   h = tanh(W_i x_t + b_i + W_h h + b_h), or the rectifier
+    LSTM  i, f, g, o = W_i x + b_i + W_h h + b_h;  c = sigmoid(f) c + sigmoid(i) tanh(g);  h = sigmoid(o) tanh(c)
+    GRU   r, z = sigmoid(W_i x + b_i + W_h h + b_h);  n = tanh(W_in x + b_in + r (W_hn h + b_hn));  h = n + z (h - n)
+    RNN   h = tanh(W_i x + b_i + W_h h + b_h), or the rectifier
 
 The results are those of torch's functions to rounding. A forward pass that is measured is run in this form, so that the
 inputs and outputs of all steps are calls of the layers' weights.
@@ -33,6 +33,7 @@ class Weights(NamedTuple):
 
 
 def lstm_cell(x: Tensor, state: State, own: Weights) -> State:
+    """Gives h, which a matrix may make smaller, and c."""
     h, c = state
     i, f, g, o = (x + F.linear(h, own.states, own.state_bias)).chunk(4, 1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -41,6 +42,7 @@ def lstm_cell(x: Tensor, state: State, own: Weights) -> State:
 
 
 def gru_cell(x: Tensor, state: State, own: Weights) -> State:
+    """Gives h."""
     (h,) = state
     (r, z, n), (of_r, of_z, of_n) = x.chunk(3, 1), F.linear(h, own.states, own.state_bias).chunk(3, 1)
     n = (n + (r + of_r).sigmoid() * of_n).tanh()
@@ -48,10 +50,12 @@ def gru_cell(x: Tensor, state: State, own: Weights) -> State:
 
 
 def tanh_cell(x: Tensor, state: State, own: Weights) -> State:
+    """Gives h of a plain cell."""
     return ((x + F.linear(state[0], own.states, own.state_bias)).tanh(),)
 
 
 def relu_cell(x: Tensor, state: State, own: Weights) -> State:
+    """Gives h of a plain cell with the rectifier."""
     return ((x + F.linear(state[0], own.states, own.state_bias)).relu(),)
 
 
@@ -62,7 +66,7 @@ STEPS = {getattr(torch, f"{name}_cell"): cell for name, cell in CELLS.items() if
 
 def weights_of(func: Any, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
     """The weights that a recurrent function was given; none of other functions, or where they were given by name."""
-    if kwargs or func not in SEQUENCES and func not in STEPS:
+    if kwargs or (func not in SEQUENCES and func not in STEPS):
         return []
     given = args[2:] if func in STEPS else args[3] if packed(args) else args[2]
     return [weight for weight in given if isinstance(weight, Tensor)]

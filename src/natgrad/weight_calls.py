@@ -126,7 +126,7 @@ class WeightCalls:
         strange: Callable[[int], None],
         stands_for: Callable[[nn.Parameter], Slot | None],
         measured: Callable[[int], bool],
-        met: Callable[[Tensor, Sequence[Shared], Tensor], None],
+        met: Callable[[Tensor, Sequence[SharedCall], Tensor], None],
         fixed: Iterable[Tensor],
     ):
         self.layers, self.used, self.strange, self.stands_for = layers, used, strange, stands_for
@@ -159,7 +159,7 @@ class WeightCalls:
         """A forward pass of `given` samples begins; 0: of a number that is not known."""
         self.others: dict[int, tuple[Tensor, KnownWeight | None]] = {}
         self.given, self.shares = given, False
-        self.constants: dict[int, tuple[weakref.ref[Tensor], tuple[Shared, ...]]] = {}
+        self.constants: dict[int, tuple[weakref.ref[Tensor], tuple[SharedCall, ...]]] = {}
 
     def wants(self, weight: Tensor) -> bool:
         """Whether something is measured of the layer of a weight."""
@@ -221,7 +221,7 @@ class WeightCalls:
         if known.part.full and out is not x and not kwargs:
             with torch.no_grad():
                 factor = constants(func, args, x, out)
-            if factor is not None and (isinstance(factor, float) and factor == 1 or self._scales(known)):
+            if factor is not None and ((isinstance(factor, float) and factor == 1) or self._chains(known)):
                 self.others[id(out)] = out, known._replace(part=_same(_multiplied(known.part, factor), out))
                 return
         reader = READERS.get(func)
@@ -233,14 +233,14 @@ class WeightCalls:
             if known.layer not in told:
                 self.strange(known.layer)
 
-    def _scales(self, known: KnownWeight) -> bool:
-        return self.layers[known.layer].scales(known.part.place)
+    def _chains(self, known: KnownWeight) -> bool:
+        return self.layers[known.layer].chains(known.part.place)
 
     def _zeroed(self, x: Tensor, known: KnownWeight) -> bool:
         """A part of a copy of a weight is set to zero; whether the layer knows what that makes of it."""
         root = x._base if x._base is not None else x
         _, whole = self.others.get(id(root), (None, None))
-        if whole is None or not self._scales(whole):
+        if whole is None or not self._chains(whole):
             return False
         entries = torch.ones(whole.part.parameter.numel(), dtype=root.dtype, device=root.device)
         entries.as_strided(known.part.size, known.part.stride, known.part.offset).zero_()
@@ -249,7 +249,7 @@ class WeightCalls:
 
     # --- tensors in which no sample has a say ---
 
-    def constant(self, x: Tensor) -> tuple[Shared, ...] | None:
+    def constant(self, x: Tensor) -> tuple[SharedCall, ...] | None:
         """The calls of layers of which a tensor is made, where no sample has a say in it; None where one may have."""
         if id(x) in self.fixed:
             return ()
@@ -258,7 +258,7 @@ class WeightCalls:
 
     def share(self, out: Tensor, call: Any) -> None:
         """A call has given `out` for all samples alike."""
-        own = Shared(call, torch.autograd.graph.get_gradient_edge(anchor(out)), out.shape)
+        own = SharedCall(call, torch.autograd.graph.get_gradient_edge(anchor(out)), out.shape)
         self.constants[id(out)] = weakref.ref(out), (*(self.constant(out) or ()), own)
         self.shares = True
 
@@ -266,7 +266,7 @@ class WeightCalls:
         """What a function makes of constants is constant."""
         if self.given < 2:
             return
-        calls: dict[Shared, None] = {}
+        calls: dict[SharedCall, None] = {}
         for x in _tensors((*args, *kwargs.values())):
             known = self.constant(x)
             if known is None:
@@ -330,7 +330,7 @@ class WeightCalls:
 
 
 @dataclass(eq=False, frozen=True)
-class Shared:
+class SharedCall:
     """A call that all samples have in common, the edge of the graph at which its output enters, and its shape."""
 
     call: Any

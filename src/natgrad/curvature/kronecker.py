@@ -1,9 +1,10 @@
 """Kronecker-factored curvature, F ~ G (x) A for each block of a layer (SP-NGD section 3.3).
 
-A [b, i, i] = mean over samples and places of a a^T, over those that have a gradient (a row with g = 0 adds nothing to
-F = sum g g^T (x) a a^T, so a padded place has no say in A either); G [b, o, o] = mean over samples of the sum over places of g g^T
-(1/(hw) sits on A, as in the paper). The damped inverse is (G + sqrt(l)/pi I)^-1 (x) (A + pi sqrt(l) I)^-1 with pi^2
-the ratio of the factors' mean eigenvalues (eq. 12). A side of more than `max_size` keeps only its diagonal.
+A [b, i, i] = mean over samples and places of a a^T, over those that have a gradient: a row with g = 0 adds nothing to
+F = sum g g^T (x) a a^T, so a padded place has no say in A either. G [b, o, o] = mean over samples of the sum over
+places of g g^T (1/(hw) sits on A, as in the paper). The damped inverse is (G + sqrt(l)/pi I)^-1 (x)
+(A + pi sqrt(l) I)^-1 with pi^2 the ratio of the factors' mean eigenvalues (eq. 12). A side of more than `max_size`
+keeps only its diagonal.
 """
 
 from __future__ import annotations

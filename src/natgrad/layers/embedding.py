@@ -30,9 +30,9 @@ class Embedding(Layer):
     def __init__(self, module: nn.Module, weight: nn.Parameter | None = None):
         own: Any = module
         self.padding = own.padding_idx if weight is None else None
-        weight = own.weight if weight is None else weight
+        table: nn.Parameter = own.weight if weight is None else weight
         self.biased, self.transposed = False, True  # as a linear layer
-        super().__init__(module, Shape(1, *reversed(weight.shape)), (weight,), 0.02)  # as transformers begin
+        super().__init__(module, Shape(1, *reversed(table.shape)), (table,), 0.02)  # as transformers begin
 
     def form(self, use: Use) -> Form | None:
         if use.does == "embedding" and use.part.full:
@@ -90,7 +90,9 @@ class Embedding(Layer):
 
     def live_squares(self, x: Tensor, live: Tensor) -> Tensor:
         dtype = promote(self.parameters[0]).dtype
-        total = torch.zeros(self.shape.inner, dtype=dtype, device=live.device).index_add_(0, x.reshape(-1), live.to(dtype))
+        total = torch.zeros(self.shape.inner, dtype=dtype, device=live.device).index_add_(
+            0, x.reshape(-1), live.to(dtype)
+        )
         if self.padding is not None:
             total[self.padding] = 0
         return total.unsqueeze(0)

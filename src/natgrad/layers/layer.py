@@ -67,7 +67,7 @@ class Layer(ABC):
         """The layer as one call of a function uses its weight; None where that cannot be told."""
         return None
 
-    def scales(self, place: int) -> bool:
+    def chains(self, place: int) -> bool:
         """Whether a parameter that was multiplied by constants before its use is known too (Part.times)."""
         return False
 

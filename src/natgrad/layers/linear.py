@@ -74,10 +74,14 @@ class Linear(Layer):
         if not shape or shape[-1] != self.shape.out:
             return None
         times = use.part.times
-        form = self if use.part.plain else ScaledBias(self, times if isinstance(times, Tensor) else use.x.new_tensor(times))
+        form = (
+            self
+            if use.part.plain
+            else ScaledBias(self, times if isinstance(times, Tensor) else use.x.new_tensor(times))
+        )
         return Form(form, use.x.new_zeros(()).expand(*shape[:-1], self.shape.inner - 1), turned=turned)
 
-    def scales(self, place: int) -> bool:
+    def chains(self, place: int) -> bool:
         return place == 1
 
     def count(self, x: Tensor) -> tuple[int, int]:

@@ -170,7 +170,7 @@ class Norm(Layer):
             return None
         return Form(KINDS[use.does](self, use), use.x)
 
-    def scales(self, place: int) -> bool:
+    def chains(self, place: int) -> bool:
         return True
 
     @abstractmethod
