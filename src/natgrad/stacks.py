@@ -15,6 +15,7 @@ not gives its values to the storage and its place to the view.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -181,6 +182,10 @@ class StepVector:
             self._flat, self._views = None, {}
         else:
             storage.resize_(0)
+
+
+SHARED = re.compile(r"step|scalars|passes|.*_(clock|damping|budget)")
+"""The names of numbers that every rank has alike."""
 
 
 class NumberTable:
@@ -432,6 +437,11 @@ class Storage:
             values += [value] if form is None else form.places(value)
         if kept:
             torch._foreach_copy_(kept, values)
+
+    def shared_numbers(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The clocks, dampings and counts of a parameter that are the same on all ranks, by name."""
+        found = self.places.get(parameter, {})
+        return {key: table.rows[row] for key, (table, row) in sorted(found.items()) if SHARED.fullmatch(key)}
 
     def table(self, key: str) -> NumberTable:
         """The numbers of a name that only one table has."""

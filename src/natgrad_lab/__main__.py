@@ -35,6 +35,9 @@ COMPARE = """Tune optimizers with equal budgets, train each on fresh seeds, and 
 package.module:task or ./file.py:task.
 """
 
+LOST = 75
+"""Exit code of a rank that has lost others: a temporary failure (EX_TEMPFAIL), for a scheduler to try again."""
+
 EXTRAS = {
     "tyro": "train",
     "rich": "train",
@@ -73,16 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return refuse(" ".join(str(error).split()))
     except RuntimeError as error:
-        if "NATGRAD_DEBUG" in os.environ or not lost_connection(error):
+        if "NATGRAD_DEBUG" in os.environ or "natgrad.parallel" not in sys.modules:
             raise
-        print(f"natgrad: rank {os.environ['RANK']} has lost its connection to another rank", file=sys.stderr)
-        return 1
+        from natgrad.parallel import LostRanksError
 
-
-def lost_connection(error: RuntimeError) -> bool:
-    """Say whether an error is what is heard of a rank that has died."""
-    signs = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
-    return "RANK" in os.environ and any(sign in str(error) for sign in signs)
+        if not isinstance(error, LostRanksError):
+            raise
+        if error.first:
+            print(f"natgrad: {error}", file=sys.stderr)
+        return LOST
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -127,6 +129,8 @@ def train(arguments: list[str]) -> int:
         check=lambda: check(title(name), values.recipe, values.options),
         work=lambda world: run(title(name), values.recipe, values.options, world),
         restarts=values.options.max_restarts,
+        timeout=values.options.timeout,
+        check_every=values.options.check,
     )
 
 

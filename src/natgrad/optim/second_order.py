@@ -51,7 +51,7 @@ from natgrad.optim.sharded import AtOwners, Shards, ShardStorage
 from natgrad.optim.state_dict import DistributedState, carried
 from natgrad.optim.step_size import Remembers, StepSize, remembers
 from natgrad.optim.update import Update, begin, master
-from natgrad.parallel import World, is_sharded, sharding_of, spread_to_replicas, uneven
+from natgrad.parallel import World, compare, is_sharded, local_of, sharding_of, spread_to_replicas, uneven
 from natgrad.readings import Inputs, Readings
 from natgrad.refresh import Budget, Every, Staleness
 from natgrad.stacks import Storage
@@ -570,7 +570,7 @@ class SecondOrder(Optimizer):
             self._stages(away)
 
     def _stages(self, away: bool) -> None:
-        self.world.check()
+        self.world.refuse_alone()
         if self.census.moved():
             self._follow()
         self.storage.sync(self.state)
@@ -615,6 +615,33 @@ class SecondOrder(Optimizer):
         self.storage.count_step()
         self.storage.write()
         self.engine.arm(step + 1)
+        if self.world.check and step % self.world.check == 0:
+            self.compare_ranks()
+
+    def compare_ranks(self) -> None:
+        """Compare weights, clocks and shared numbers over ranks to the last bit, as World(check=) does every so often.
+
+        Of a model that fully_shard has cut, weights are compared between replicas. All ranks must call it.
+
+        Raises:
+            RanksDifferError: names the first that differs, and the ranks.
+
+        """
+        self.settle()
+        names = {p: name for name, p in self._model.named_parameters()}
+        numbers: dict[str, Any] = {"the number of skipped steps": self.skipped}
+        for place, group in enumerate(self.param_groups):
+            plain = {key: value for key, value in group.items() if isinstance(value, bool | int | float | str | tuple)}
+            numbers |= {f"param_groups[{place}][{key!r}]": value for key, value in plain.items()}
+        for cell in self.cells:
+            for parameter in cell.layer.parameters:
+                shared = self.storage.shared_numbers(parameter)
+                numbers |= {f"{key} of {names[parameter]}": value for key, value in shared.items()}
+        trained = [p for group in self.param_groups for p in group["params"]]
+        cut = None if self.shards is None else self.shards.sharding
+        weights = {} if cut and cut.replicas == 1 else {names[p]: local_of(p) for p in trained}
+        part, parts = (cut.shard, cut.shards) if cut else (0, 1)
+        compare(self.world, f"after step {self.steps_made}", numbers, weights, part, parts)
 
     def _look_at_shards(self, shards: Shards) -> None:
         """Take parameters and gradients as FSDP has left them."""

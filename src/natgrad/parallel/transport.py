@@ -17,11 +17,15 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from natgrad.parallel.waiting import waits_for
 
 PADDING = 1.25  # one padded message may carry so much more than the payload, for the calls that it saves
 
@@ -74,10 +78,15 @@ class Alone:
 
 
 class Processes:
-    """The ranks of a torch.distributed process group."""
+    """The ranks of a torch.distributed process group.
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
-        self.group = group
+    timeout: seconds after which a message that some rank does not take part in is given up; None: the group's own.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout: float | None = None):
+        self.group, self.timeout = group, timeout
+        if timeout is not None:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._globally = [r if group is None else dist.get_global_rank(group, r) for r in range(self.size)]
@@ -91,9 +100,14 @@ class Processes:
         self._scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+    def _waits(self, message: str) -> AbstractContextManager[None]:
+        """Around a message: where it fails because a rank does not take part, the error names the rank."""
+        return waits_for(message, self._globally, self._globally[self.rank])
+
     def all_reduce(self, buffer: Tensor, op: str = "sum") -> Tensor:
         sent, lent = self._on_wire(buffer), Lent(self._threaded)
-        dist.all_reduce(lent(sent), {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
+        with self._waits("a sum over all"):
+            dist.all_reduce(lent(sent), {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self.group)
         lent.take_back()
         return sent.to(buffer.device)
 
@@ -101,18 +115,20 @@ class Processes:
         lengths, home, lent = [c.numel() for c in chunks], chunks[0].device, Lent(self._threaded)
         options: dict[str, Any] = {"group": self.group, "async_op": True}
         sent = chunks = [self._on_wire(c) for c in chunks]
-        if padding(lengths) <= PADDING:
-            mine, sent = chunks[0].new_empty(max(lengths)), [padded(chunks)]
-            works = [self._scatter(lent(mine), lent(sent[0]), **options)]
-        elif self._grouped and chunks[0].is_cuda:
-            mine = torch.empty_like(chunks[self.rank])
-            works = [dist.reduce_scatter(mine, sent, **options)]
-        else:
-            mine = chunks[self.rank]
-            works = [dist.reduce(lent(c), self._globally[r], **options) for r, c in enumerate(chunks) if len(c)]
+        with self._waits("sums to owners"):
+            if padding(lengths) <= PADDING:
+                mine, sent = chunks[0].new_empty(max(lengths)), [padded(chunks)]
+                works = [self._scatter(lent(mine), lent(sent[0]), **options)]
+            elif self._grouped and chunks[0].is_cuda:
+                mine = torch.empty_like(chunks[self.rank])
+                works = [dist.reduce_scatter(mine, sent, **options)]
+            else:
+                mine = chunks[self.rank]
+                works = [dist.reduce(lent(c), self._globally[r], **options) for r, c in enumerate(chunks) if len(c)]
 
         def wait() -> Tensor:
-            finish(works)
+            with self._waits("sums to owners"):
+                finish(works)
             sent.clear()  # until now the messages needed them
             lent.take_back()
             return mine[: lengths[self.rank]].to(home)
@@ -122,17 +138,19 @@ class Processes:
     def all_gather(self, chunk: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         options: dict[str, Any] = {"group": self.group, "async_op": True}
         home, chunk, lent = chunk.device, self._on_wire(chunk), Lent(self._threaded)
-        if padding(lengths) <= PADDING:
-            whole = chunk.new_empty(self.size, max(lengths))
-            long = torch.cat([chunk, chunk.new_zeros(max(lengths) - len(chunk))])
-            works, chunks = [self._gather(lent(whole.flatten()), lent(long), **options)], list(whole)
-        else:
-            chunks = [chunk if r == self.rank else chunk.new_empty(n) for r, n in enumerate(lengths)]
-            if self._grouped and chunk.is_cuda:
-                works = [dist.all_gather(chunks, chunk.clone(), **options)]
+        with self._waits("a gathering from all"):
+            if padding(lengths) <= PADDING:
+                whole = chunk.new_empty(self.size, max(lengths))
+                long = torch.cat([chunk, chunk.new_zeros(max(lengths) - len(chunk))])
+                works, chunks = [self._gather(lent(whole.flatten()), lent(long), **options)], list(whole)
             else:
-                works = [dist.broadcast(lent(c), self._globally[r], **options) for r, c in enumerate(chunks) if len(c)]
-        finish(works)
+                chunks = [chunk if r == self.rank else chunk.new_empty(n) for r, n in enumerate(lengths)]
+                if self._grouped and chunk.is_cuda:
+                    works = [dist.all_gather(chunks, chunk.clone(), **options)]
+                else:
+                    owners = enumerate(chunks)
+                    works = [dist.broadcast(lent(c), self._globally[r], **options) for r, c in owners if len(c)]
+            finish(works)
         lent.take_back()
         return [c[:n].to(home) for c, n in zip(chunks, lengths)]
 
@@ -142,7 +160,8 @@ class Processes:
         moves = [dist.P2POp(dist.isend, lent(t), self._globally[r], self.group) for r, t in outgoing.items()]
         moves += [dist.P2POp(dist.irecv, lent(t), self._globally[r], self.group) for r, t in incoming.items()]
         if moves:
-            finish(dist.batch_isend_irecv(moves))
+            with self._waits("an exchange"):
+                finish(dist.batch_isend_irecv(moves))
         moves.clear()
         lent.take_back()
         for r, tensor in into.items():
@@ -153,7 +172,8 @@ class Processes:
         """One message, in which every rank takes part, also one that sends and receives nothing."""
         home, sent, lent = buffer.device, self._on_wire(buffer), Lent(self._threaded)
         received = sent.new_empty(sum(into))
-        dist.all_to_all_single(lent(received), lent(sent), list(into), list(out), group=self.group)
+        with self._waits("an exchange of all with all"):
+            dist.all_to_all_single(lent(received), lent(sent), list(into), list(out), group=self.group)
         lent.take_back()
         return received.to(home)
 
@@ -164,9 +184,10 @@ class Processes:
         between = [ranks[place::per_host] for place in range(per_host)]
         mine = []
         for members in (*inside, *between):
-            group: Any = dist.new_group([self._globally[rank] for rank in members])
+            limit = None if self.timeout is None else timedelta(seconds=self.timeout)
+            group: Any = dist.new_group([self._globally[rank] for rank in members], timeout=limit)
             if self.rank in members:
-                mine.append(Processes(group))
+                mine.append(Processes(group, self.timeout))
         return mine[0], mine[1]
 
     def _on_wire(self, tensor: Tensor) -> Tensor:

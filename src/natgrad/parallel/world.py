@@ -58,6 +58,11 @@ class World:
         one rank, and equal weights rest on equal machines. None is True while ranks hold their own gradients, and False
         from the step on in which somebody else has averaged them: whoever does so (a trainer) writes rank 0's
         `state_dict()`, which is whole then. `weights=` keeps the owners.
+    timeout: seconds after which a message that a rank does not take part in is given up, with an error that names the
+        rank; None: the process group's own (init_process_group: 30 minutes with gloo, 10 with NCCL).
+    check: after every so many steps, an optimizer compares weights, clocks and shared numbers over ranks and raises a
+        RanksDifferError that names the first that differs, and the ranks. One message of 32 bytes, and a pass over the
+        weights; for finding errors. None: never.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class World:
         overlap: bool = False,
         owners: bool | None = None,
         per_host: int | None = None,
+        timeout: float | None = None,
+        check: int | None = None,
     ):
         if gradients not in ("auto", "local", "averaged"):
             raise ValueError(f'World(gradients={gradients!r}): give "auto", "local" or "averaged"')
@@ -82,6 +89,11 @@ class World:
             )
         if weights is not None and owners is False:
             raise ValueError(f"World(weights={weights}, owners=False): nothing is sent back then; leave weights out")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"World(timeout={timeout!r}): give seconds above 0, or None for the process group's own")
+        if check is not None and (isinstance(check, bool) or check < 1 or check != int(check)):
+            raise ValueError(f"World(check={check!r}): give the steps from one check to the next, or None for no checks")
+        self.check = check
         self.gradients: Gradients = "local" if overlap else gradients
         self.wire, self.weights, self.overlap = wire, weights, overlap
         self.replicates = owners is None and weights is None
@@ -94,9 +106,11 @@ class World:
                 raise ValueError(
                     NO_GROUP.format(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no process group is open")
                 )
-            group = Processes() if opened else Alone()
+            group = Processes(None, timeout) if opened else Alone()
         elif isinstance(group, dist.ProcessGroup):
-            group = Processes(group)
+            group = Processes(group, timeout)
+        elif timeout is not None:
+            raise ValueError(f"World({type(group).__name__}, timeout={timeout:g}): a transport has a limit of its own")
         self.rank, self.size, self.per_host = group.rank, group.size, per_host
         if per_host is not None and (per_host < 1 or (self.size > per_host and self.size % per_host)):
             raise ValueError(f"World(per_host={per_host}): {self.size} ranks are no hosts of so many; give 1 or more")
@@ -118,7 +132,7 @@ class World:
         """Whether messages go inside of hosts and between them."""
         return self.per_host is not None and 1 < self.per_host < self.size
 
-    def check(self) -> None:
+    def refuse_alone(self) -> None:
         """Refuse to go on alone where a process group has been opened since."""
         alone = self._default and isinstance(self.transport, Alone) and dist.is_available()
         if alone and dist.is_initialized() and dist.get_world_size() > 1:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from natgrad.parallel import World, join, leave
+from natgrad.parallel import TIMEOUT, World, join, leave
 from natgrad_lab.train.warn import told_once
 
 if TYPE_CHECKING:
@@ -33,19 +33,26 @@ def in_world() -> bool:
 
 
 def spread(
-    arguments: list[str], ranks: int, check: Callable[[], None], work: Callable[[World], str], restarts: int = 0
+    arguments: list[str],
+    ranks: int,
+    check: Callable[[], None],
+    work: Callable[[World], str],
+    restarts: int = 0,
+    timeout: float = TIMEOUT,
+    check_every: int | None = None,
 ) -> int:
     """Do `work` as the rank that this process is, on ranks started here, or alone; return the exit code.
 
     Only a process that is not yet a rank checks first, so that a mistake costs no launch. When a rank that was started
-    here dies, all are started again, up to `restarts` times.
+    here dies, all are started again, up to `restarts` times. timeout: seconds for which a rank waits for another.
+    check_every: steps from one comparison of all ranks to the next.
     """
     if in_world():
         end_with_launcher()
         check_ranks(ranks)
-        world = join()
-        with told_once(world.rank):
-            status = work(world)
+        joined = join(timeout, check=check_every)
+        with told_once(joined.rank):
+            status = work(joined)
         leave()
     elif ranks > 1:
         with told_once(rank=1):  # its ranks will warn again
@@ -54,7 +61,7 @@ def spread(
     else:
         with told_once(rank=0):
             check()
-            status = work(World())
+            status = work(World(check=check_every))
     return 130 if status == "interrupted" else 0
 
 

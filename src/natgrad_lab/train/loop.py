@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from natgrad.optim import SecondOrder
-from natgrad.parallel import World
+from natgrad.parallel import World, compare
 from natgrad_lab.data import Regulariser, Sampler, Splits, read_ahead
 from natgrad_lab.data.sampler import Batch
 from natgrad_lab.train.average import Average
@@ -196,8 +196,17 @@ def descend(job: Job, batch: Batch, step: int, clock: Clock) -> Tensor:
     job.recipe.optimizer.take(job.precision.stepper(job.optimizer), total, again)
     job.optimizer.zero_grad()
     job.average.add(step)
+    if job.world.check and step % job.world.check == 0 and not isinstance(job.optimizer, SecondOrder):
+        compare_ranks(job, step)  # natgrad's optimizers do it themselves
     clock.lap("update")
     return total
+
+
+def compare_ranks(job: Job, step: int) -> None:
+    """Compare weights and the numbers of groups over ranks, of an optimizer that knows nothing of ranks."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
+    numbers = {f"param_groups[{k}][{key!r}]": value for k, group in enumerate(groups) for key, value in group.items()}
+    compare(job.world, f"after step {step}", numbers, dict(job.model.named_parameters()))
 
 
 def unsent(optimizer: Optimizer) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from natgrad.parallel import World
+from natgrad.parallel import TIMEOUT, World
 from natgrad_lab.train import checkpoint, environment, tensorboard
 from natgrad_lab.train.log import Display, Journal, RunFolder, check_free
 from natgrad_lab.train.loop import Job, Step, build_model, prepare, steps
@@ -59,6 +59,12 @@ class Options:
     """With --resume: go on although the recipe is not the checkpoint's."""
     max_restarts: int = 0
     """With --ranks: how often to start again from the last checkpoint when a rank has died."""
+    timeout: float = TIMEOUT
+    """Seconds for which a rank waits for another before the run ends in a line that names it. A disk gets half as long
+    before a checkpoint is given up."""
+    check: int | None = None
+    """Steps from one comparison of all ranks' weights, clocks and shared numbers to the next, which stops a run whose
+    ranks have drifted apart; None: never."""
     bad_steps: int = 5
     """Steps in a row whose loss is not finite, after which the run stops."""
     tensorboard: bool = False
@@ -101,7 +107,8 @@ def check_resumed(folder: Path, options: Options, recipe: Recipe) -> None:
 def check_options(options: Options) -> None:
     """Raise ValueError for options that cannot be, or that say nothing beside the others."""
     pick_device(options.device, World())
-    for name, least in (("keep", 1), ("bad_steps", 1), ("max_restarts", 0), ("save_every", 0)):
+    least_of = {"keep": 1, "bad_steps": 1, "max_restarts": 0, "save_every": 0, "check": 1, "timeout": 1}
+    for name, least in least_of.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}; set --{name.replace('_', '-')}")
@@ -159,7 +166,9 @@ def run_alone(name: str, options: Options, job: Job, began: float) -> str:
     if start is not None:
         journal.event("resumed", step=job.done, path=str(start), ranks=world.size)
     job.tick = journal.judging
-    saver = Saver(folder / FOLDER, world, options.keep, journal.event) if options.save_every != 0 else None
+    saver = None
+    if options.save_every != 0:
+        saver = Saver(folder / FOLDER, world, options.keep, journal.event, options.timeout / 2)
     status = "failed"
     try:
         with Stop() as stop:
@@ -262,7 +271,7 @@ def finish(job: Job, journal: Journal, options: Options, folder: Path) -> None:
     if options.train_loss:
         journal.judged("train", job.score("train"))
     if job.world.rank == 0:
-        write_weights(job, folder / "model.pt")
+        write_weights(job, folder / "model.pt", options.timeout / 2)
 
 
 def resume_command() -> str:

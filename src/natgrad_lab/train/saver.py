@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from natgrad.parallel import World
+from natgrad.parallel import TIMEOUT, World, named
 from natgrad_lab.train import checkpoint
 from natgrad_lab.train.loop import Job
 from natgrad_lab.train.state import state_of
@@ -25,11 +26,15 @@ Tell = Callable[..., None]
 
 
 class Saver:
-    """Writes checkpoints of a job into a folder, one at a time, and keeps the last few. All ranks call it alike."""
+    """Writes checkpoints of a job into a folder, one at a time, and keeps the last few. All ranks call it alike.
 
-    def __init__(self, folder: Path, world: World, keep: int, tell: Tell) -> None:
-        self.folder, self.world, self.keep, self.tell = folder, world, keep, tell
-        self.pool = ThreadPoolExecutor(1)
+    patience: seconds for which all wait for a disk; a checkpoint that is not written by then is given up.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int, tell: Tell, patience: float = TIMEOUT) -> None:
+        self.folder, self.world, self.keep, self.tell, self.patience = folder, world, keep, tell, patience
+        self.given_up: Future[Any] | None = None
+        """What this rank's disk was too slow for, and may still be at."""
         self.writing: tuple[int, Future[None]] | None = None
         self.joining: tuple[int, Future[Path]] | None = None
         self.values: dict[str, Any] = {}
@@ -40,6 +45,9 @@ class Saver:
     def save(self, job: Job) -> None:
         """Copy the job as it is and begin to write it. Weights that are not finite are not worth keeping."""
         self.finish()
+        if self._still_slow():
+            self.tell("not_saved", step=job.done, reason="the disk is still at an earlier checkpoint")
+            return
         if not all(bool(torch.isfinite(p).all()) for p in job.model.parameters()):
             self.tell("not_saved", step=job.done, reason="a weight is not finite")
             return
@@ -47,7 +55,15 @@ class Saver:
         staged = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self.values = {"step": job.done, "elapsed": job.elapsed, **values}
         part = self.part(job.done)
-        self.writing = job.done, self.pool.submit(checkpoint.write_part, part, self.world.rank, staged)
+        self.writing = job.done, begun(checkpoint.write_part, part, self.world.rank, staged)
+
+    def _still_slow(self) -> bool:
+        """Whether any rank's disk is still at what was given up."""
+        if self.given_up is not None and self.given_up.done():
+            self.given_up = None
+        slow = torch.tensor([float(self.given_up is not None)])
+        self.world.max([slow], "scalars")
+        return slow.item() > 0
 
     def part(self, step: int) -> Path:
         """Where a checkpoint is until it is whole."""
@@ -58,26 +74,43 @@ class Saver:
         if self.writing is not None:
             step, own = self.writing
             if block:
-                wait([own])
-            failed = own.done() and own.exception() is not None
-            news = torch.tensor([float(own.done()), float(failed)])
+                wait([own], self.patience)
+            written = own.done()
+            failed = written and own.exception() is not None
+            news = torch.tensor([float(written), float(failed)])
             self.world.sum([news], "scalars")
             done, failures = news.tolist()
             if done == self.world.size:
                 self.writing = None
                 self._settle(step, own, int(failures))
+            elif block:
+                self._give_up(step, own, late=not written)
         if self.joining is not None and (block or self.joining[1].done()):
             (step, joined), self.joining = self.joining, None
+            wait([joined], self.patience)
+            if not joined.done():
+                self.given_up = joined
+                self.tell("not_saved", step=step, reason=f"the disk of rank 0 was not done in {self.patience:g} s")
+                return
             error = joined.exception()
             if error is None:
                 self.tell("checkpoint", step=step, path=str(joined.result()))
             else:
                 self._failed(step, reason_of(error))
 
+    def _give_up(self, step: int, own: Future[None], late: bool) -> None:
+        """Some ranks have not written in time. What they are at is left to itself, and they are named."""
+        self.writing, self.given_up = None, own if late else None
+        everyone = torch.zeros(self.world.size)
+        everyone[self.world.rank] = float(late)
+        self.world.sum([everyone], "scalars")
+        ranks = named(torch.nonzero(everyone).flatten().tolist())
+        self.tell("not_saved", step=step, reason=f"the disk of {ranks} was not done in {self.patience:g} s (--timeout)")
+
     def _settle(self, step: int, own: Future[None], failures: int) -> None:
         """All ranks have written, or could not."""
         if self.world.rank == 0 and not failures:
-            self.joining = step, self.pool.submit(self._join, step, dict(self.values))
+            self.joining = step, begun(self._join, step, dict(self.values))
         elif failures:
             error = own.exception()
             self._failed(step, reason_of(error) if error else f"{failures} other ranks could not write")
@@ -115,19 +148,44 @@ class Saver:
             self.poll(block=True)
 
 
-def write_weights(job: Job, file: Path) -> None:
+def begun(work: Callable[..., Any], *given: Any) -> Future[Any]:
+    """Work in the background, in a thread that a process which ends does not wait for: its disk may hang."""
+    found: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work(*given))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found
+
+
+def write_weights(job: Job, file: Path, patience: float = TIMEOUT) -> None:
     """Write the weights, as the model was judged by, for torch.load; ValueError where they cannot be written."""
     with job.average.in_place():
         state = job.model.state_dict()
         weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
         part = file.with_name(file.name + ".part")
-        try:
+
+        def write() -> None:
             with part.open("wb") as stream:
                 torch.save(weights, stream)
                 checkpoint.flush(stream)
             part.replace(file)
-        except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
+
+        writing = begun(write)
+        wait([writing], patience)
+        if not writing.done():
+            raise ValueError(
+                f"{str(file)!r} was not written in {patience:g} s: see to the disk, and add --resume to end, or a longer "
+                "--timeout"
+            )
+        error = writing.exception()
+        if error is not None:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             why = reason_of(error)
             raise ValueError(f"{str(file)!r} cannot be written: {why}; make room, and add --resume to end") from None
 

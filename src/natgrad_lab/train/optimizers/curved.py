@@ -137,6 +137,7 @@ class Curved(Settings):
                 weights=WIRES[self.weights_wire],
                 overlap=self.overlap,
                 per_host=self.per_host,
+                check=world.check,
             ),
         }
 

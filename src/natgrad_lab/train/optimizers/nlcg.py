@@ -133,6 +133,7 @@ class Nlcg(Settings):
                 weights=WIRES[self.weights_wire],
                 overlap=self.overlap,
                 per_host=self.per_host,
+                check=world.check,
             ),
             **self.metric(),
         }

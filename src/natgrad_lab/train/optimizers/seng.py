@@ -130,6 +130,7 @@ class Seng(Settings):
             overlap=self.overlap,
             owners=not self.replicated,
             per_host=self.per_host,
+            check=world.check,
         )
 
     def fit(self) -> None:

@@ -1,0 +1,135 @@
+"""A campaign of faults: what becomes of a run that is killed, stopped, starved of disk or memory, or fed bad files.
+
+    python benchmarks/faults.py            (some 120 faults, half an hour on one core; it goes on where it was stopped)
+    python benchmarks/faults.py --only "kill one rank" --times 20 --out /dev/null
+    python benchmarks/faults.py --show
+
+Every fault is drawn: a kind (faults_kinds.py), an optimizer, 1, 2 or 4 ranks, and who trains, natgrad's trainer or a
+user's loop under DistributedDataParallel or fully_shard. The run must end with the weights of the undisturbed run to
+the last bit, or with one line that names what to do. World(check=1) compares ranks after every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import faults_loop
+import faults_recipes
+import torch
+from faults_kinds import KINDS, Outcome, Trial
+from faults_run import Setting, run, weights
+from record import Record, read
+
+RESULTS = Path(__file__).parent / "results" / "faults.json"
+Whole = dict[Setting, dict[str, torch.Tensor]]
+
+
+def drawn(seed: int, times: int | None = None, only: str | None = None) -> list[dict[str, Any]]:
+    """The campaign's faults, in an order in which all kinds come early."""
+    draw, found = Random(seed), list[tuple[float, dict[str, Any]]]()
+    for name, kind in KINDS.items():
+        if only not in (None, name):
+            continue
+        count = times if only is not None and times is not None else kind.weight
+        for k in range(count):
+            how = draw.choice(kind.hows)
+            known = faults_recipes.RECIPES if how == "plain" else faults_loop.OPTIMIZERS
+            ranks = draw.choice([n for n in kind.ranks if n > 1 or how in ("plain", "loop")])
+            fault = {"kind": name, "optimizer": draw.choice([*known]), "ranks": ranks, "how": how}
+            found.append(((k + draw.random()) / count, {**fault, "seed": draw.randrange(10**6)}))
+    return [fault for _, fault in sorted(found, key=lambda entry: entry[0])]
+
+
+def undisturbed(setting: Setting, folder: Path, known: Whole) -> dict[str, torch.Tensor]:
+    """The weights of a run to which nothing happens."""
+    if setting not in known:
+        out = folder / "whole"
+        ended = run(setting, out)
+        found = weights(out)
+        if found is None:
+            raise SystemExit(f"an undisturbed run of {setting} has failed: {ended[0].said[-3000:]}")
+        known[setting] = found
+        shutil.rmtree(out)
+    return known[setting]
+
+
+def suffer(fault: dict[str, Any], known: Whole) -> dict[str, Any]:
+    """Make one fault happen; return what came of it."""
+    setting = Setting(fault["optimizer"], fault["ranks"], fault["how"])
+    folder = Path(tempfile.mkdtemp(prefix="natgrad-faults-"))
+    try:
+        trial = Trial(setting, Random(fault["seed"]), folder, undisturbed(setting, folder, known))
+        began = time.monotonic()
+        try:
+            outcome = KINDS[fault["kind"]].do(trial)
+        except PermissionError as error:
+            outcome = Outcome(True, f"skipped: {error}")
+        told = {"right": outcome.right, "ended": outcome.how, "hung": trial.hung, "drawn": trial.told}
+        said = outcome.said.replace(str(folder), "").strip()
+        return {**told, "said": said, "seconds": round(time.monotonic() - began, 1)}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Faults by kind: how many there were, how they ended, and how many not as they should."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for case in content["cases"]:
+        if "kind" in case:
+            kinds.setdefault(case["kind"], []).append({**case, **case["rows"][0]})
+    lines = [
+        "| fault | times | optimizers | ranks | trained by | equal to the last bit | close | one line | hung | wrong |",
+        "| --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    everything = [row for rows in kinds.values() for row in rows]
+    for name, rows in [*kinds.items(), ("in all", everything)]:
+        ended = [sum(row["ended"] == how and row["right"] for row in rows) for how in ("equal", "close", "line")]
+        hung, wrong = sum(row["hung"] for row in rows), sum(not row["right"] for row in rows)
+        ranks = ", ".join(map(str, sorted({row["ranks"] for row in rows})))
+        hows = ", ".join(NAMES[how] for how in NAMES if any(row["how"] == how for row in rows))
+        optimizers = len({row["optimizer"] for row in rows})
+        skipped = sum(row["ended"].startswith("skipped") for row in rows)
+        times = f"{len(rows)} ({skipped} skipped)" if skipped else str(len(rows))
+        lines.append(f"| {' | '.join([name, times, str(optimizers), ranks, hows, *map(str, [*ended, hung, wrong])])} |")
+    return "\n".join(lines)
+
+
+NAMES = {"plain": "the trainer", "loop": "a plain loop", "ddp": "DDP", "sharded": "fully_shard"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=[*KINDS], help="one kind of fault")
+    parser.add_argument("--times", type=int, help="with --only: how many")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--show", action="store_true", help="print the table of the results")
+    given = parser.parse_args()
+    if given.show:
+        print(table(read(given.out)))
+        return 0
+    record = Record(given.out, "cpu", seed=given.seed)
+    known: Whole = {}
+    faults = drawn(given.seed, given.times, given.only)
+    for number, fault in enumerate(faults):
+        if record.find(fault) is not None:
+            continue
+        row = suffer(fault, known)
+        record.add(fault, [row])
+        mark = "" if row["right"] else "WRONG "
+        words = f"{fault['kind']}, {fault['optimizer']}, {fault['ranks']}, {fault['how']}"
+        print(f"{number + 1:>3}/{len(faults)}  {mark}{words}: {row['ended']} ({row['seconds']} s)  {row['said'][:200]}")
+        sys.stdout.flush()
+    print(table(record.content))
+    return 0 if all(case["rows"][0]["right"] for case in record.content["cases"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

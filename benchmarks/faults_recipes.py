@@ -1,0 +1,67 @@
+"""The runs that the fault campaign disturbs: every optimizer, with all that a checkpoint has to keep, in a second."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from natgrad_lab.data import Digits, Regularisation
+from natgrad_lab.models import CifarResNet
+from natgrad_lab.train.optimizers import AdamW, KFac, Nlcg, Seng, SpNgd
+from natgrad_lab.train.recipe import Recipe
+
+STEPS = 12
+
+
+def spngd() -> Recipe:
+    """SP-NGD, statistics measured when they have changed."""
+    return _run(SpNgd(lr=0.05, refresh=None, decay=0.5, rescale="always", coefficient="tied", displaced=True))
+
+
+def budget() -> Recipe:
+    """SP-NGD under a budget, so that some statistics always wait."""
+    return _run(SpNgd(lr=0.05, refresh=1, refresh_share=0.1))
+
+
+def kfac() -> Recipe:
+    """K-FAC by eigenvectors; owners send directions."""
+    return _run(KFac(lr=0.05, refresh=2, inverse="eigen", gather="directions"))
+
+
+def seng() -> Recipe:
+    """SENG, whose statistics are rows of samples."""
+    return _run(Seng(lr=0.1, refresh=3, samples=40))
+
+
+def nlcg() -> Recipe:
+    """NLCG with the diagonal BFGS, which listens to the loss."""
+    return _run(Nlcg(lr=0.1))
+
+
+def nlcg_kfac() -> Recipe:
+    """NLCG with K-FAC as preconditioner and the curvature step."""
+    return _run(Nlcg(lr=1.0, preconditioner="kronecker", step="curvature", beta="polak_ribiere"))
+
+
+def adamw() -> Recipe:
+    """AdamW, which knows nothing of ranks: the trainer averages its gradients."""
+    return _run(AdamW())
+
+
+RECIPES = {f.__name__: f for f in (spngd, budget, kfac, seng, nlcg, nlcg_kfac, adamw)}
+
+
+def _run(optimizer: object) -> Recipe:
+    blended = Regularisation(mixup=0.4, erase=0.5, per_sample=True)
+    recipe = Recipe(
+        Digits(),
+        CifarResNet(8, (4, 6, 8)),
+        optimizer,  # type: ignore[arg-type]
+        regularisation=blended,
+        average=0.9,
+        batch=60,
+        micro_batch=20,
+        steps=STEPS,
+        evaluate_every=5,
+        norm_samples=64,
+    )
+    return replace(recipe, micro_batch=None) if isinstance(optimizer, AdamW) else recipe
