@@ -81,7 +81,11 @@ class Loop:
         if how == "sharded":
             mesh = init_device_mesh("cpu", (ranks,))
             self.model = fully_shard(self.model, mesh=mesh)
-        self.passes = nn.parallel.DistributedDataParallel(self.model) if how == "ddp" else self.model
+        self.passes = self.model
+        if how == "ddp":
+            # else DDP forms its buckets anew after a run's first step: sums over four ranks then have another order,
+            # and a run that was restarted has another last bit, whatever the optimizer
+            self.passes = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
         self.optimizer = OPTIMIZERS[optimizer](self.model, world=natgrad.World(check=1))
         self.done = 0
 
