@@ -24,11 +24,11 @@ import faults_loop
 import faults_recipes
 import torch
 from faults_kinds import KINDS, Outcome, Trial
-from faults_run import Setting, run, weights
+from faults_run import Setting, loss_of, run, weights
 from record import Record, read
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-Whole = dict[Setting, dict[str, torch.Tensor]]
+Whole = dict[Setting, tuple[dict[str, torch.Tensor], float | None]]
 
 
 def drawn(seed: int, times: int | None = None, only: str | None = None) -> list[dict[str, Any]]:
@@ -47,15 +47,15 @@ def drawn(seed: int, times: int | None = None, only: str | None = None) -> list[
     return [fault for _, fault in sorted(found, key=lambda entry: entry[0])]
 
 
-def undisturbed(setting: Setting, folder: Path, known: Whole) -> dict[str, torch.Tensor]:
-    """The weights of a run to which nothing happens."""
+def undisturbed(setting: Setting, folder: Path, known: Whole) -> tuple[dict[str, torch.Tensor], float | None]:
+    """The weights of a run to which nothing happens, and the trainer's loss on the test."""
     if setting not in known:
         out = folder / "whole"
         ended = run(setting, out)
         found = weights(out)
         if found is None:
             raise SystemExit(f"an undisturbed run of {setting} has failed: {ended[0].said[-3000:]}")
-        known[setting] = found
+        known[setting] = found, loss_of(out) if setting.how == "plain" else None
         shutil.rmtree(out)
     return known[setting]
 
@@ -65,7 +65,7 @@ def suffer(fault: dict[str, Any], known: Whole) -> dict[str, Any]:
     setting = Setting(fault["optimizer"], fault["ranks"], fault["how"])
     folder = Path(tempfile.mkdtemp(prefix="natgrad-faults-"))
     try:
-        trial = Trial(setting, Random(fault["seed"]), folder, undisturbed(setting, folder, known))
+        trial = Trial(setting, Random(fault["seed"]), folder, *undisturbed(setting, folder, known))
         began = time.monotonic()
         try:
             outcome = KINDS[fault["kind"]].do(trial)

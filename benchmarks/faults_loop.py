@@ -30,13 +30,13 @@ import natgrad
 STEPS, SAVE_EVERY, BATCH = 12, 2, 48
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "spngd": lambda m, **o: natgrad.SPNGD(m, lr=0.05, refresh=natgrad.Adaptive(tolerance=0.5), **o),
-    "budget": lambda m, **o: natgrad.SPNGD(m, lr=0.05, refresh=natgrad.Budget(0.1, natgrad.Every(1)), **o),
-    "kfac": lambda m, **o: natgrad.KFAC(m, lr=0.05, refresh=2, **o),
-    "seng": lambda m, **o: natgrad.SENG(m, lr=0.1, refresh=3, **o),
+    "spngd": lambda m, **o: natgrad.SPNGD(m, lr=0.05, samples=None, refresh=natgrad.Adaptive(tolerance=0.5), **o),
+    "budget": lambda m, **o: natgrad.SPNGD(m, lr=0.05, samples=None, refresh=natgrad.Budget(0.1, 1), **o),
+    "kfac": lambda m, **o: natgrad.KFAC(m, lr=0.05, samples=None, refresh=2, **o),
+    "seng": lambda m, **o: natgrad.SENG(m, lr=0.1, samples=None, refresh=3, **o),
     "nlcg": lambda m, **o: natgrad.NLCG(m, lr=0.05, step=natgrad.Scheduled(feedback=None), **o),
     "nlcg_kfac": lambda m, **o: natgrad.NLCG(
-        m, lr=0.05, preconditioner=natgrad.spngd_blocks, step=natgrad.Scheduled(feedback=None), **o
+        m, lr=0.05, preconditioner=natgrad.spngd_blocks, samples=None, step=natgrad.Scheduled(feedback=None), **o
     ),
 }
 
@@ -81,6 +81,8 @@ class Loop:
         if how == "sharded":
             mesh = init_device_mesh("cpu", (ranks,))
             self.model = fully_shard(self.model, mesh=mesh)
+        # rows of samples have no shapes before they are measured, so torch's checkpoint does not ask for them
+        self.in_parts = how == "sharded" and optimizer != "seng"
         self.passes = self.model
         if how == "ddp":
             # else DDP forms its buckets anew after a run's first step: sums over four ranks then have another order,
@@ -111,14 +113,15 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint that is there when it is whole."""
         name = self.out / f"step-{self.done:04d}"
-        if self.how == "sharded":
+        if self.in_parts:
             dcp.save(self.parts(), checkpoint_id=f"{name}.part")
             if self.rank == 0:
                 Path(f"{name}.part").rename(name)
         else:
-            state = self.optimizer.gather_state_dict() if self.how == "loop" else self.optimizer.state_dict()
+            state = self.optimizer.state_dict() if self.how == "ddp" else self.optimizer.gather_state_dict()
+            model = get_model_state_dict(self.model, options=whole())
             if self.rank == 0:
-                written({"model": self.model.state_dict(), "optimizer": state, "done": self.done}, name)
+                written({"model": model, "optimizer": state}, name)
 
     def parts(self) -> dict[str, Any]:
         """What torch.distributed.checkpoint writes of a sharded model, and reads into."""
@@ -137,14 +140,14 @@ class Loop:
         if not self.done:
             return
         path = self.out / f"step-{self.done:04d}"
-        if self.how == "sharded":
+        if self.in_parts:
             parts = self.parts()
             dcp.load(parts, checkpoint_id=str(path))
             set_model_state_dict(self.model, parts["model"])
             set_optimizer_state_dict(self.model, self.optimizer, parts["optimizer"])
         else:
             saved = torch.load(path, weights_only=True)
-            self.model.load_state_dict(saved["model"])
+            set_model_state_dict(self.model, saved["model"], options=whole())
             self.optimizer.load_state_dict(saved["optimizer"])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import resource
 import signal
@@ -235,6 +236,11 @@ def weights(out: Path) -> dict[str, torch.Tensor] | None:
     """What a run has left; None where it has not."""
     path = out / "model.pt"
     return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def loss_of(out: Path) -> float:
+    """The loss on the test with which a run of the trainer has ended."""
+    return json.loads((out / "summary.json").read_text())["test_loss"]
 
 
 def same(one: dict[str, torch.Tensor] | None, other: dict[str, torch.Tensor] | None) -> bool:

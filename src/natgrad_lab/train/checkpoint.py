@@ -13,15 +13,17 @@ unpickler that knows a dozen names, everything else is JSON.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,10 +31,13 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 FORMAT = 2
+SEALED = r"\.metadata|rank-\d+/sums\.json"
+"""The files of which state.json has digests."""
 READS = (1, 2)
 """Format 1 has squares of symmetric matrices, where 2 has them packed (triangles.py); they are packed when loaded."""
 ALONE: dict[str, Any] = {"no_dist": True}  # every rank for itself
@@ -135,16 +140,41 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
     """What is no tensor; DamagedError where the file is not as it was written."""
     try:
         told = json.loads((checkpoint / "state.json").read_text())
-        content, known = told["content"], told["digest"]
+        content, known = dict(told["content"]), told["digest"]
     except (OSError, ValueError, KeyError, TypeError):
         raise DamagedError(f"{str(checkpoint)!r} is no checkpoint of natgrad: its state.json cannot be read") from None
     if digest_of(content) != known:
         raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: state.json is not as it was written")
     if content.get("format") not in READS:
         raise DamagedError(
-            f"checkpoint {str(checkpoint)!r} has format {content.get('format')!r}, this natgrad reads {READS}"
+            f"checkpoint {str(checkpoint)!r} has format {content.get('format')!r}, this natgrad reads {READS}: go on with "
+            "the version that wrote it, or --overwrite begins anew"
         )
+    wrong = [name for name, fits in FITS.items() if not (name in content and fits(content[name]))]
+    if wrong:
+        raise DamagedError(f"checkpoint {str(checkpoint)!r} has no {wrong[0]} that can be used in its state.json")
     return content
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    "ranks": lambda value: _whole(value, 1),
+    "steps": lambda value: _whole(value, 1),
+    "step": lambda value: _whole(value, 0),
+    "elapsed": lambda value: isinstance(value, int | float) and 0 <= value < math.inf,
+    "recipe": lambda value: isinstance(value, dict) and isinstance(_kind(value.get("optimizer")), str),
+    "groups": lambda value: isinstance(value, dict),
+    "scaler": lambda value: value is None or isinstance(value, dict),
+    "sums": lambda value: isinstance(value, dict) and all(re.fullmatch(SEALED, name) for name in value),
+}
+"""What values of a checkpoint must be: a file may have been written to do harm, and its digests with it."""
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, dict) else None
 
 
 def verify(checkpoint: Path, rank: int, size: int) -> None:
@@ -154,8 +184,19 @@ def verify(checkpoint: Path, rank: int, size: int) -> None:
         _compare(checkpoint, name, sums[name])
         if name.endswith("sums.json"):
             own = Path(name).parent
-            for file, known in json.loads((checkpoint / name).read_text()).items():
+            for file, known in _read_sums(checkpoint, name).items():
                 _compare(checkpoint, str(own / file), known)
+
+
+def _read_sums(checkpoint: Path, name: str) -> dict[str, str]:
+    """The digests of one rank's files."""
+    try:
+        found = json.loads((checkpoint / name).read_text())
+        if all(re.fullmatch(r"\.metadata|\w+\.distcp", file) for file in found):
+            return dict(found)
+    except (OSError, ValueError, TypeError):
+        pass
+    raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: {name} is no list of files in its folder")
 
 
 def _compare(checkpoint: Path, name: str, known: str) -> None:
@@ -180,7 +221,11 @@ def load(checkpoint: Path, names: Mapping[str, TensorStorageMetadata]) -> dict[s
     if tensors:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(cast("dict[str, Any]", tensors), storage_reader=Reader(checkpoint), planner=planner, **ALONE)
+            try:
+                dcp.load(cast("dict[str, Any]", tensors), storage_reader=Reader(checkpoint), planner=planner, **ALONE)
+            except (Exception, CheckpointException) as error:  # torch's is no Exception
+                why = "; ".join(str(error).split("\n"))[:200]
+                raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: its tensors cannot be read ({why})") from error
     return tensors
 
 
@@ -200,10 +245,31 @@ def read_table(folder: Path) -> Metadata:
             raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata cannot be read ({error})") from None
     if not isinstance(table, Metadata):
         raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata is no table of contents")
-    for place in (table.storage_data or {}).values():
+    try:
+        _check_table(folder, table)
+    except (AttributeError, TypeError, ValueError, OSError) as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError(f"checkpoint {str(folder)!r} is damaged: .metadata cannot be used ({error})") from None
+    return table
+
+
+def _check_table(folder: Path, table: Metadata) -> None:
+    """Refuse files outside of the folder, and tensors larger than its files: they were never written."""
+    places = (table.storage_data or {}).values()
+    for place in places:
         if not re.fullmatch(r"(rank-\d+/)?\w+\.distcp", place.relative_path):
             raise DamagedError(f"checkpoint {str(folder)!r} names a file outside of it: {place.relative_path!r}")
-    return table
+    files = {place.relative_path for place in places}
+    room = sum((folder / file).stat().st_size for file in files if (folder / file).exists())
+    for name, entry in table.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            wanted = math.prod(entry.size) * entry.properties.dtype.itemsize
+            if wanted > room or min(entry.size, default=0) < 0:
+                raise DamagedError(
+                    f"checkpoint {str(folder)!r} is damaged: {name} of shape {tuple(entry.size)} would be {wanted:,} bytes, "
+                    f"its files have {room:,}"
+                )
 
 
 class Plain(pickle.Unpickler):
@@ -216,7 +282,9 @@ class Plain(pickle.Unpickler):
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a plain file: a pipe, a device or a link has no end, or is not the checkpoint's."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise OSError(errno.EINVAL, "it is no plain file", str(file))
     total = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

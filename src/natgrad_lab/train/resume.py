@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from natgrad.parallel import World
+from natgrad.parallel import LostRanksError, World
 from natgrad_lab.train import checkpoint, environment
-from natgrad_lab.train.ranks import decoded, encoded, on_first
+from natgrad_lab.train.loop import Job
+from natgrad_lab.train.ranks import decoded, encoded, everybody, on_first
 from natgrad_lab.train.recipe import Recipe, described
-from natgrad_lab.train.state import without_free
+from natgrad_lab.train.state import restore, without_free
 
 FOLDER = "checkpoints"
 
@@ -62,7 +63,7 @@ def choose(folder: Path, asked: int | None, world: World, fall_back: Callable[[s
         if found is None:
             return path
         if fall_back is None:
-            raise checkpoint.DamagedError(f"{found}; {_before(steps)}")
+            raise checkpoint.DamagedError(f"{found}; {before(steps)}")
         fall_back(found)
         wrong.append(found)
     if wrong:
@@ -115,10 +116,35 @@ def _there(steps: list[int]) -> str:
     return f"there are {', '.join(map(str, steps))}" if steps else "there is none"
 
 
-def _before(steps: list[int]) -> str:
+def before(steps: list[int]) -> str:
+    """Say where to go on from instead of a bad checkpoint, when there are these before it."""
     if not steps:
-        return "there is none before it"
+        return "there is none before it: --overwrite begins anew"
     return f"the one before it is of step {steps[-1]}: add --checkpoint {steps[-1]}"
+
+
+def restore_all(job: Job, path: Path, changes: bool) -> None:
+    """Bring the jobs of all ranks to where a checkpoint was written; all raise what one of them finds wrong with it."""
+    wrong = ""
+    try:
+        restore(job, path, changes)
+    except checkpoint.DamagedError as error:
+        wrong = str(error)
+    except (torch.OutOfMemoryError, LostRanksError):
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if "NATGRAD_DEBUG" in os.environ:
+            raise
+        wrong = f"checkpoint {str(path)!r} cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    told = everybody(job.world, [wrong] if wrong else [])
+    if told:
+        others = checkpoint.found(path.parent)
+        raise checkpoint.DamagedError(f"{told[0]}; {before([step for step in others if step < step_of(path)])}")
+
+
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(path.name.rpartition("-")[2])
 
 
 def check_not_given_up(folder: Path) -> None:

@@ -24,10 +24,11 @@ from natgrad_lab.train.resume import (
     choose,
     ending,
     restarted,
+    restore_all,
     set_later_aside,
 )
 from natgrad_lab.train.saver import Saver, write_weights
-from natgrad_lab.train.state import check_recipe, restore, state_of
+from natgrad_lab.train.state import check_recipe, state_of
 from natgrad_lab.train.stop import Stop
 
 
@@ -157,7 +158,7 @@ def run_alone(name: str, options: Options, job: Job, began: float) -> str:
     again = restarted(world)
     start = find_start(folder, options, world, again, told)
     if start is not None:
-        restore(job, start, options.accept_changes)
+        restore_all(job, start, options.accept_changes)
     if options.save_every != 0:
         state_of(job)  # what cannot be saved is known before the first step
     journal = on_first(world, lambda: open_journal(name, options, job, again)) or Journal()
