@@ -533,7 +533,7 @@ def other_world(trial: Trial) -> Outcome:
         ended = trial.start(("--resume",))
     else:
         where = faults_loop.Loop
-        trial.watched(run(other, trial.out, (), lambda _: before_call(where, "step", trial.step, die)))
+        trial.watched(run(other, trial.out, lambda _: before_call(where, "step", trial.step, die)))
         ended = trial.start()
     if trial.hung or any(one.code for one in ended):
         return trial.equal(ended)

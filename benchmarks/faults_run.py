@@ -38,7 +38,7 @@ from natgrad_lab.data import Digits
 RECIPES = Path(faults_recipes.__file__)
 PATIENCE = 90.0
 """Seconds after which a run that has not ended has hung: many times what any takes."""
-TIMEOUT = 8.0
+TIMEOUT = 15.0
 """The limit that runs are given for every wait. Ranks share a core or two, so they start some seconds apart."""
 Harm = Callable[[int], None]
 """Called in every rank before it trains, with its number."""
@@ -76,12 +76,20 @@ class Attempt:
     """The ranks of one start.
 
     words: what the trainer's command gets beside recipe and folder. number: of starts by this launcher before.
+    timeout: the limit of every wait.
     """
 
     def __init__(
-        self, setting: Setting, out: Path, words: Sequence[str] = (), number: int = 0, harm: Harm | None = None
+        self,
+        setting: Setting,
+        out: Path,
+        words: Sequence[str] = (),
+        number: int = 0,
+        harm: Harm | None = None,
+        timeout: float = TIMEOUT,
     ):
         self.setting, self.out, self.folder = setting, out, Path(tempfile.mkdtemp(dir=out.parent))
+        self.timeout = timeout
         self.began, port = time.monotonic(), free_port()
         self.store = forked(lambda: keep_store(port), self.folder / "store.txt")
         env = {
@@ -106,14 +114,12 @@ class Attempt:
         if self.setting.how == "plain":
             return main(self.command(words))
         self.out.mkdir(exist_ok=True)
-        faults_loop.Loop(self.out, self.setting.optimizer, self.setting.how, TIMEOUT).run()
+        faults_loop.Loop(self.out, self.setting.optimizer, self.setting.how, self.timeout).run()
         return 0
 
     def command(self, words: Sequence[str]) -> list[str]:
         """What the trainer is called with."""
-        given = list(words)
-        if "--timeout" not in given:
-            given += ["--timeout", str(TIMEOUT)]
+        given = [*words, "--timeout", f"{self.timeout:g}"]
         recipe = f"{RECIPES}:{self.setting.optimizer}"
         return ["train", recipe, "--out", str(self.out), "--save-every", "2", "--check", "1", *given]
 
@@ -149,9 +155,9 @@ class Attempt:
             os.waitpid(self.store, 0)
 
 
-def run(setting: Setting, out: Path, words: Sequence[str] = (), harm: Harm | None = None) -> list[Ended]:
-    """One start, to its end."""
-    return Attempt(setting, out, words, 0, harm).wait()
+def run(setting: Setting, out: Path, harm: Harm | None = None, timeout: float = PATIENCE) -> list[Ended]:
+    """One start, to its end, with a limit that is never reached: machines are slow at times."""
+    return Attempt(setting, out, (), 0, harm, timeout).wait()
 
 
 def state_of(pid: int) -> str:

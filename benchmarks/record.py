@@ -23,11 +23,12 @@ def read(path: Path) -> dict[str, Any]:
 class Record:
     """A file of cases, written after each of them: a run that was stopped goes on where it was.
 
-    facts: what else must be the same for results to stand in one file.
+    any_commit: cases of other commits stay, and each says of which it is. facts: what else must be the same for results
+    to stand in one file.
     """
 
-    def __init__(self, path: Path, device: str, **facts: Any):
-        self.path = path
+    def __init__(self, path: Path, device: str, any_commit: bool = False, **facts: Any):
+        self.path, self.any_commit = path, any_commit
         self.content: dict[str, Any] = {
             "machine": machine(device),
             "python": platform.python_version(),
@@ -37,17 +38,20 @@ class Record:
             **facts,
         }
         old = json.loads(path.read_text()) if path.exists() else {}
-        same = all(old.get(key) == value for key, value in self.content.items())
+        free = {"commit"} if any_commit else set()
+        same = all(old.get(key) == value for key, value in self.content.items() if key not in free)
         self.content["cases"] = old["cases"] if same else []
 
     def find(self, case: dict[str, Any]) -> list[dict[str, Any]] | None:
         """The rows of a case that was measured on this machine, with these versions and this commit."""
-        found = [c["rows"] for c in self.content["cases"] if {**c, "rows": None} == {**case, "rows": None}]
+        known = ({k: v for k, v in c.items() if k != "commit"} for c in self.content["cases"])
+        found = [c["rows"] for c in known if {**c, "rows": None} == {**case, "rows": None}]
         return found[0] if found else None
 
     def add(self, case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Write down a case."""
-        self.content["cases"].append({**case, "rows": rows})
+        commit = {"commit": self.content["commit"]} if self.any_commit else {}
+        self.content["cases"].append({**case, **commit, "rows": rows})
         self.write()
 
     def write(self) -> None:

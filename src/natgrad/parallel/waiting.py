@@ -7,6 +7,7 @@ soon after, since they wait for the same message; who has not signed within some
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -59,10 +60,13 @@ def lost(message: str, ranks: Sequence[int], rank: int, seconds: float, why: str
     present = sign(ranks, rank)
     late = "imed out" in why or "imeout" in why
     if present is None:
-        who, missing = "another rank, and the store in which ranks meet does not answer either", []
+        # torchrun's launcher keeps the store, or else the process of rank 0
+        apart = rank == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        missing = [] if apart else [0]
+        who = "another rank, and the store in which ranks meet does not answer" if apart else "rank 0"
     else:
         missing = [r for r in ranks if r not in present]
-        who = named(missing) if missing else "the others, who had stopped waiting for this one"
+        who = named(missing) if missing else "the others, who had stopped waiting for this one,"
     told = f"waited {seconds:.0f} s for {who} in {message}" if late else f"lost the connection to {who} in {message}"
     way = (
         "start all ranks again from the last checkpoint; a longer wait is natgrad train --timeout, "

@@ -30,6 +30,7 @@ from natgrad_lab.train.resume import (
 from natgrad_lab.train.saver import Saver, write_weights
 from natgrad_lab.train.state import check_recipe, state_of
 from natgrad_lab.train.stop import Stop
+from natgrad_lab.train.stragglers import Stragglers
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,11 @@ def open_journal(name: str, options: Options, job: Job, again: bool) -> Journal:
 
 def follow(job: Job, journal: Journal, saver: Saver | None, options: Options, stop: Stop) -> str:
     """Take all steps, judging the model and saving on the way, unless stopped."""
-    lost, status = 0, "finished"
+    lost, status, stragglers = 0, "finished", Stragglers(job.world)
     for step in steps(job, stop):
         journal.step(step)
+        for who, times in stragglers.add(step.stages).items():
+            journal.event("straggler", step=step.step, who=who, times_as_slow=round(times, 1))
         lost = 0 if math.isfinite(step.loss) else lost + 1
         if lost >= options.bad_steps:
             raise ValueError(not_finite(step, lost, saver))

@@ -33,8 +33,9 @@ def state_of(job: Job) -> tuple[Tensors, dict[str, Any]]:
     """What this rank is to write down, not copied, and what is no tensor."""
     alike: Tensors = {f"model/{name}": p for name, p in job.model.named_parameters()}
     alike |= {f"average/{name}": mean for name, mean in zip(_trained(job), job.average.means)}
-    kept = job.optimizer.state_dict()
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in kept["param_groups"]]
+    if isinstance(job.optimizer, SecondOrder):
+        job.optimizer.settle()  # brings the numbers of groups up to date
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     values: dict[str, Any] = {
         "ranks": job.world.size,
         "steps": job.steps,
@@ -50,7 +51,7 @@ def state_of(job: Job) -> tuple[Tensors, dict[str, Any]]:
             for parameter, state in states.items():
                 own |= {f"{place}optimizer/{names[parameter]}/{key}": value for key, value in state.items()}
     else:
-        values["state"] = pack(kept["state"], "optimizer/state", alike)
+        values["state"] = pack(job.optimizer.state_dict()["state"], "optimizer/state", alike)
     mine = sorted(alike)[job.world.rank :: job.world.size]
     return {**own, **{name: alike[name] for name in mine}}, values
 
@@ -118,7 +119,8 @@ def check_shapes(path: Path, table: Mapping[str, Any], here: Mapping[str, Tensor
             there = tuple(table[name].size) if name in table else "missing"
             own = name.removeprefix("rank-0/buffers/")
             raise ValueError(
-                f"checkpoint {str(path)!r} is of another network: {own} is {there}, not {tuple(tensor.shape)}"
+                f"checkpoint {str(path)!r} is of another network: {own} is {there}, not {tuple(tensor.shape)}; use the "
+                "command that began the run, or name another --out"
             )
 
 
