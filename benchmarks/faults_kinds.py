@@ -511,10 +511,10 @@ def other_model(trial: Trial) -> Outcome:
     half(trial)
     words = trial.draw.choice(
         [
-            ("--model.widths", "4", "6", "10"),
+            ("--model", "mlp", "--model.hidden", "9"),
             ("--optimizer.lr", "0.01"),
             ("--optimizer", "sgd"),
-            ("--model.widths", "4", "6", "10", "--accept-changes"),
+            ("--model", "mlp", "--model.hidden", "9", "--accept-changes"),
             ("--optimizer", "sgd", "--accept-changes"),
         ]
     )

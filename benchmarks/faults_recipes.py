@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from natgrad_lab.data import Digits, Regularisation
-from natgrad_lab.models import CifarResNet
-from natgrad_lab.train.optimizers import AdamW, KFac, Nlcg, Seng, SpNgd
+from natgrad_lab.models import Architecture, CifarResNet, Mlp
+from natgrad_lab.train.optimizers import AdamW, KFac, Nlcg, Seng, Settings, SpNgd
 from natgrad_lab.train.recipe import Recipe
 
 STEPS = 12
@@ -23,8 +21,8 @@ def budget() -> Recipe:
 
 
 def kfac() -> Recipe:
-    """K-FAC by eigenvectors; owners send directions."""
-    return _run(KFac(lr=0.05, refresh=2, inverse="eigen", gather="directions"))
+    """K-FAC by eigenvectors on a network with running statistics; owners send directions."""
+    return _run(KFac(lr=0.05, refresh=2, inverse="eigen", gather="directions"), CifarResNet(8, (2, 4, 4)))
 
 
 def seng() -> Recipe:
@@ -50,18 +48,16 @@ def adamw() -> Recipe:
 RECIPES = {f.__name__: f for f in (spngd, budget, kfac, seng, nlcg, nlcg_kfac, adamw)}
 
 
-def _run(optimizer: object) -> Recipe:
+def _run(optimizer: Settings, model: Architecture = Mlp((12,))) -> Recipe:  # noqa: B008  (frozen)
     blended = Regularisation(mixup=0.4, erase=0.5, per_sample=True)
-    recipe = Recipe(
+    return Recipe(
         Digits(),
-        CifarResNet(8, (4, 6, 8)),
-        optimizer,  # type: ignore[arg-type]
+        model,
+        optimizer,
         regularisation=blended,
         average=0.9,
         batch=60,
-        micro_batch=20,
         steps=STEPS,
-        evaluate_every=5,
+        evaluate_every=8,
         norm_samples=64,
     )
-    return replace(recipe, micro_batch=None) if isinstance(optimizer, AdamW) else recipe
