@@ -53,7 +53,7 @@ times what a rounding of weights and samples does to the reference itself:"""
 SHAKEN, DRAWS = 30, 3
 
 
-class Differs(AssertionError):
+class DifferenceError(AssertionError):
     """A step that is not the reference's."""
 
 
@@ -71,7 +71,7 @@ def precise(models: Sequence[nn.Module], optimizers: Sequence[Any]) -> Tensor:
 
 
 def ours(program: Program) -> list[Tensor]:
-    """The weights after each step, in double precision; Differs where ranks have not the same."""
+    """The weights after each step, in double precision; DifferenceError where ranks have not the same."""
     built, last = build(program).to(TYPES[program.dtype]), torch.preserve_format
     if "channels last" in program.ways:
         last = torch.channels_last
@@ -103,7 +103,7 @@ def ours(program: Program) -> list[Tensor]:
                 optimizer.load_state_dict(copy.deepcopy(saved))
             if not meet.wait(60):  # one looks at all, while the others wait
                 if any(not torch.equal(flat(other), flat(models[0])) for other in models):
-                    raise Differs(f"ranks differ: {program}")
+                    raise DifferenceError(f"ranks differ: {program}")
                 found.append(precise(models, optimizers))
             meet.wait(60)
 
@@ -170,7 +170,7 @@ def error(program: Program) -> tuple[float, float]:
     gone = max(float(torch.stack([(w - start).norm() for w in expected]).max()), 1e-12)
     rounding = float(start.norm()) * (1e-15 if program.dtype == "float64" else 1e-7)  # of the weights as they are kept
     if not all(bool(torch.isfinite(found).all()) for found in steps):
-        raise Differs(f"not finite: {program}")
+        raise DifferenceError(f"not finite: {program}")
     away = max(float((found - right).norm()) for found, right in zip(steps, expected, strict=True)) - rounding
     apart = 0.0
     for draw in range(DRAWS if away > TOLERANCES[program.dtype] * gone else 0):
@@ -180,10 +180,10 @@ def error(program: Program) -> tuple[float, float]:
 
 
 def check(program: Program) -> float:
-    """The error of a program; Differs where it is above what its type may have."""
+    """The error of a program; DifferenceError where it is above what its type may have."""
     found, shaken = error(program)
     if found > max(TOLERANCES[program.dtype], SHAKEN * shaken):
-        raise Differs(f"{found:.2g} of the way, and {shaken:.2g} by rounding alone: {program}")
+        raise DifferenceError(f"{found:.2g} of the way, and {shaken:.2g} by rounding alone: {program}")
     return found
 
 
@@ -236,9 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, help="other programs than those that are always the same")
-    parser.add_argument(
-        "--stop", action="store_true", help="end at the first one that differs, made as small as can be"
-    )
+    parser.add_argument("--stop", action="store_true", help="end at the first that differs, made as small as can be")
     parser.add_argument("--keep", action="store_true", help=f"write {RESULTS.name}")
     told = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -259,9 +258,8 @@ def vector_stages(draw: Any, size: int, stages: list[Stage]) -> int:
         kind = option(draw, *kinds)
         size = linear(draw, size, stages) if kind == "Linear" else size
         if kind == "Again":
-            square = [
-                k for k, (n, o) in enumerate(stages) if n == "Linear" and o["in_features"] == o["out_features"] == size
-            ]
+            matrices = [(k, options) for k, (name, options) in enumerate(stages) if name == "Linear"]
+            square = [k for k, o in matrices if o["in_features"] == o["out_features"] == size]
             if square:
                 stages.append(("Again", {"stage": square[-1]}))
         elif kind == "BatchNorm1d":

@@ -1,7 +1,7 @@
 """What an optimizer's steps must be, computed densely in float64 from the papers' definitions. natgrad is not imported.
 
 A layer is what is linear in its weight: the row a of a place is what the layer gives there for unit weights, one
-evaluation of the module for each of them. g is the gradient of a sample's own loss in the layer's output, from autograd.
+evaluation of the module for each of them. g is the gradient of a sample's own loss in the layer's output (autograd).
 With b blocks, o outputs, i inputs (the bias is the last one), n samples and s places:
 
     u [b, o, i]  = sum over a sample's places and calls of g a^T     its gradient
