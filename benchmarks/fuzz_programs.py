@@ -216,7 +216,7 @@ def optimizer_of(program: Program, model: Net, world: Any, scaler: Any = None) -
         blocks = Same(matrix, norm)
         if matrix in ("kron", "eigen"):
             blocks = LayerBlocks(KINDS[matrix], KINDS[norm])
-        options |= {"samples": None, "decay": s["decay"], "max_size": s["max_size"]}
+        options |= {"rows_per_dim": None, "ema_decay": s["ema_decay"], "max_size": s["max_size"]}
         options["preconditioner" if program.optimizer == "NLCG" else "curvature"] = blocks
     if program.optimizer == "NLCG":
         options |= {"beta": getattr(natgrad, s["beta"]), "step": natgrad.Scheduled(feedback=None)}
@@ -243,7 +243,7 @@ def reference_settings(program: Program) -> dict[str, Any]:
     own = {"optimizer": program.optimizer, "chunks": program.chunks * program.ranks, "length": "plain", **plain}
     eigen = program.settings.get("curvature", ("", ""))[0] == "eigen"
     own["vectors"] = VECTORS if "groups" in program.ways else 1.0
-    return {**own, "decay": 0.0, "max_size": 8192, **program.settings, "damps_at_once": eigen}
+    return {**own, "ema_decay": 0.0, "max_size": 8192, **program.settings, "damps_at_once": eigen}
 
 
 def option(draw: Any, *values: Any) -> Any:
@@ -362,7 +362,7 @@ def programs(draw: Any, types: tuple[str, ...] = tuple(TYPES)) -> Program:
         norms = ("unit", "full", "identity") if matrix in ("kron", "eigen") else ("unit", "full", "diag")
         settings |= {
             "curvature": (matrix, option(draw, *norms)),
-            "decay": option(draw, 0.0, 0.6),
+            "ema_decay": option(draw, 0.0, 0.6),
             "max_size": option(draw, 8192, 4),
         }
     if optimizer == "NLCG":

@@ -236,7 +236,7 @@ class Reference:
 
     def _measure(self, part: Part, p: float, sharp: Tensor) -> None:
         fresh = self._fresh(part, p, sharp)
-        share = min(self.settings["decay"], part.measured / (part.measured + 1)) if part.measured else 0.0
+        share = min(self.settings["ema_decay"], part.measured / (part.measured + 1)) if part.measured else 0.0
         if part.kind == "rows":
             share = 0.0
         for key, value in fresh.items():
