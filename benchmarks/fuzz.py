@@ -192,6 +192,7 @@ def features(program: Program) -> list[str]:
     names = {name for name, _ in program.stages} - {"Flatten", "MeanPlaces", "PlacesLast"}
     told = [program.optimizer, program.dtype, f"{program.ranks} ranks", program.loss, program.given[0], *sorted(names)]
     told += [f"length={program.settings.get('length', 'plain')}", f"{program.chunks} passes"]
+    told += [f"twist={program.twist}"] if program.twist else []
     told += [*program.ways, *(["frozen"] if program.frozen else [])]
     told += [f"{key}={value}" for key, value in program.world.items()]
     curvature = program.settings.get("curvature")

@@ -29,6 +29,9 @@ WAYS = ("groups", "resumed", "scaled", "directions", "channels last")
 """Vectors in a param_group of their own; a new optimizer loads the state after the first step; a GradScaler; owners
 send directions; images in channels last."""
 VECTORS = 0.3  # of the learning rate of matrices
+TWISTS = ("", "duplicates", "constant", "zeros", "tiny", "dead", "saturated", "huge")
+"""Samples that are all the same one; inputs of ones or zeros; inputs or the loss times 1e-30 or 1e30; a head of zeros,
+through which no gradient comes; biases of 50, behind which every tanh is flat. Huge inputs are for double precision."""
 LEAST = 3
 """Numbers that are normalised together: of two the result is always the same, and its gradient nothing but rounding."""
 RUNS = {"images": 2, "signal": 1}
@@ -53,6 +56,7 @@ class Program:
     dtype: str = "float64"
     frozen: tuple[int, ...] = ()  # parameters, by their place in the model
     ways: tuple[str, ...] = ()  # of WAYS
+    twist: str = ""  # of TWISTS
     seed: int = 0
 
 
@@ -124,6 +128,12 @@ def build(program: Program) -> Net:
     model = Net(program.stages).to(TYPES[program.dtype]).double()
     for k, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(k not in program.frozen)
+    if program.twist == "dead":
+        nn.init.zeros_(model.stages[-1].weight)  # type: ignore[arg-type]
+    if program.twist == "saturated":
+        for module in model.stages:
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and module.bias is not None:
+                nn.init.constant_(module.bias, 50.0)
     return model
 
 
@@ -135,15 +145,25 @@ def data(program: Program, step: int) -> tuple[Tensor, Tensor]:
     if kind == "tokens":
         x = torch.randint(sizes[1], (n, sizes[0]), generator=generator)
     else:
-        x = torch.randn(n, *sizes, generator=generator).to(TYPES[program.dtype]).double()
+        x = twisted(torch.randn(n, *sizes, generator=generator), program.twist).to(TYPES[program.dtype]).double()
+    if program.twist == "duplicates":
+        x = x[:1].expand_as(x).clone()
     classes = CLASSES if program.stages[-1][0] != "TiedHead" else sizes[1]
     shape = (n, *places_of(program))
     if program.loss == "squared":
         return x, torch.randn(*shape, classes, generator=generator).to(TYPES[program.dtype]).double()
     y = torch.randint(classes, shape, generator=generator)
+    if program.twist == "duplicates":
+        y = y[:1].expand_as(y).clone()
     if program.loss == "ignoring" and len(shape) > 1:
         y[:, 1::2] = -100
     return x, y
+
+
+def twisted(x: Tensor, twist: str) -> Tensor:
+    """Inputs as a twist has them."""
+    scales = {"tiny": 1e-30, "huge": 1e30, "zeros": 0.0}
+    return torch.ones_like(x) if twist == "constant" else x * scales.get(twist, 1.0)
 
 
 def places_of(program: Program) -> tuple[int, ...]:
@@ -377,6 +397,7 @@ def programs(draw: Any, types: tuple[str, ...] = tuple(TYPES)) -> Program:
             "rescale": option(draw, None, "always", "shrink"),
             "limit": 0.01,
         }
+    twist = option(draw, "", "", "", "", *TWISTS[: None if dtype == "float64" else -1])
     steps = option(draw, 1, 2, 4)
     rate = option(draw, 0.1, 0.01)
     ranks = option(draw, 1, 2, 3)
@@ -410,5 +431,6 @@ def programs(draw: Any, types: tuple[str, ...] = tuple(TYPES)) -> Program:
         dtype,
         () if count == 1 else frozen,
         tuple(ways),
+        twist,
         draw(st.integers(0, 99)),
     )

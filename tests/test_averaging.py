@@ -6,8 +6,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import natgrad
-from helpers import Net
+from helpers import OPTIMIZERS, Net, made
 from multi import SAME, run
+
+every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda o: o.__name__)
 
 
 def test_reduce_then_clip_equals_max_norm(double):
@@ -62,3 +64,27 @@ def test_a_change_of_mind_about_averaging_is_refused(double):
 
     with pytest.raises(ValueError, match=r'World\(gradients="local"\)'):
         run(2, Net(), batches, build_plain, now_and_then)
+
+
+@every_optimizer
+@pytest.mark.parametrize(("alike", "scale"), [(0, 0.0), (1, 0.0), (2, 1.0)])
+def test_equal_gradients_of_ranks_are_not_taken_for_averaged_ones(kind, alike, scale, double):
+    """A batch whose shares are the same on all ranks, or gradients of zero, which say nothing in the first step too."""
+    batches = [Net.batch(12, k) for k in range(4)]
+    batches[alike] = tuple(part[:6].repeat(2, *[1] * (part.dim() - 1)) for part in batches[alike])
+
+    def build(model, world):
+        return made(kind, model, lr=0.02, rows_per_dim=None, refresh=1, world=world)
+
+    def vanish(opt):
+        if opt.steps_made == alike:
+            for p in (p for g in opt.param_groups for p in g["params"]):
+                p.grad.mul_(scale)
+
+    model = Net()
+    results = run(2, model, batches, build, vanish)
+    (alone, _), *_ = run(1, model, batches, build, vanish)
+    for final, opt in results:
+        assert opt.gradients.mode == "local"
+        assert torch.equal(final, results[0][0])
+        assert_close(final, alone, **SAME)

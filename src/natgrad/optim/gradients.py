@@ -187,20 +187,28 @@ class Gradients:
             self.overlap.drop()
 
     def _are_local(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether ranks still hold their own gradients. Bit-equal ones were averaged before we saw them."""
+        """Whether ranks still hold their own gradients. Bit-equal ones were averaged before we saw them.
+
+        Gradients that are zero on all ranks say nothing. Ranks that had gradients of their own may happen to have equal
+        ones (samples that are alike, few bits): the mean of those is the same, so they count as the ranks' own.
+        """
         if self.world.size == 1 or self.world.gradients != "auto" or self.sharded:
             return self.mode == "local"
         marks = _marks(gradients)
         high = torch.cat([marks, torch.tensor([float(len(marks))], dtype=torch.float64)])
         ends = _ends(self.world, high)
-        mode = "averaged" if ends is not None and bool((ends[0] == -ends[1]).all()) else "local"
-        if self.mode not in ("auto", mode):
+        if ends is not None and not bool(ends[:, :-1].any()):
+            return self.mode == "local"
+        equal = ends is not None and bool((ends[0] == -ends[1]).all())
+        if self.mode == "averaged" and not equal:
             raise ValueError(
-                f"gradients were {self.mode} in earlier steps and look {mode} now: say which they are with "
-                f'world=World(gradients="local") for a plain model or World(gradients="averaged") for a wrapped one'
+                "gradients were the same on all ranks in earlier steps and are not in this one: say which they are "
+                'with world=World(gradients="local") for a plain model or World(gradients="averaged") for a wrapped one '
+                "(in which every step's last backward() must average)"
             )
-        self.mode = mode
-        return mode == "local"
+        if self.mode == "auto":
+            self.mode = "averaged" if equal else "local"
+        return self.mode == "local"
 
     def to_owners(self, storage: Storage, present: Sequence[bool], scale: float) -> list[Tensor | None]:
         """The mean gradients of the layers that this rank owns, divided by `scale` and clipped.
