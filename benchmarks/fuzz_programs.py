@@ -429,7 +429,7 @@ def programs(draw: Any, types: tuple[str, ...] = tuple(TYPES)) -> Program:
         ranks,
         world,
         dtype,
-        () if count == 1 else frozen,
+        () if count == 1 or "channels last" in ways else frozen,  # torch 2.13 ends with a segmentation fault there
         tuple(ways),
         twist,
         draw(st.integers(0, 99)),

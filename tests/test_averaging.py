@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import natgrad
-from helpers import OPTIMIZERS, Net, made
+from helpers import OPTIMIZERS, Net, heard, made
 from multi import SAME, run
 
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda o: o.__name__)
@@ -53,17 +53,31 @@ def build_plain(model, world):
     return natgrad.SPNGD(model, lr=0.02, rows_per_dim=None, world=world)
 
 
-def test_a_change_of_mind_about_averaging_is_refused(double):
-    batches = [Net.batch(24, k) for k in range(3)]
-    steps = {}
+@every_optimizer
+@pytest.mark.parametrize("refresh", [1, 1000])
+@pytest.mark.parametrize("way", ["averaged", "the same"])
+def test_gradients_that_were_alike_and_are_so_no_more_are_averaged_from_then_on(kind, way, refresh, double):
+    """Somebody has averaged them in the first two steps, or all ranks had the same samples."""
+    batches = [Net.batch(12, k) for k in range(5)]
+    if way == "the same":
+        batches[:2] = [tuple(part[:6].repeat(2, *[1] * (part.dim() - 1)) for part in own) for own in batches[:2]]
 
-    def now_and_then(opt):
-        steps[opt.world.rank] = steps.get(opt.world.rank, 0) + 1
-        if steps[opt.world.rank] == 1:
+    def build(model, world):
+        return made(kind, model, lr=0.02, rows_per_dim=None, refresh=refresh, world=world)
+
+    def early(opt):
+        if way == "averaged" and opt.steps_made < 2:
             opt.world.mean([p.grad for g in opt.param_groups for p in g["params"]])
 
-    with pytest.raises(ValueError, match=r'World\(gradients="local"\)'):
-        run(2, Net(), batches, build_plain, now_and_then)
+    model = Net()
+    (alone, _), *_ = run(1, model, batches, build)
+    with heard() as said:
+        results = run(2, model, batches, build, early)
+    for final, opt in results:
+        assert opt.gradients.mode == "local"
+        assert torch.equal(final, results[0][0])
+        assert_close(final, alone, **SAME)
+    assert sum("are each rank's own in this one" in str(w.message) for w in said) == 2
 
 
 @every_optimizer

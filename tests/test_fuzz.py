@@ -17,7 +17,7 @@ import fuzz
 import fuzz_reference
 from fuzz_programs import Program
 
-SHARE = 50
+SHARE = 40
 
 
 def test_random_programs_take_the_steps_of_the_reference():

@@ -95,7 +95,7 @@ def _look(batch: list[Fresh]) -> tuple[list[Tensor], Tensor]:
         torch._foreach_add_(means, [values[k] for k in ks], alpha=1 - share)
         for k, mean in zip(ks, means):
             fresh[k] = mean
-    numbers = list(torch._foreach_norm(values, math.inf))
+    numbers = list(torch._foreach_norm(fresh, math.inf))  # a mean with what is not finite any more is not finite
     pairs = [(one, new, old) for new, one in zip(fresh, batch) for old in one.cell.past(one.key)]
     if pairs:
         olds = _widened([old for *_, old in pairs], lasts[0].dtype)

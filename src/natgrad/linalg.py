@@ -42,8 +42,9 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
     factor, good, retries = _factor(matrix, damping)
     if good is None:
         return torch.cholesky_inverse(factor), retries
-    last = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) / damping[:, None, None]
-    return torch.where(good[:, None, None], torch.cholesky_inverse(factor), last), retries
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, eye))  # LAPACK raises where a root is 0
+    return torch.where(good[:, None, None], inverse, eye / damping[:, None, None]), retries
 
 
 def _factor(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor | None, int]:

@@ -37,6 +37,10 @@ from natgrad.layers.op_cost import OpCost, launched, moment_of, moved, product
 from natgrad.linalg import damped_inverse, first_inverse
 from natgrad.triangles import times
 
+MOST_PI = 0.4
+"""The largest pi is this power of the largest number. There both factors are nothing beside their damping (gradients of
+1e-16 and less in single precision), and a larger pi would only leave the range of numbers."""
+
 
 class LiveInput(NamedTuple):
     """A call's input, and how often it had been written to."""
@@ -195,6 +199,7 @@ class Kronecker(Curvature):
         a, g = traces["A"], traces["G"]
         usable = (a > 0) & (g > 0)  # a layer without signal has no ratio to go by
         pi = torch.where(usable, a / torch.where(usable, g, 1), 1).sqrt()
+        pi = pi.clamp_max(torch.finfo(pi.dtype).max ** MOST_PI)
         root = damping**0.5
         return {"A": pi * root, "G": root / pi}
 

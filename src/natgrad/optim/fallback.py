@@ -58,7 +58,8 @@ class Adam:
         counts = segment.state["adam_count"] + 1
         segment.state["adam_count"] = counts
         first.lerp_(segment.gradient, 1 - momentum)
-        second.lerp_(segment.gradient.square(), 1 - self.second)
+        limit = torch.finfo(second.dtype).max  # a square that is infinite would stay
+        second.lerp_(segment.gradient.square().clamp_max_(limit), 1 - self.second)
         return self._formed(segment, momentum, counts)
 
     def again(self, segment: Segment) -> Tensor:

@@ -30,6 +30,7 @@ class GradientReading(NamedTuple):
     """What was read of a step's gradients."""
 
     flags: Tensor
+    ends: Tensor  # the maxima over ranks of their least and largest numbers, and of minus these; empty if not asked
     square: Tensor  # of their norm; empty on the only rank, which does not need it
     early: Tensor  # norms of gradients that left early, when they left and now
 
@@ -55,6 +56,7 @@ class Gradients:
         self.local = False  # they were this rank's own, of its own samples
         self.clipped: Tensor | None = None  # by this the mean was multiplied, where it may be clipped
         self.loaded = False  # a state was loaded: some of it may be missing
+        self.parted = False  # gradients looked averaged until they did not
         self.overlap: Overlap | None = None
         self._filled: Sequence[StepVector] | None = None  # vectors that hold this step's gradients as they are
 
@@ -128,6 +130,9 @@ class Gradients:
             self.give_up()
             storage.release()
             return None
+        high, low = told.ends.view(2, -1)
+        if not torch.equal(high, -low):
+            self._part()
         if early is not None:
             early.check(told.early, scale.seen)
         if (look or self.mode == "auto") and not self.reduced and self.active == self.world.size:
@@ -170,15 +175,27 @@ class Gradients:
             norms = square = ends[:0]
             if self.world.size > 1 and vectors:
                 square = together([torch.linalg.vector_norm(vector) for vector in vectors]).square().sum()
+        if self.world.size > 1 and vectors:  # the sum over ranks must be finite too, in the gradients' own type
+            most = min(torch.finfo(vector.dtype).max for vector in vectors)
+            ends = ends * (torch.finfo(ends.dtype).max / most * self.world.size)
         finite = torch.isfinite(ends).all()
         own = to_device([float(flag) for flag in (flags if self.world.size > 1 else flags[:1])], device)
         own[0] = ~finite if bad is None else ~finite | (bad.to(device) != 0).any()
+        count = len(own)
+        if self._may_part:
+            own = torch.cat([own, ends, -ends])
         self.world.max([own], "scalars")
         told = list[Tensor]()
-        for numbers in (own, square, norms):
+        for numbers in (own[:count], own[count:], square, norms):
             readings.ask(numbers, told.append)
         readings.read()
         return GradientReading(*told)
+
+    @property
+    def _may_part(self) -> bool:
+        """Whether gradients are averaged as far as is known: every step then looks whether all ranks have the same."""
+        guessed = self.mode == "averaged" and self.world.gradients == "auto" and not self.sharded
+        return guessed and self.world.size > 1 and not self.reduced and self.active == self.world.size
 
     def give_up(self) -> None:
         """Forget the gradients of this step."""
@@ -200,15 +217,16 @@ class Gradients:
         if ends is not None and not bool(ends[:, :-1].any()):
             return self.mode == "local"
         equal = ends is not None and bool((ends[0] == -ends[1]).all())
-        if self.mode == "averaged" and not equal:
-            raise ValueError(
-                "gradients were the same on all ranks in earlier steps and are not in this one: say which they are "
-                'with world=World(gradients="local") for a plain model or World(gradients="averaged") for a wrapped one '
-                "(in which every step's last backward() must average)"
-            )
         if self.mode == "auto":
             self.mode = "averaged" if equal else "local"
+        elif not equal:
+            self._part()
         return self.mode == "local"
+
+    def _part(self) -> None:
+        """Gradients that were the same on all ranks are the ranks' own in this step, and from now on averaged here."""
+        self.parted |= self.mode == "averaged"
+        self.mode = "local"
 
     def to_owners(self, storage: Storage, present: Sequence[bool], scale: float) -> list[Tensor | None]:
         """The mean gradients of the layers that this rank owns, divided by `scale` and clipped.

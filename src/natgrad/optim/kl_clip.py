@@ -66,7 +66,7 @@ class KLClip:
         world.sum_over_owners([change], "scalars")
         factor = shortened(change, self.limit)
         bound = torch.full_like(change, self.limit)
-        numbers.update(change=change.abs() * factor.square(), bound=bound, factor=factor)
+        numbers.update(change=torch.minimum(change.abs(), bound), bound=bound, factor=factor)
         return [factor] * len(segments)
 
 
@@ -143,7 +143,7 @@ class MeasuredChange:
         factor = shortened(change, bound)
         bend = numbers["shown_loose"] / numbers["walked_loose"].clamp_min(TINY)
         loose = shortened(change_loose * bend.clamp_min(0), self.limit)
-        numbers.update(change=change.abs() * factor.square(), bound=bound, factor=factor, loose=loose)
+        numbers.update(change=torch.minimum(change.abs(), bound), bound=bound, factor=factor, loose=loose)
         factors = [(factor if foretold(segment) else loose).to(segment.gradient.device) for segment in segments]
         for segment, (predictions, slopes, _), own in zip(segments, ahead, factors):
             steps = (segment.lr * own).expand_as(predictions)
@@ -167,7 +167,7 @@ class MeasuredChange:
         """Running sums of what was shown and foreseen [curved or loose, 2], and their ratio, at first `first`."""
         names = (("shown", "foreseen"), ("shown_loose", "walked_loose"))
         known = torch.stack([numbers[name] for own in names for name in own]).view(2, 2)
-        says = told[:, 1:] > 0
+        says = (told[:, 1:] > 0) & torch.isfinite(told).all(1, keepdim=True)
         known = torch.where(says, torch.lerp(known, told, 1 - self.memory), known)
         numbers.update(zip([name for own in names for name in own], known.flatten().unbind()))
         numbers["heard"] = numbers["heard"] + says[0, 0]
@@ -193,8 +193,8 @@ def summed(segment: Segment) -> Tensor:
 
 
 def shortened(change: Tensor, bound: Tensor | float) -> Tensor:
-    """The factor, at most 1, that brings a change that is quadratic in it to the bound."""
-    return (bound / change.abs().clamp_min(TINY)).sqrt().clamp_max(1)
+    """The factor, at most 1, that brings a change that is quadratic in it to the bound; 0 if that is no number."""
+    return (bound / change.abs().clamp_min(TINY)).sqrt().clamp_max(1).nan_to_num(0.0)
 
 
 kl_clip = KLClip()

@@ -60,10 +60,16 @@ PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")  # numbers of a group that schedules change
 WARNED = 2  # measurements of a layer in a row that cannot be used are said
 LOOSENED = 5  # so many, and the layer trains by the fallback
+SKIPPED_SAID = 10  # steps in a row that were skipped are said; a GradScaler has found its scale by then
 SAYS_NOTHING = 1 / 30  # of lr is left in the mean of many steps: which lr it is makes no difference
 NEVER_CALLED = "its module is never called in a pass that adds to its gradient, though its weight gets one"
 UNKNOWN_SAMPLES = "which of its rows are of which sample cannot be seen"
 NOT_SAMPLED = "its output does not enter the prediction that sample() was given, so its curvature is not known"
+PARTED = (
+    "gradients were the same on all ranks in earlier steps, as a wrapper leaves them, and are each rank's own in this "
+    'one: they are averaged here from now on. World(gradients="local") for a plain model, World(gradients="averaged") '
+    "for a wrapped one, says how it is; in a wrapped one every step's last backward() must average"
+)
 HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
 
 
@@ -136,7 +142,7 @@ class SecondOrder(Optimizer):
         self.staleness = refresh if isinstance(refresh, Staleness) else Every(refresh)
         self.method = Method(rule, length, fallback, gather, rescale, reduction or "mean")
         self.scaler, self.ema_decay = scaler, ema_decay
-        self.skipped = 0  # steps given up because a gradient was not finite
+        self.skipped = self._skipped_in_a_row = 0  # steps given up because a gradient was not finite
         self.strict, self.seed, self.rows_per_dim, self.max_size = strict, seed, rows_per_dim, max_size
         self.curvature, self.sampled, self.batch_dim = curvature, fisher == "sampled", batch_dim
         self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
@@ -593,8 +599,14 @@ class SecondOrder(Optimizer):
             agreed = self.gradients.agree(self.cells, self.storage, watched, scale, self.readings)
         if agreed is None:
             self.skipped += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row == SKIPPED_SAID:
+                self.say(self._why_skipped(), "skipped")
             self.engine.capture.discard()
             return
+        self._skipped_in_a_row = 0
+        if self.gradients.parted:
+            self.say(PARTED, "parted")
         averaged = self.world.replicates and self.gradients.mode == "averaged"
         if self._divided and self.shards is None and (averaged or not self.world.owners):
             self._own_everything()
@@ -802,6 +814,17 @@ class SecondOrder(Optimizer):
         """Why a layer has no curvature: a guess that did not hold says so."""
         kind = type(layer.module).__name__
         return f"{UNREGISTERED} {kind}, which does not use it as its shape suggests" if layer.guess else why
+
+    def _why_skipped(self) -> str:
+        """What to do about steps that are skipped one after the other. The host waits."""
+        own = [(name, p) for name, p in self._model.named_parameters() if p in self._places]
+        lost = [name for name, p in own if not bool(torch.isfinite(local_of(p.detach())).all())]
+        bad = [name for name, p in own if p.grad is not None and not bool(torch.isfinite(local_of(p.grad)).all())]
+        told = f"the last {SKIPPED_SAID} steps were skipped, because gradients were not finite; "
+        if lost:
+            return f"{told}{shortened(lost)}: the weights are not finite, so no later step can be: load a checkpoint"
+        where = f"now those of {shortened(bad)}" if bad else "now on another rank"
+        return f"{told}{where}: look at the loss and the samples, or take a lower learning rate"
 
     def say(self, message: str, about: str | None = None) -> None:
         """A warning, once for what it is about."""
