@@ -1,4 +1,4 @@
-"""Checks what no linter does: circles of imports, homonyms in the library, files that the docs name and nobody has.
+"""Checks what no linter does: import circles, homonyms, files that the docs name and nobody has, undocumented names.
 
 python tests/structure.py    prints one line per offence and exits with 1 if there is any
 """
@@ -117,12 +117,45 @@ def missing(pages: Iterable[Path], files: Iterable[Path]) -> list[str]:
     ]
 
 
+REFERENCED = ("natgrad", "natgrad.curvature", "natgrad.layers", "natgrad.optim", "natgrad.parallel", "natgrad.refresh")
+"""The modules whose `__all__` the site documents."""
+
+
+def public_names() -> dict[str, set[str]]:
+    """Every public name, as module.name, with all names that mean the same object."""
+    found = modules(ROOT / "src")
+    named: dict[str, set[str]] = {}
+    for module in REFERENCED:
+        for node in ast.parse(found[module].read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets):
+                for name in ast.literal_eval(node.value):
+                    named.setdefault(name, set()).add(f"{module}.{name}")
+    return named
+
+
+def documented() -> set[str]:
+    """The names that a page of the site has an entry for (`::: natgrad.SPNGD`)."""
+    pages = (ROOT / "docs").rglob("*.md")
+    return {name for page in pages for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M)}
+
+
+def undocumented() -> list[str]:
+    """Public names without an entry on a page, under any of the modules that offer them."""
+    known = documented()
+    return [
+        f"no page has an entry for {' or '.join(sorted(names))}"
+        for names in public_names().values()
+        if not names & known
+    ]
+
+
 def main() -> int:
     offences = [f"import cycle: {' -> '.join(circle)}" for circle in cycles(import_graph(ROOT / "src"))]
     for package in PACKAGES:
         offences += homonyms(inside(ROOT / "src", package), ROOT)
     ours = [path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
-    offences += missing([*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ours)
+    offences += missing([*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"], ours)
+    offences += undocumented()
     for line in offences:
         print(line)
     return 1 if offences else 0

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
+__all__ = ["Adaptive", "Budget", "Every", "History", "NextInterval", "Staleness"]
+
 
 class History(NamedTuple):
     """What is known of one statistic when it has just been measured again.
