@@ -189,14 +189,14 @@ def loss_of(program: Program, model: nn.Module, x: Tensor, y: Tensor) -> tuple[T
 
 
 KINDS: dict[str, Any] = {
-    "kron": natgrad.Kronecker,
-    "eigen": natgrad.EigenKronecker,
-    "unit": natgrad.UnitWise,
-    "full": natgrad.Full,
+    "kron": natgrad.curvature.Kronecker,
+    "eigen": natgrad.curvature.EigenKronecker,
+    "unit": natgrad.curvature.UnitWise,
+    "full": natgrad.curvature.Full,
     "diag": natgrad.Diagonal,
-    "identity": natgrad.Identity,
+    "identity": natgrad.curvature.Identity,
 }
-COEFFICIENTS = {"corrected": natgrad.corrected, "tied": natgrad.tied, "heavy_ball": natgrad.heavy_ball}
+COEFFICIENTS = {"corrected": natgrad.optim.corrected, "tied": natgrad.optim.tied, "heavy_ball": natgrad.optim.heavy_ball}
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def blocks_of(program: Program) -> dict[str, str]:
     return {"matrix": "kron" if matrix == "eigen" else matrix, "norm": norm}
 
 
-LENGTHS = {"plain": natgrad.plain, "trust": natgrad.trust, "measured": natgrad.measured_change}
+LENGTHS = {"plain": natgrad.plain, "trust": natgrad.trust, "measured": natgrad.optim.measured_change}
 
 
 def optimizer_of(program: Program, model: Net, world: Any, scaler: Any = None) -> Any:

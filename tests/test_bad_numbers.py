@@ -45,7 +45,7 @@ def test_a_batch_of_one_gives_the_steps_of_the_reference():
 def test_pi_stays_within_the_range_of_numbers(size, dtype):
     """However unlike the factors: far out both are nothing beside their damping, and the step is the gradient's."""
     traces = {"A": torch.ones(1, dtype=dtype), "G": torch.full((1,), size, dtype=dtype)}
-    parts = natgrad.Kronecker().split(traces, 1e-2)
+    parts = natgrad.curvature.Kronecker().split(traces, 1e-2)
     for part in parts.values():
         assert 1e-30 < float(part) < 1e30
     assert_close(parts["A"] * parts["G"], torch.full((1,), 1e-2, dtype=dtype), rtol=1e-5, atol=0)
