@@ -193,7 +193,6 @@ KINDS: dict[str, Any] = {
     "eigen": natgrad.curvature.EigenKronecker,
     "unit": natgrad.curvature.UnitWise,
     "full": natgrad.curvature.Full,
-    "diag": natgrad.Diagonal,
     "identity": natgrad.curvature.Identity,
 }
 COEFFICIENTS = {"corrected": natgrad.optim.corrected, "tied": natgrad.optim.tied, "heavy_ball": natgrad.optim.heavy_ball}
@@ -378,8 +377,8 @@ def programs(draw: Any, types: tuple[str, ...] = tuple(TYPES)) -> Program:
     if optimizer == "SENG":
         settings |= {"columns": option(draw, "empirical", "improved"), "block": option(draw, "layer", "network")}
     else:
-        matrix = option(draw, "kron", "eigen", "unit", "full", "diag")
-        norms = ("unit", "full", "identity") if matrix in ("kron", "eigen") else ("unit", "full", "diag")
+        matrix = option(draw, "kron", "eigen", "unit", "full")
+        norms = ("unit", "full", "identity") if matrix in ("kron", "eigen") else ("unit", "full")
         settings |= {
             "curvature": (matrix, option(draw, *norms)),
             "ema_decay": option(draw, 0.0, 0.6),

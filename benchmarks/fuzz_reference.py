@@ -263,8 +263,6 @@ class Reference:
         if part.kind == "unit":
             u = u.flatten(1, 2)
             return {"F": torch.einsum("nui,nuj->uij", u, u) / samples}
-        if part.kind == "diag":
-            return {"F": u.square().mean(0)}
         u = u.flatten(1)
         return {"F": u.T @ u / samples} if part.kind == "full" else {"U": u / samples**0.5}
 
@@ -290,8 +288,6 @@ class Reference:
             return torch.block_diag(*blocks)
         if part.kind == "unit":
             return torch.block_diag(*(known["F"] + damping * eye(i)))
-        if part.kind == "diag":
-            return torch.diag(known["F"].flatten() + damping)
         fisher = known["F"] if part.kind == "full" else known["U"].T @ known["U"]
         return fisher + damping * eye(b * o * i)
 
