@@ -1,34 +1,52 @@
-# Everything a newcomer needs: `make demo` runs the main job, `make test` passes the tests.
-# Both create .venv and install what they need when it is not there yet.
+# Everything a newcomer needs: `make demo` runs the main job, `make test` passes the tests, `make` lists the rest.
+# Each target creates .venv and installs what it needs when it is not there yet.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench docs format clean
+# What `make test-fast` runs: mathematics, capture, state and ranks, without the workbench, processes and whole runs.
+FAST := $(addprefix tests/test_,exact.py linalg.py triangles.py conv.py norms.py capture.py passes.py laws_layers.py \
+	momentum.py ranks.py state.py habits.py additions.py structure.py packing.py placement.py schedules.py)
 
-demo: $(READY)
+.PHONY: help setup demo test test-fast lint bench docs format release clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## .venv with everything for working on natgrad; the other targets do this by themselves
+
+demo: $(READY)  ## the main job: SP-NGD beside tuned first-order optimizers, and a report
 	$(BIN)/natgrad compare text --profile demo --ranks 2 --out runs/demo
 
-test: $(READY)
+test: $(READY)  ## the whole suite, some minutes on 2 cores
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-lint: $(READY)
+test-fast: $(READY)  ## a part of the suite that ends within a minute on 2 cores
+	@start=$$(date +%s); \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=5 $(FAST) || exit 1; \
+	took=$$(($$(date +%s) - start)); [ $$took -le 60 ] || \
+	echo "test-fast took $$took s, more than 60: if nothing else ran, take the slowest file out of FAST (Makefile)"
+
+lint: $(READY)  ## ruff, import-linter, pyright, structure
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --verbose
 	$(BIN)/pyright
 	$(BIN)/python tests/structure.py
 
-format: $(READY)
+format: $(READY)  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
+bench: $(READY)  ## the figures of the README (hours); DATA=folder of CIFAR-100
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
-docs: $(VENV)/.ready-docs
+docs: $(VENV)/.ready-docs  ## the site
 	$(BIN)/mkdocs build --strict
+
+release: $(READY)  ## build sdist and wheel into dist/, test the wheel in a clean environment; uploads nothing
+	$(BIN)/python tools/release.py $(if $(TRIAL),--trial)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,5 +58,5 @@ $(VENV)/.ready-docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
-clean:
-	rm -rf $(VENV) runs site build .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove what these targets have made, runs too
+	rm -rf $(VENV) runs site build dist .pytest_cache .ruff_cache .hypothesis

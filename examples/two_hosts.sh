@@ -2,6 +2,10 @@
 # One run on two hosts (or more), started by hand: the same line on every host.
 #
 #   HOSTS=2 FIRST=hostname-of-one ./two_hosts.sh imagenet_spngd_32k --data.path /data/imagenet --out /shared/runs/first
+#   HOSTS=2 FIRST=hostname-of-one ./two_hosts.sh own_script.py --out /shared/runs/own
+#
+# The first word is a recipe of `natgrad train`, or a file that ends with .py: a script of your own, which goes on from its last
+# checkpoint by itself (own_script.py does).
 #
 # FIRST is the host on which the ranks meet. /shared is a folder that all hosts see: results and checkpoints go there; the
 # data may lie elsewhere on each host. torchrun starts one rank a GPU (or RANKS a host), and starts all of them again,
@@ -17,6 +21,11 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 : "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:=150}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 
+case "${1:?name a recipe or a script}" in
+*.py) program=("$@") ;;
+*) program=(-m natgrad_lab train "$@" --auto-resume) ;;
+esac
+
 exec torchrun \
     --nnodes "$HOSTS" \
     --nproc-per-node "$RANKS" \
@@ -24,4 +33,4 @@ exec torchrun \
     --rdzv-backend c10d \
     --rdzv-endpoint "$FIRST:$PORT" \
     --rdzv-id "$RUN" \
-    -m natgrad_lab train "$@" --auto-resume
+    "${program[@]}"

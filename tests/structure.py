@@ -153,7 +153,9 @@ def main() -> int:
     offences = [f"import cycle: {' -> '.join(circle)}" for circle in cycles(import_graph(ROOT / "src"))]
     for package in PACKAGES:
         offences += homonyms(inside(ROOT / "src", package), ROOT)
-    ours = [path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    ours = [
+        path for folder in ("src", "tests", "benchmarks", "examples", "tools") for path in (ROOT / folder).rglob("*.py")
+    ]
     offences += missing([*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"], ours)
     offences += undocumented()
     for line in offences:

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 COMPARED = EXAMPLES.pop("compare_mine")  # test_compare_open.py has it
+EXAMPLES.pop("own_script")  # complete, so not short; test_gallery.py has it
 NEEDS = {"hf_trainer": "transformers", "lightning_module": "lightning", "accelerate_loop": "accelerate"}
 RANKS = {"join": 2}
 
