@@ -129,8 +129,8 @@ def chunks_of(program: Program, step: int) -> list[tuple[Tensor, Tensor]]:
 def theirs(program: Program, shaken: int | None = None) -> tuple[list[Tensor], Tensor]:
     """The reference's weights after each step, and those before the first one.
 
-    shaken: weights, samples, outputs of layers and their gradients are off by a rounding of the program's type, drawn
-    with this seed.
+    shaken: weights, samples, outputs of layers and their gradients are off by a rounding of the program's type, and
+    matrices that are inverted by one of the type in which curvature is kept, drawn with this seed.
     """
     generator, limits = torch.Generator().manual_seed(shaken or 0), torch.finfo(TYPES[program.dtype])
 
@@ -148,12 +148,18 @@ def theirs(program: Program, shaken: int | None = None) -> tuple[list[Tensor], T
     def loss(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
         return loss_of(program, net, x, y)
 
+    def shake_matrix(matrix: Tensor) -> Tensor:
+        noise = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+        kept = torch.finfo(torch.promote_types(TYPES[program.dtype], torch.float32))
+        return matrix * (1 + kept.eps * (noise + noise.T) / 2)
+
     model = build(program)
     for parameter in model.parameters():
         parameter.data = shake(parameter.data)
     model.shake = model.shake if shaken is None else shake_both
     start = flat(model)
     reference, found = Reference(model, reference_settings(program), blocks_of(program)), []
+    reference.shake = reference.shake if shaken is None else shake_matrix
     for step, (lr, damping) in enumerate(zip(program.rates, program.dampings)):
         chunks = [(shake(x), y) for x, y in chunks_of(program, step)]
         reference.step(chunks, loss, lr, damping, program.ranks)

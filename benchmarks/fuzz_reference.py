@@ -14,7 +14,7 @@ Every damped block is written out as one matrix and solved. Rules and lengths ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class Part:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     measured: int = 0
     used: float = 0.0  # the damping of the inverses
-    inverse: Tensor | None = None  # dense [numel, numel]
+    matrix: Tensor | None = None  # the damped Fisher block [numel, numel]
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -152,6 +152,7 @@ class Reference:
         self.parts: list[Part] = []
         self.step_number, self.calls = 0, list[tuple[Part, nn.Module, Tensor, Tensor]]()
         self.last_lr = self.first_lr = 0.0
+        self.shake: Callable[[Tensor], Tensor] = lambda x: x  # a matrix that is to be inverted
         self._find(blocks)
 
     def _find(self, blocks: Mapping[str, str]) -> None:
@@ -304,9 +305,9 @@ class Reference:
                 continue
             at_once = self.settings["damps_at_once"] or part.kind in ("rows",)
             if not part.used or at_once or abs(damping / part.used - 1) > 0.1:
-                part.inverse, part.used = self._dense(part, damping), damping
-            assert part.inverse is not None
-            found[k] = torch.linalg.solve(part.inverse, values[k].flatten()).view(part.shape)
+                part.matrix, part.used = self.shake(self._dense(part, damping)), damping
+            assert part.matrix is not None
+            found[k] = torch.linalg.solve(part.matrix, values[k].flatten()).view(part.shape)
         return found
 
     def _solve_network(self, values: Mapping[int, Tensor], damping: float) -> dict[int, Tensor]:
@@ -316,7 +317,7 @@ class Reference:
             return {k: v.clone() for k, v in values.items()}
         u = torch.cat([self.parts[k].statistics["U"] for k in curved], 1)
         right = torch.cat([values[k].flatten() for k in curved])
-        joined = torch.linalg.solve(u.T @ u + damping * eye(len(right)), right)
+        joined = torch.linalg.solve(self.shake(u.T @ u + damping * eye(len(right))), right)
         parts = joined.split([values[k].numel() for k in curved])
         return {k: part.view(self.parts[k].shape) for k, part in zip(curved, parts)}
 
