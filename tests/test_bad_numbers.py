@@ -140,3 +140,29 @@ def test_weights_that_are_not_finite_are_named():
         said += said_by(opt.step)
         opt.zero_grad()
     assert [text for text in said if "2.weight: the weights are not finite" in text]
+
+
+@pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.KFAC, natgrad.SENG])
+def test_layers_whose_factorisations_keep_failing_are_named_once(kind):
+    model = mlp()
+    opt = kind(model, lr=1e-3, refresh=1)
+    said = []
+    with bad_numbers.failing(10**9):
+        for k in range(6):
+            backward(model, points(16, k))
+            said += [(k, text[:3]) for text in said_by(opt.step) if "could not be inverted" in text]
+            opt.zero_grad()
+    assert sorted(said) == [(2, "0: "), (2, "2: ")]
+    assert opt.engine.mended == {"0": 6, "2": 6}
+
+
+def test_steps_whose_bound_stays_at_its_floor_are_said_once():
+    model = mlp()
+    length = natgrad.MeasuredChange(first=1e9, least=1e-8, most=1e-8, memory=0.999)
+    opt = natgrad.SPNGD(model, lr=0.1, length=length)
+    said = []
+    for k in range(120):
+        backward(model, points(16, k))
+        said += [(k, text) for text in said_by(opt.step) if "the least that is allowed" in text]
+        opt.zero_grad()
+    assert [k for k, _ in said] == [100]  # it is heard with the next step

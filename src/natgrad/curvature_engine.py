@@ -165,6 +165,7 @@ class CurvatureEngine:
         self.replace(cells)
         self.seconds: dict[str, float] = {}
         self.retries = 0  # factorisations that needed more damping
+        self.mended: dict[str, int] = {}  # by layer: refreshes in which something could not be inverted at once
         self.dropped = 0  # statistics that could not be used
         self.share = 0.0  # of the statistics, measured in the last step
         self.samples = 0  # in the last step that measured, on all ranks
@@ -324,6 +325,8 @@ class CurvatureEngine:
         if work is not None:
             with self.timed("factor"):
                 self.retries += work.mend()
+            for name in work.troubled:
+                self.mended[name] = self.mended.get(name, 0) + 1
             with self.timed("messages"):
                 work.deliver()
 

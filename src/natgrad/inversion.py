@@ -138,6 +138,7 @@ class Inversion:
     def invert(self, readings: Readings) -> None:
         """Make the inverses that fall to this rank, and ask which of them can be used; `mend` follows after a read."""
         self.failed: list[Attempt] = []
+        self.troubled: set[str] = set()  # layers of which something could not be inverted
         attempts = list[tuple[Tensor, Attempt]]()
         for curvature, slabs in self._batches():
             inverse, good = curvature.factor(slabs[0].key, *self._together(slabs))
@@ -155,9 +156,18 @@ class Inversion:
 
         def hear(sound: Tensor) -> None:
             told = iter(sound.tolist())
-            self.failed += [attempt for good, attempt in attempts if not all(list(islice(told, len(good))))]
+            for good, attempt in attempts:
+                found = list(islice(told, len(good)))
+                if not all(found):
+                    self.failed.append(attempt)
+                    self.troubled |= self._behind(attempt[1], found)
 
         readings.ask(torch.cat([good for good, _ in attempts]), hear)
+
+    def _behind(self, slabs: Sequence[Slab], found: Sequence[bool]) -> set[str]:
+        """The layers of which some block was not inverted, by name."""
+        owners = [k for slab in slabs for k in slab.cells for _ in range(self._blocks(k, slab.key))]
+        return {self.cells[k].name for k, good in zip(owners, found) if not good}
 
     def mend(self) -> int:
         """Make again, with more damping, what could not be inverted. Returns how many retries that took."""

@@ -60,6 +60,7 @@ PLACEMENT_ROWS = 4096  # rows for which placement weighs layers
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")  # numbers of a group that schedules change
 WARNED = 2  # measurements of a layer in a row that cannot be used are said
 LOOSENED = 5  # so many, and the layer trains by the fallback
+MENDED_SAID = 3  # refreshes in which a layer's curvature needed more damping are said
 SKIPPED_SAID = 10  # steps in a row that were skipped are said; a GradScaler has found its scale by then
 SAYS_NOTHING = 1 / 30  # of lr is left in the mean of many steps: which lr it is makes no difference
 NEVER_CALLED = "its module is never called in a pass that adds to its gradient, though its weight gets one"
@@ -154,6 +155,7 @@ class SecondOrder(Optimizer):
         self.said: set[str] = set()  # warnings that were given
         self.readings = Readings()
         self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
+        self.at_floor = 0  # steps in a row whose bound was the least one
         self._counted: tuple[Clocks, tuple[bool, ...], Preconditioned] | None = None
         self._join_config = uneven.nobody()
         self._scope = None if params is None else validation.scope_of(params)
@@ -615,6 +617,7 @@ class SecondOrder(Optimizer):
         if self.engine.unfinished:
             self.readings.read()
             self.engine.conclude()
+            self._say_mended()
         present = self._look_after(found, agreed.present, agreed.halves, step)
         with self.engine.timed("messages"):
             gradients = self.gradients.to_owners(self.storage, present, scale.now)
@@ -701,6 +704,16 @@ class SecondOrder(Optimizer):
             group.update(zip(self.method.length.numbers, values.tolist()))
         own = self.param_groups[0]
         self.factors.append(max(own["factor"], 1e-30))
+        floor = getattr(self.method.length, "least", 0.0)
+        self.at_floor = self.at_floor + 1 if own["bound"] <= floor and own["factor"] < 1 else 0
+        if self.at_floor == self.factors.maxlen:
+            self.say(
+                f"the last {self.at_floor} steps were all shortened to a predicted change of {floor:g}, the least that "
+                f"is allowed: gradients change {own['ratio']:.2g} times as fast along the steps as the curvature "
+                "predicts. So does the noise of a small batch: a larger batch or more damping gives longer steps, or "
+                "length=MeasuredChange(least=...)",
+                "floor",
+            )
         if len(self.factors) == self.factors.maxlen:
             share = math.exp(fmean(map(math.log, self.factors)))
             if share < SAYS_NOTHING:
@@ -815,6 +828,17 @@ class SecondOrder(Optimizer):
         kind = type(layer.module).__name__
         return f"{UNREGISTERED} {kind}, which does not use it as its shape suggests" if layer.guess else why
 
+    def _say_mended(self) -> None:
+        """Warn of layers that are held here whose factorisations keep failing."""
+        for name, times in self.engine.mended.items():
+            if times >= MENDED_SAID:
+                self.say(
+                    f"{name or 'the model'}: its curvature could not be inverted with the damping that was asked for, "
+                    f"{times} times so far, and got more: inputs or gradients of very unlike sizes make a nearly "
+                    "singular matrix; look at its inputs, or raise the damping",
+                    f"mended {name}",
+                )
+
     def _why_skipped(self) -> str:
         """What to do about steps that are skipped one after the other. The host waits."""
         own = [(name, p) for name, p in self._model.named_parameters() if p in self._places]
@@ -862,7 +886,7 @@ class SecondOrder(Optimizer):
             cells = self._lay_out()
             old = self.engine
             self.engine = self._engine(cells, predictions)
-            for name in ("judged", "local", "seconds", "retries", "dropped", "samples", "assumed"):
+            for name in ("judged", "local", "seconds", "retries", "mended", "dropped", "samples", "assumed"):
                 setattr(self.engine, name, getattr(old, name))
             self.engine.replace(cells)
             self._replace_state(before, steps)

@@ -168,7 +168,17 @@ def numbers(logs: list[Log]) -> Picture | None:
             + (" Dashed: the batch." if len(logs) == 1 else ""),
             _batch(logs[0]) if len(logs) == 1 else None,
         ),
-        Number("Steps skipped so far", _skipped(logs), "Their gradients were not finite."),
+        Number("Steps skipped so far", _counted(logs, "skipped"), "Their gradients were not finite."),
+        Number(
+            "Statistics dropped so far",
+            _counted(logs, "dropped"),
+            "They were not finite or not the layer's own; the layer kept what it had. On rank 0.",
+        ),
+        Number(
+            "Factorisations retried so far",
+            _counted(logs, "retries"),
+            "They needed more damping than was asked for. On rank 0.",
+        ),
         Number("Memory of rank 0, GB", _value("memory", 1e-9)),
         Number("Images a second", _value("images_per_second")),
     ]
@@ -184,9 +194,9 @@ def _batch(log: Log) -> Place:
     return lambda line: value
 
 
-def _skipped(logs: list[Log]) -> Place:
-    """Return the count of skipped steps, where any was."""
-    read = _value("skipped")
+def _counted(logs: list[Log], name: str) -> Place:
+    """Return a count, where it is above 0 at all."""
+    read = _value(name)
     some = any(read(line) > 0 for log in logs for line in log.steps)
     return read if some else lambda line: math.nan
 

@@ -51,6 +51,8 @@ def second_order(optimizer: Optimizer) -> dict[str, Any]:
         "damping": told.param_groups[0]["damping"],
         "refreshed": told.refreshed,
         "skipped": told.skipped,
+        "dropped": told.engine.dropped,
+        "retries": told.engine.retries,
         "preconditioned": told.preconditioned.share,
         "intervals": told.intervals(),
         "traffic": told.traffic(),
