@@ -369,16 +369,6 @@ def compared(name: str, twist: str, **options: Any) -> str:
     return RIGHT
 
 
-def table(results: dict[str, Any]) -> str:
-    """The outcomes as Markdown: one line a case, one column an optimizer."""
-    names = list(OPTIMIZERS)
-    lines = ["| what | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for row in results["cases"]:
-        told = " | ".join(row["rows"][0].get(name, "-") for name in names)
-        lines += [f"| {row['case']} | {told} |"]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help=f"write {RESULTS.name}")

@@ -196,38 +196,6 @@ def side_by_side(count: int, steps: int = 6) -> dict[str, Any]:
     return {"optimizers": count, "apart": apart, "preconditioned": measured, "hooks": hooks_on(parts) + hooks_on(whole)}
 
 
-def table(results: dict[str, Any]) -> str:
-    """The long runs as Markdown."""
-    head = [
-        "optimizer",
-        "steps",
-        "ms a step",
-        "rise",
-        "memory, MiB",
-        "rise",
-        "tensors",
-        "rise",
-        "hooks",
-        "skipped",
-        "loss",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for case in results["cases"]:
-        row = case["rows"][0]
-        if case["case"] != "long run":
-            continue
-        last, rises = row["looks"][-1], row["rises"]
-
-        def rise(key: str, digits: int, rises: Any = rises) -> str:
-            return f"{rises[key]['rise']:+.{digits}f} ± {rises[key]['error']:.{digits}f}"
-
-        ms = statistics.fmean(one["ms"] for one in row["looks"][len(row["looks"]) // 2 :])
-        cells = [case["optimizer"], f"{last['step']:,}", f"{ms:.2f}", rise("ms", 2)]
-        cells += [f"{last['rss_mib']:.0f}", rise("rss_mib", 1), str(last["tensors"]), rise("tensors", 0)]
-        lines.append("| " + " | ".join([*cells, str(last["hooks"]), str(row["skipped"]), f"{last['loss']:.3f}"]) + " |")
-    return "\n".join(lines)
-
-
 def length(name: str, steps: int) -> int:
     """The first one runs longest."""
     return steps if name == "SPNGD" else steps // 4

@@ -126,6 +126,52 @@ def in_parts(results: dict[str, Any], which: str | None) -> str:
     return sharded.table(results).strip()
 
 
+def of_bad_numbers(results: dict[str, Any], which: str | None) -> str:
+    """What becomes of each thing that goes wrong, by optimizer."""
+    names = list(dict.fromkeys(name for case in results["cases"] for name in case["rows"][0]))
+    rows = []
+    for case in results["cases"]:
+        told = case["rows"][0]
+        alike = set(told.values()) if len(told) > 1 else set()
+        if len(alike) == 1 and len(told) >= 4:
+            rows.append([case["case"], f"all: {alike.pop()}"])
+        else:
+            by = [(text, [name for name in names if told.get(name) == text]) for text in dict.fromkeys(told.values())]
+            rows.append([case["case"], "; ".join(f"{' and '.join(own)}: {text}" for text, own in by)])
+    lines = [["what goes wrong", "what happens"], ["---", "---"], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def of_fuzz(results: dict[str, Any], which: str | None) -> str:
+    """How many programs were compared, and how far they were from the reference at most."""
+    told = results["cases"][0]["rows"][0]
+    kinds = ("SPNGD", "KFAC", "SENG", "NLCG", "2 ranks", "3 ranks", "frozen", "resumed", "scaled", "TiedHead", "Again")
+    rows = [["programs", f"{told['programs']:,}, {told['unlike']:,} of them unlike each other"]]
+    rows += [["among them", ", ".join(f"{kind} {told['counted'].get(kind, 0)}" for kind in kinds)]]
+    rows += [["that differ from the reference", str(len(told["failures"]))]]
+    worst = f"{told['worst']['float64']:.1g} of the way that the weights have gone"
+    rows += [["largest difference in double precision", worst]]
+    lines = [["", f"torch {results['torch']}"], ["---", "---"], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def of_soak(results: dict[str, Any], which: str | None) -> str:
+    """The long runs: what a step takes and what is held, and by how much that rises over the second half."""
+    head = ["optimizer", "steps", "ms a step", "rise", "memory, MiB", "rise", "tensors", "rise", "hooks", "skipped"]
+    rows = []
+    for case in results["cases"]:
+        row = case["rows"][0]
+        if case["case"] != "long run":
+            continue
+        last, half = row["looks"][-1], row["looks"][len(row["looks"]) // 2 :]
+        rises = {key: f"{told['rise']:+.2g} ± {told['error']:.1g}" for key, told in row["rises"].items()}
+        ms = sum(one["ms"] for one in half) / len(half)
+        cells = [f"{last['step']:,}", f"{ms:.2f}", rises["ms"], f"{last['rss_mib']:.0f}", rises["rss_mib"]]
+        cells += [str(last["tensors"]), rises["tensors"], str(last["hooks"]), str(row["skipped"])]
+        rows.append([case["optimizer"], *cells])
+    return table(head, rows)
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "compare": compared,
     "scaling": scaling,
@@ -137,6 +183,9 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "budget": under_a_budget,
     "memory": held,
     "sharded": in_parts,
+    "bad_numbers": of_bad_numbers,
+    "fuzz": of_fuzz,
+    "soak": of_soak,
 }
 
 
