@@ -216,3 +216,38 @@ def test_a_state_of_your_own_is_saved(known):
     for o, m in ((opt, model), (again, other)):
         train(o, m, [points(16, k) for k in range(3, 6)])
     assert torch.equal(weights(other), weights(model))
+
+
+class Counting:
+    """Adam on natural gradients, with a count of its own for every layer."""
+
+    def allocate(self, layer, state):
+        state["mean"], state["square"] = torch.zeros(layer.shape), torch.zeros(layer.shape)
+        state["times"] = torch.tensor(0)
+
+    def __call__(self, segments, natural, world):
+        for segment, curved in zip(segments, natural(segments, [s.gradient for s in segments])):
+            state = segment.state
+            state["times"] += 1
+            times = int(state["times"])
+            state["mean"].lerp_(curved, 0.1)
+            state["square"].lerp_(curved * curved, 0.01)
+            root = (state["square"] / (1 - 0.99**times)).sqrt() + 1e-8
+            segment.direction = state["mean"] / (1 - 0.9**times) / root
+
+
+def test_a_rule_counts_the_steps_of_each_layer():
+    """Numbers of a layer are read as they were just written, and make the layer a segment of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 3))
+    opt = natgrad.KFAC(model, lr=0.01, rule=Counting(), length=natgrad.plain)
+    start = [p.detach().clone() for p in model.parameters()]
+    for step in range(4):
+        backward(model, points(16, step))
+        opt.step()
+        opt.zero_grad()
+        if step == 0:  # the first direction of Adam is a sign
+            moved = torch.cat([(p - s).flatten() for p, s in zip(model.parameters(), start)]).abs()
+            assert_close(moved, torch.full_like(moved, 0.01), rtol=1e-3, atol=1e-5)
+    opt.settle()
+    assert [int(cell.state()["times"]) for cell in opt.cells] == [4] * 4

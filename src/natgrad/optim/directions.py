@@ -6,7 +6,7 @@ layers behind one another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,7 +52,7 @@ class Rule(Protocol):
     """
 
     def allocate(self, layer: Layer, state: dict[str, Any]) -> None:
-        """Make the rule's tensors for one layer."""
+        """Make the rule's tensors for one layer: in its shape, or numbers [], with which every layer is a segment."""
 
     def __call__(self, segments: Sequence[Segment], natural: Natural, world: World) -> None:
         """Fill in every segment's direction. `natural` is to be called once, on every rank."""
@@ -61,6 +61,16 @@ class Rule(Protocol):
 def takes_loose(rule: Rule) -> bool:
     """Whether a rule directs the parameters without curvature."""
     return getattr(rule, "takes_loose", False)
+
+
+def keeps_numbers(rule: Rule, layers: Iterable[Layer]) -> bool:
+    """Whether a rule keeps numbers of each layer, such as how many steps it has made."""
+    least = min(layers, key=lambda layer: layer.numel, default=None)
+    if least is None:
+        return False
+    state: dict[str, Any] = {}
+    rule.allocate(least, state)
+    return any(isinstance(value, torch.Tensor) and value.dim() == 0 for value in state.values())
 
 
 def leaves_weights(rule: Rule) -> bool:

@@ -36,7 +36,7 @@ from natgrad.optim.arguments import keywords, signature_of
 from natgrad.optim.blocks import Blocks
 from natgrad.optim.census import SHARDED_SINCE, Census
 from natgrad.optim.coverage import CoverageTable, Preconditioned, count_preconditioned, coverage
-from natgrad.optim.directions import Rule, leaves_weights, takes_loose
+from natgrad.optim.directions import Rule, keeps_numbers, leaves_weights, takes_loose
 from natgrad.optim.fallback import Fallback, adam
 from natgrad.optim.gradients import Gradients
 from natgrad.optim.graphs import CudaRecorder, Graphs
@@ -231,7 +231,9 @@ class SecondOrder(Optimizer):
             self.refuse_graphs()
             self.graphs.forget()
         self.engine.storage = owners
-        self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(self.method.rule))
+        rule = self.method.rule
+        apart = keeps_numbers(rule, [cell.layer for cell in self.cells])
+        self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(rule), apart)
         aim = Aim(self.method, self.engine, self.outlines, Inputs(), self._hear_length, at_owners)
         storage = self.storage
         state = (lambda: self.state) if not isinstance(storage, ShardStorage) else (lambda: storage.parts)

@@ -328,14 +328,17 @@ class Segment:
 class SegmentState(MutableMapping[str, Tensor]):
     """What the optimizer's state holds of a segment's layers by name: flat vectors [n], or numbers [layers, ...].
 
-    Numbers live on the host. They are read as a copy on the layers' device; what is assigned reaches the host's table
-    at the next read (readings.py).
+    Numbers live on the host. They are read as a copy on the layers' device; what is assigned is read here at once, and
+    reaches the host's table at the next read (readings.py).
     """
 
     def __init__(self, outline: Outline, inputs: Inputs):
         self.outline, self.inputs = outline, inputs
+        self.assigned: dict[str, Tensor] = {}  # numbers, in this step
 
     def __getitem__(self, key: str) -> Tensor:
+        if key in self.assigned:
+            return self.assigned[key]
         vector, first = self.outline.vectors.get(key), self.outline.places[0]
         if vector is None:
             table, rows = self.outline.numbers(key)
@@ -347,6 +350,7 @@ class SegmentState(MutableMapping[str, Tensor]):
         if key not in self.outline.vectors:
             table, rows = self.outline.numbers(key)
             shape = (len(self.outline.cells), *table.base.shape[1:])
+            self.assigned[key] = value
             self.outline.storage.readings.ask(value, lambda told: table.take(rows, told.view(shape)))
             return
         own = self[key]
@@ -366,7 +370,10 @@ class SegmentState(MutableMapping[str, Tensor]):
 
 
 class Outlines:
-    """The segments of a step, from the layers that take part; those of the last few sets of layers are kept."""
+    """The segments of a step, from the layers that take part; those of the last few sets of layers are kept.
+
+    apart: each layer is a segment of its own, for rules that keep numbers of each.
+    """
 
     def __init__(
         self,
@@ -374,8 +381,10 @@ class Outlines:
         group_of: Callable[[nn.Parameter], int],
         groups: Callable[[], Sequence[dict[str, Any]]],
         takes_loose: bool,
+        apart: bool = False,
     ):
         self.storage, self.group_of, self.groups, self.takes_loose = storage, group_of, groups, takes_loose
+        self.apart = apart
         self.known: dict[tuple[int, ...], list[list[Outline]]] = {}
 
     def of(self, places: Iterable[int]) -> list[list[Outline]]:
@@ -402,9 +411,9 @@ class Outlines:
         """Neighbours in pieces of one group, and with curvature or without."""
         cells = self.storage.cells
 
-        def kind(k: int) -> tuple[int, bool]:
+        def kind(k: int) -> tuple[int, bool, int]:
             curved = self.takes_loose or not isinstance(cells[k].layer, UncurvedParameter)
-            return self.group_of(cells[k].layer.parameters[0]), curved
+            return self.group_of(cells[k].layer.parameters[0]), curved, k if self.apart and curved else -1
 
-        for (_, curved), run in groupby(row, key=kind):
+        for (_, curved, _), run in groupby(row, key=kind):
             yield curved, list(run)
