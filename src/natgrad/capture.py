@@ -988,7 +988,7 @@ class Capture:
             for key, rows in zip(keys, numbers.split([len(own) for own in counts])):
                 if self.layers[key[0]].uneven:
                     self._blocks[key] = rows
-                self._weights[key] = float(rows.sum())
+                self._weights[key] = self._weights.get(key, 0) + float(rows.sum())
             for index in {index for index, _ in keys if not self._weights[index, _]}:
                 self._weights |= {key: 0.0 for key in self._weights if key[0] == index}
 

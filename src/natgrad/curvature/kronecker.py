@@ -32,7 +32,7 @@ from natgrad.curvature.curvature import (
     part_of,
     wanted_rows,
 )
-from natgrad.layers.layer import Layer, Shape, gram_cost, moment
+from natgrad.layers.layer import Layer, Shape, all_count, gram_cost, moment
 from natgrad.layers.op_cost import OpCost, launched, moment_of, moved, product
 from natgrad.linalg import damped_inverse, first_inverse
 from natgrad.triangles import times
@@ -77,27 +77,20 @@ class InputMoment(Moment):
         return (b, i) if self.diagonal else (b, i, i)
 
     def before(self, layer: Layer, x: Tensor, draw: Draw, output: Tensor | None = None) -> Tensor | LiveInput:
-        """The sum over all rows, by which calls weigh; of some rows, as much as it would be of all.
-
-        Where rows count by their gradients, the input, which autograd keeps for the gradient of the weight anyway.
+        """The sum over all rows, by which calls weigh. Where rows count by their gradients, the input, which autograd
+        keeps for the gradient of the weight anyway.
         """
-        if layer.counts_live:
-            return LiveInput(x, x._version)
-        samples, places = layer.count(x)
-        total = samples * places
-        if self.diagonal:
-            return layer.mean_square(x).mul_(total)
-        index = self._drawn(layer, x, draw)
-        if index is None:
-            return layer.moment_total(x)
-        return moment(layer.rows(x, index), mean=False).mul_(total / len(index))
+        return LiveInput(x, x._version) if layer.counts_live else self._of_all(layer, x, draw)
 
     def after(self, layer: Layer, kept: Tensor | LiveInput, dy: Tensor, draw: Draw) -> Tensor | RowSum:
         if isinstance(kept, Tensor):
             return kept
-        x, live = kept.x, layer.live(dy)
+        x, sizes = kept.x, layer.row_sizes(dy)
         if x._version != kept.version:  # overwritten since: there is nothing to look at
-            return RowSum(dy.new_full(self.shape(layer), math.nan), layer.live_rows(live))
+            return dy.new_full(self.shape(layer), math.nan)
+        if all_count(sizes) and not layer.uneven:
+            return self._of_all(layer, x, draw)
+        live = sizes != 0
         if self.diagonal:
             return RowSum(layer.live_squares(x, live), layer.live_rows(live))
         index = self._drawn(layer, x, draw)
@@ -108,6 +101,17 @@ class InputMoment(Moment):
         total = moment(rows * weights.sqrt().to(rows.dtype).view(-1, 1, 1), mean=False)
         return RowSum(total.mul_(share), weights.sum(dtype=torch.float64).mul(share).view(1))
 
+    def _of_all(self, layer: Layer, x: Tensor, draw: Draw) -> Tensor:
+        """The sum over all rows, or of some rows as much as it would be of all."""
+        samples, places = layer.count(x)
+        total = samples * places
+        if self.diagonal:
+            return layer.mean_square(x).mul_(total)
+        index = self._drawn(layer, x, draw)
+        if index is None:
+            return layer.moment_total(x)
+        return moment(layer.rows(x, index), mean=False).mul_(total / len(index))
+
     def _drawn(self, layer: Layer, x: Tensor, draw: Draw) -> Tensor | None:
         """Some of a call's rows; None: all of them, by themselves or because that is cheaper."""
         (samples, places), (b, _, i) = layer.count(x), layer.shape
@@ -116,7 +120,7 @@ class InputMoment(Moment):
         return None if cheaper else index
 
     def work(self, layer: Layer, x: Tensor, y: Tensor, ranks: int) -> tuple[OpCost, ...]:
-        live = (moved(y.numel(), 1), launched(6)) if layer.counts_live else ()
+        live = (moved(y.numel(), 1), launched(2)) if layer.counts_live else ()
         if self.diagonal:
             return *live, moved(x.numel(), 2, calls=4)
         if self.rows_per_dim is None:
@@ -126,7 +130,7 @@ class InputMoment(Moment):
         rows = part_of(wanted_rows(self.rows_per_dim, i), ranks)
         if rows >= samples * places or layer.second_moment_cost(x) <= b * gram_cost(rows, i):
             return *live, *layer.second_moment_work(x)
-        return *live, *layer.rows_work(x, rows), launched(16 if live else 6), moment_of(rows, i, b)
+        return *live, *layer.rows_work(x, rows), launched(6), moment_of(rows, i, b)
 
     def effective_samples(self, layer: Layer, samples: int, predictions: int) -> int:
         if self.rows_per_dim is None or self.diagonal:
@@ -156,8 +160,8 @@ class OutputMoment(Moment):
         if index is None:
             return layer.output_rows(dy).square().sum(0) if self.diagonal else layer.output_moment(dy)
         weights = None
-        if layer.counts_live:
-            index, weights = among(index, layer.live(dy))
+        if layer.counts_live and not all_count(sizes := layer.row_sizes(dy)):
+            index, weights = among(index, sizes != 0)
         rows = layer.output_rows(dy, index)
         if weights is not None:
             rows = rows * weights.sqrt().to(rows.dtype).view(-1, 1, 1)

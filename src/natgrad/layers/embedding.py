@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.layers.layer import Layer, Shape, layer_of, promote, take
-from natgrad.layers.linear import Exchanged, LinearPart, rows_with_gradient
+from natgrad.layers.layer import Layer, Shape, layer_of, promote, row_sizes, take
+from natgrad.layers.linear import Exchanged, LinearPart
 from natgrad.layers.op_cost import Passes, moved
 from natgrad.layers.use import Form, Use
 
@@ -85,8 +85,8 @@ class Embedding(Layer):
             share[self.padding] = 0
         return share.unsqueeze(0)
 
-    def live(self, dy: Tensor) -> Tensor:
-        return rows_with_gradient(dy)
+    def row_sizes(self, dy: Tensor) -> Tensor:
+        return row_sizes(dy)
 
     def live_squares(self, x: Tensor, live: Tensor) -> Tensor:
         dtype = promote(self.parameters[0]).dtype

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.layers.layer import Layer, Shape, he_scale, promote, take
-from natgrad.layers.linear import exchange, rows_with_gradient
+from natgrad.layers.layer import Layer, Shape, he_scale, promote, row_sizes, take
+from natgrad.layers.linear import exchange
 from natgrad.layers.use import Form, Part, Use
 
 Segment = tuple[int, int, int]  # an expert, the first of its rows, the one after its last row
@@ -100,8 +100,8 @@ class ExpertsCall(Experts):
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return self._spread(dy, index)
 
-    def live(self, dy: Tensor) -> Tensor:
-        return rows_with_gradient(dy)
+    def row_sizes(self, dy: Tensor) -> Tensor:
+        return row_sizes(dy)
 
     def live_rows(self, live: Tensor) -> Tensor:
         found = torch.zeros(self.shape.blocks, dtype=torch.float64, device=live.device)

@@ -161,14 +161,14 @@ class Layer(ABC):
         """
         return type(self).second_moment is Layer.second_moment
 
-    def live(self, dy: Tensor) -> Tensor:
-        """Which rows of a call have a gradient of the output dy [rows] that is not exactly zero."""
-        return torch.linalg.vector_norm(self.output_rows(dy).flatten(1), math.inf, 1) != 0
+    def row_sizes(self, dy: Tensor) -> Tensor:
+        """The largest absolute number of each row of the output's gradient [rows]; rows of zero do not count."""
+        return row_sizes(self.output_rows(dy).flatten(1))
 
     def live_total(self, x: Tensor, live: Tensor) -> Tensor:
         """The sum over the rows `live` [rows] of a a^T [b, i, i]."""
         rows = self.rows(x)
-        return moment(rows if every(live) else rows * live.to(rows.dtype).view(-1, 1, 1), mean=False)
+        return moment(rows * live.to(rows.dtype).view(-1, 1, 1), mean=False)
 
     def live_squares(self, x: Tensor, live: Tensor) -> Tensor:
         """The diagonal of `live_total` [b, i]."""
@@ -268,9 +268,14 @@ def take(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
 
 
-def every(live: Tensor) -> bool:
-    """Whether all rows count, where that is known without waiting for a device."""
-    return live.device.type == "cpu" and bool(live.all())
+def row_sizes(dy: Tensor) -> Tensor:
+    """The largest absolute number of each row of a gradient [..., features], as [rows]."""
+    return torch.linalg.vector_norm(dy.reshape(-1, dy.shape[-1]), math.inf, 1)
+
+
+def all_count(sizes: Tensor) -> bool:
+    """Whether no row is zero, where that is known without waiting for a device."""
+    return sizes.device.type == "cpu" and bool(sizes.all())
 
 
 def portions(x: Tensor) -> tuple[Tensor, ...]:

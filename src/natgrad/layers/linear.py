@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from natgrad.layers.layer import (
     layer_of,
     pack_columns,
     promote,
+    row_sizes,
     split_pair,
     take,
     weight_and_bias,
@@ -94,8 +94,8 @@ class Linear(Layer):
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return promote(take(dy.reshape(-1, dy.shape[-1]), index)).unsqueeze(1)
 
-    def live(self, dy: Tensor) -> Tensor:
-        return rows_with_gradient(dy)
+    def row_sizes(self, dy: Tensor) -> Tensor:
+        return row_sizes(dy)
 
     def projected(self, x: Tensor, u: Tensor) -> Tensor:
         weight = u[0, :-1] if self.biased else u[0]
@@ -156,8 +156,8 @@ class ScaledBias(Linear):
     def output_rows(self, dy: Tensor, index: Tensor | None = None) -> Tensor:
         return super().output_rows(dy, index) * self.times
 
-    def live(self, dy: Tensor) -> Tensor:
-        return rows_with_gradient(dy * self.times)
+    def row_sizes(self, dy: Tensor) -> Tensor:
+        return row_sizes(dy * self.times)
 
     def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
         return super().projected_output(dy, v * self.times)
@@ -209,15 +209,10 @@ class Lookup(LinearPart):
 def exchange(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The rows a and g of a call on x whose output has the gradient dy, where the two change sides (see Exchanged)."""
     a, g = promote(dy), promote(x)
-    live = (torch.linalg.vector_norm(a, math.inf, -1, keepdim=True) != 0).to(a.dtype)
+    live = (row_sizes(a).view(*a.shape[:-1], 1) != 0).to(a.dtype)
     mean = a.square().sum() / live.sum().clamp_min(1)
     root = torch.where(mean > 0, mean, 1).sqrt()
     return a / root, g * (root * live)
-
-
-def rows_with_gradient(dy: Tensor) -> Tensor:
-    """Which rows of a gradient [..., features] are not exactly zero [rows]."""
-    return torch.linalg.vector_norm(dy.reshape(-1, dy.shape[-1]), math.inf, 1) != 0
 
 
 @layer_of.register
