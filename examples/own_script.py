@@ -170,7 +170,8 @@ def main(argv=None):
     rank, ranks, device = join()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: STOP.append(received))
-    # every rank saves its part below
+    # every rank saves its part below, and a process that is alone saves alone
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     warnings.filterwarnings("ignore", "state_dict.* holds this rank's part", natgrad.NatgradWarning)
     train, test = data()
     steps = args.epochs * (len(train) // args.batch)

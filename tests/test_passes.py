@@ -662,12 +662,14 @@ def sampled_fisher(model, x, likelihood, draws=400):
     return torch.stack(values).mean(0)
 
 
+@pytest.mark.slow
 def test_a_bernoulli_of_one_logit():
     model, x = nn.Sequential(nn.Linear(4, 1)), batch_of(0)[0]
     p = model(x).detach().sigmoid()
     assert_close(sampled_fisher(model, x, "bernoulli"), (p * (1 - p)).mean().view(1, 1), rtol=0.05, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", [1.0, 0.25])
 def test_a_normal_distribution_of_known_variance(variance):
     model, x = nn.Sequential(nn.Linear(4, 2)), batch_of(0)[0]
@@ -676,6 +678,7 @@ def test_a_normal_distribution_of_known_variance(variance):
     assert_close(found, torch.eye(2) / variance, rtol=0.1, atol=0.1 / variance)
 
 
+@pytest.mark.slow
 def test_several_heads_by_a_function_of_the_user():
     """A policy and a value: the Fisher of both, block by block."""
     model = ActorCritic()
