@@ -122,14 +122,14 @@ REFERENCED = ("natgrad", "natgrad.curvature", "natgrad.layers", "natgrad.optim",
 
 
 def public_names() -> dict[str, set[str]]:
-    """Every public name, as module.name, with all names that mean the same object."""
+    """Every public name with the entries that a page may have: module.name, or longer where a file has that name."""
     found = modules(ROOT / "src")
     named: dict[str, set[str]] = {}
     for module in REFERENCED:
         for node in ast.parse(found[module].read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets):
                 for name in ast.literal_eval(node.value):
-                    named.setdefault(name, set()).add(f"{module}.{name}")
+                    named.setdefault(name, set()).update((f"{module}.{name}", f"{module}.{name}.{name}"))
     return named
 
 

@@ -77,6 +77,8 @@ class SharedArguments(griffe.Extension):
                 )
             complete.append(known[name])
             text = own.get(name) or shared.get(name) or general.get(name)
+            if text and text.startswith("as for "):
+                text = general[name] + text.partition(".")[2]
             if not text:
                 raise ValueError(f"{kind.__name__}: no docstring says what {name}= is")
             lines.append(f"    {name}: {' '.join(text.split())}")

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 __all__ = ["Adaptive", "Budget", "Every", "History", "NextInterval", "Staleness"]
 
+__all__ = ["Adaptive", "Budget", "Every", "History", "NextInterval", "Staleness"]
+
 
 class History(NamedTuple):
     """What is known of one statistic when it has just been measured again.

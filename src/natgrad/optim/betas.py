@@ -74,10 +74,16 @@ def _hs_dy(p: Products) -> Tensor:
 
 
 fletcher_reeves = Beta("fletcher_reeves", lambda p: p.gqg / p.old)
+"""g . q(g) / g' . q'(g')."""
 polak_ribiere = Beta("polak_ribiere", lambda p: (p.gqg - p.gz) / p.old, frozenset({"gz"}))
+"""[g . q(g) - g . q'(g')] / g' . q'(g'); one vector more."""
 hestenes_stiefel = Beta("hestenes_stiefel", lambda p: _over_dy(p.qy, p), frozenset({"qy"}))
+"""q(g) . y / d' . y; 0 where d' . y is not positive."""
 dai_yuan = Beta("dai_yuan", lambda p: _over_dy(p.gqg, p))
+"""g . q(g) / d' . y; 0 where d' . y is not positive."""
 hs_dy = Beta("hs_dy", _hs_dy, frozenset({"qy"}))
+"""The smaller of hestenes_stiefel and dai_yuan, at least 0."""
 hager_zhang = Beta("hager_zhang", _hz, frozenset({"qy", "yqy"}))
+"""q(g) . y / d' . y - 2 y . q(y) d' . g / (d' . y)^2; 0 where d' . y is not positive."""
 
 BETAS = {b.name: b for b in (fletcher_reeves, polak_ribiere, hestenes_stiefel, dai_yuan, hs_dy, hager_zhang)}

@@ -224,6 +224,6 @@ class Conjugate:
 
 
 def prescaled(gradient: Tensor, weight: Tensor, eta: float) -> Tensor:
-    """G eta |w| / (|g| + 1e-8 + 0.1 eta |w|), one variable's gradient (the release's option, 2.6 of specs)."""
+    """G eta |w| / (|g| + 1e-8 + 0.1 eta |w|), one variable's gradient (the release's option)."""
     size = eta * torch.linalg.vector_norm(weight)
     return gradient * (size / (torch.linalg.vector_norm(gradient) + 1e-8 + 0.1 * size)).to(gradient)

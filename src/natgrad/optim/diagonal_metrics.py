@@ -45,7 +45,12 @@ class DiagonalBFGS(Metric):
 
         h <- | h - ((h s)^2 + eps) / (s.(h s) + eps) + (y^2 + eps) / (y.s + eps) |   if y.s and s.(h s) >= 1e-8
 
-    y = g - g' crosses mini-batches. floor: the least h. eps: 1e-8 in the release, which adds it to h in q as well.
+    y = g - g' crosses mini-batches.
+
+    Args:
+        floor: the least h.
+        eps: 1e-8 in the release, which adds it to h in q as well.
+
     """
 
     name: ClassVar[str] = "diagonal BFGS"
@@ -88,7 +93,13 @@ class DiagonalBFGS(Metric):
 
 @dataclass(frozen=True)
 class SecondMoment(Metric):
-    """q(g) = g / (sqrt(v) + eps) with v the mean square of mean gradients, as in Adam (Kingma and Ba 2015)."""
+    """q(g) = g / (sqrt(v) + eps) with v the mean square of mean gradients, as in Adam (Kingma and Ba 2015).
+
+    Args:
+        decay: of the mean square, in [0, 1).
+        eps: above 0, in units of the gradient.
+
+    """
 
     name: ClassVar[str] = "second moment"
     key: ClassVar[str | None] = "nlcg_square"

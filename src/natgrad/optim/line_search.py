@@ -55,7 +55,7 @@ class SearchMemory:
 
 
 def answer(ratio: float, tau: float) -> tuple[float, float] | None:
-    """(shrink, undo) for a loss that is `ratio` times what it was; None: it has not grown (release, 2.5 of specs)."""
+    """(shrink, undo) for a loss that is `ratio` times what it was; None: it has not grown (the release)."""
     if not ratio >= 1 + 0.01 * tau:
         return None
     return next(((c, u) for edge, c, u in TABLE if ratio > 1 + tau * edge), (1.0, 0.0))

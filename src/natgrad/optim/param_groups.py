@@ -14,8 +14,16 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 def decay_groups(model: nn.Module, weight_decay: float, **numbers: float) -> list[dict[str, Any]]:
     """Two groups for `params=`: matrices, which decay, and biases, normalisations and other vectors, which do not.
 
-    numbers: what both groups have (lr, momentum, damping, refresh). Frozen parameters are in a group too, so that they
-    may train later. A group without parameters is left out.
+    Frozen parameters are in a group too, so that they may train later. A group without parameters is left out.
+
+    Args:
+        model: the network whose parameters are divided.
+        weight_decay: of the matrices.
+        **numbers: what both groups have (lr, momentum, damping, refresh).
+
+    Returns:
+        Groups for `params=` of an optimizer.
+
     """
     norms = {p for module in model.modules() if isinstance(module, NORMS) for p in module.parameters(recurse=False)}
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])

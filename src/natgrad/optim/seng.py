@@ -37,7 +37,7 @@ class SampleBlocks:
 
 
 class SENG(SecondOrder, shared=SharedByNaturalGradients):
-    """Directions (lambda I + U U^T)^-1 g with the gradients of single samples as U's columns (section 1.1 of specs).
+    """Directions (lambda I + U U^T)^-1 g with the gradients of single samples as U's columns.
 
     The length is SP-NGD's (`measured_change`), so lr means the same. The authors' steps have length=plain, damping near
     1 and momentum 0.9: they are SGD's with lr / damping for its learning rate. In training mode the gradients of single
