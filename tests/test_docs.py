@@ -7,6 +7,7 @@ import re
 import textwrap
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,32 @@ def spans() -> list[str]:
     return sorted(found)
 
 
+class Language(nn.Module):
+    """A language model that is called as those of transformers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(7, 8), nn.Linear(8, 7)
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.head(self.tokens(input_ids) * attention_mask[..., None]))
+
+
+def texts() -> dict:
+    """A language model, its optimizer and micro-batches that are padded to lengths of their own."""
+    model = Language()
+    micro_batches = []
+    for length in (5, 9):
+        tokens = torch.randint(7, (4, length))
+        mask = torch.arange(length) < torch.randint(2, length + 1, (4, 1))
+        labels = tokens.masked_fill(~mask, -100)
+        micro_batches.append({"input_ids": tokens, "attention_mask": mask, "labels": labels})
+    return {"model": model, "micro_batches": micro_batches, "optimizer": natgrad.SPNGD(model, lr=0.1)}
+
+
+OWN = {"training.md": texts}
+"""What single pages take for granted beside."""
+
 WITH_CODE = [page for page in PAGES if blocks(page)]
 
 
@@ -100,7 +127,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     group = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     registered = dict(layer_of.registry)
-    names = prepared() | {"__file__": str(page)}
+    names = prepared() | {"__file__": str(page)} | OWN.get(page.name, dict)()
     code = blocks(page)
     try:
         if any("init_process_group" in block for block in code):
