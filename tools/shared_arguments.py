@@ -76,8 +76,8 @@ class SharedArguments(griffe.Extension):
                     default=shown(parameter.default),
                 )
             complete.append(known[name])
-            text = own.get(name) or shared.get(name) or general.get(name)
-            if text and text.startswith("as for "):
+            text = (own.get(name) or shared.get(name) or general.get(name, "")).strip()
+            if text.startswith("as for "):
                 text = general[name] + text.partition(".")[2]
             if not text:
                 raise ValueError(f"{kind.__name__}: no docstring says what {name}= is")
