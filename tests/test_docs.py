@@ -115,7 +115,17 @@ def texts() -> dict:
     return {"model": model, "micro_batches": micro_batches, "optimizer": natgrad.SPNGD(model, lr=0.1)}
 
 
-OWN = {"training.md": texts}
+def stepped() -> dict:
+    """An optimizer that has made a step."""
+    names = prepared()
+    optimizer = natgrad.SPNGD(names["model"], lr=0.1)
+    F.cross_entropy(names["model"](names["images"]), names["labels"]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return names | {"optimizer": optimizer}
+
+
+OWN = {"training.md": texts, "troubleshooting.md": stepped}
 """What single pages take for granted beside."""
 
 WITH_CODE = [page for page in PAGES if blocks(page)]
