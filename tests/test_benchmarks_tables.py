@@ -89,7 +89,8 @@ def test_the_plan_stays_under_two_hours_and_names_what_needs_images():
     for part in listed:
         if part.name in bench.COMPARISONS:
             words = bench.COMPARISONS[part.name]
-            assert find_task(words[0]).profile(words[2] if words[1] == "--profile" else None).seeds >= 3
+            profile = find_task(words[0]).profile(words[2] if words[1] == "--profile" else None)
+            assert profile.seeds >= 3 or profile.stated, "one seed is for the demo, which tunes nothing"
         else:
             assert Path(part.words[0]).exists()
 
