@@ -23,7 +23,9 @@ EVERY = {
     "budget": lambda m, **o: natgrad.SPNGD(m, lr=0.02, damping=0.03, refresh=natgrad.Budget(0.1), **o),
     "kfac directions": lambda m, **o: natgrad.KFAC(m, lr=0.02, damping=0.03, refresh=3, gather="directions", **o),
     "nlcg told": lambda m, **o: natgrad.NLCG(m, lr=0.05, **o),
-    "curvature step": lambda m, **o: natgrad.NLCG(m, preconditioner=natgrad.spngd_blocks, step=natgrad.CurvatureStep(), **o),
+    "curvature step": lambda m, **o: natgrad.NLCG(
+        m, preconditioner=natgrad.spngd_blocks, step=natgrad.CurvatureStep(), **o
+    ),
 }
 
 
@@ -146,7 +148,9 @@ def test_ranks_with_unlike_optimizers_are_told_so(model):
     run_threads(3, work)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.bool]
+)
 def test_a_digest_knows_every_entry_and_its_place(dtype, monkeypatch):
     monkeypatch.setattr("natgrad.parallel.agreement.CHUNK", 7)
     value = (torch.arange(30) % 5).to(dtype).view(5, 6)

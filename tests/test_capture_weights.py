@@ -286,6 +286,8 @@ class Relative(nn.Module):
             bias = bias if bias.dim() == 4 else bias.unsqueeze(0)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
+            if self.kind == "where":
+                bias = torch.where(x[:, None, :1, :1] + torch.eye(self.places) > 0, bias, -1e9)
             seen = torch.zeros(len(x), 1, self.places, self.places, dtype=x.dtype)
             seen[:, :, 0, -1] = -1e9
             scores = q @ k.mT
@@ -325,6 +327,7 @@ SEQUENCES = {
     "relative places": Relative,
     "relative places, twice": lambda: Relative("twice"),
     "relative places, as a mask": lambda: Relative("mask"),
+    "relative places, where they are seen": lambda: Relative("where"),
     "relative places, of windows": lambda: Relative(places=2),
     "relative coordinates": lambda: Relative(table=False),
     "relative coordinates, as a mask": lambda: Relative("mask", table=False, places=2),

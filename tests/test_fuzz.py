@@ -34,7 +34,9 @@ def test_a_formula_that_is_off_by_a_thousandth_is_found(monkeypatch):
     program = Program((layer, layer), ("vector", 3), settings=settings)
     assert fuzz.check(program) < 1e-10
     right = natgrad.curvature.Kronecker.split
-    monkeypatch.setattr(natgrad.curvature.Kronecker, "split", lambda self, traces, damping: right(self, traces, 1.001 * damping))
+    monkeypatch.setattr(
+        natgrad.curvature.Kronecker, "split", lambda self, traces, damping: right(self, traces, 1.001 * damping)
+    )
     with pytest.raises(fuzz.DifferenceError, match="of the way"):
         fuzz.check(program)
 

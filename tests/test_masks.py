@@ -19,6 +19,8 @@ from natgrad.curvature import kronecker
 from natgrad.curvature.curvature import RowSum
 from natgrad.curvature.kronecker import InputMoment, OutputMoment, among
 from natgrad.layers import layer_of
+from natgrad.layers.layer import all_counted
+from natgrad.layers.layer import counted as counted_rows
 from natgrad.parallel import World, run_threads
 
 IGNORED, PADDING, TOKENS = -100, 0, 9
@@ -394,6 +396,18 @@ def test_draws_among_live_rows_are_right_on_average(share, monkeypatch):
         errors[name] = one
         assert (own.mean(0) - true).norm() / true.norm() < 3 * one / 200**0.5 + 1e-12
     assert errors["A"] < 0.5  # of 40 rows, whatever the share
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [(torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 0.0)])
+def test_the_rounding_of_nothing_is_nothing(dtype, noise):
+    """A place that attends to itself alone has a gradient of zero in exact arithmetic, and of some roundings else."""
+    sizes = torch.tensor([1.0, noise, 1e-3, 0.0], dtype=dtype)
+    assert counted_rows(sizes).tolist() == [True, False, True, False]
+    assert not all_counted(sizes)
+    assert all_counted(sizes[::2])
+    assert counted_rows(sizes[:0]).tolist() == []
+    assert counted_rows(sizes[3:]).tolist() == [False]
+    assert counted_rows(torch.tensor([1.0, math.nan], dtype=dtype)).tolist() == [True, True]  # the statistic tells
 
 
 def test_draws_move_nowhere_where_all_rows_count():

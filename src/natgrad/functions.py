@@ -201,6 +201,7 @@ PLUS = frozenset(_methods("add", "add_", "__add__", "__radd__", "__iadd__"))
 
 ZEROED = frozenset(_there((Tensor, "zero_"), (torch, "zero_")))
 MINUS = frozenset(_methods("sub", "subtract", "__sub__"))
+CHOICES = frozenset(_methods("where", "masked_fill"))
 TIMES = frozenset(_methods("mul", "multiply", "__mul__", "__rmul__"))
 OVER = frozenset(_methods("div", "divide", "true_divide", "__truediv__"))
 

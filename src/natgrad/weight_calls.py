@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from natgrad.functions import MINUS, PLUS, READERS, SAME_NUMBERS, TIMES, ZEROED, Found, KnownWeight, constants
+from natgrad.functions import (
+    CHOICES,
+    MINUS,
+    PLUS,
+    READERS,
+    SAME_NUMBERS,
+    TIMES,
+    ZEROED,
+    Found,
+    KnownWeight,
+    constants,
+)
 from natgrad.hooks import anchor
 from natgrad.layers import Layer
 from natgrad.layers.use import Part, contiguous
@@ -299,7 +310,7 @@ class WeightCalls:
         given = list(_tensors((*args, *kwargs.values())))
         if func is SCALED_DOT_PRODUCT:
             size = given[0].shape[:1]
-        elif len(given) == 2:
+        elif len(given) > 1:
             size = torch.broadcast_shapes(*(x.shape for x in given))
         else:
             return args, kwargs
@@ -339,7 +350,7 @@ class SharedCall:
 
 
 SCALED_DOT_PRODUCT = F.scaled_dot_product_attention
-MEETING = PLUS | MINUS | TIMES | {SCALED_DOT_PRODUCT}
+MEETING = PLUS | MINUS | TIMES | CHOICES | {SCALED_DOT_PRODUCT}
 """Functions in which what all samples have alike meets what each has."""
 
 

@@ -32,7 +32,7 @@ from natgrad.curvature.curvature import (
     part_of,
     wanted_rows,
 )
-from natgrad.layers.layer import Layer, Shape, all_count, gram_cost, moment
+from natgrad.layers.layer import Layer, Shape, all_counted, counted, gram_cost, moment
 from natgrad.layers.op_cost import OpCost, launched, moment_of, moved, product
 from natgrad.linalg import damped_inverse, first_inverse
 from natgrad.triangles import times
@@ -88,9 +88,9 @@ class InputMoment(Moment):
         x, sizes = kept.x, layer.row_sizes(dy)
         if x._version != kept.version:  # overwritten since: there is nothing to look at
             return dy.new_full(self.shape(layer), math.nan)
-        if all_count(sizes) and not layer.uneven:
+        if all_counted(sizes) and not layer.uneven:
             return self._of_all(layer, x, draw)
-        live = sizes != 0
+        live = counted(sizes)
         if self.diagonal:
             return RowSum(layer.live_squares(x, live), layer.live_rows(live))
         index = self._drawn(layer, x, draw)
@@ -160,8 +160,8 @@ class OutputMoment(Moment):
         if index is None:
             return layer.output_rows(dy).square().sum(0) if self.diagonal else layer.output_moment(dy)
         weights = None
-        if layer.counts_live and not all_count(sizes := layer.row_sizes(dy)):
-            index, weights = among(index, sizes != 0)
+        if layer.counts_live and not all_counted(sizes := layer.row_sizes(dy)):
+            index, weights = among(index, counted(sizes))
         rows = layer.output_rows(dy, index)
         if weights is not None:
             rows = rows * weights.sqrt().to(rows.dtype).view(-1, 1, 1)

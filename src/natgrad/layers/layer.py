@@ -29,6 +29,8 @@ from natgrad.layers.use import Form, Use
 BANDED = 256  # from this dimension on symmetry saves products on CPUs (docs/math.md)
 BANDS = 6
 UNREGISTERED = "no layer is registered for"
+NOTHING = {dtype: 32 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
+"""Up to so much of the largest row's gradient a row's gradient is the rounding of one."""
 CACHED = 2**16  # numbers that stay in a core's cache while they are worked on
 
 
@@ -162,7 +164,7 @@ class Layer(ABC):
         return type(self).second_moment is Layer.second_moment
 
     def row_sizes(self, dy: Tensor) -> Tensor:
-        """The largest absolute number of each row of the output's gradient [rows]; rows of zero do not count."""
+        """The largest absolute number of each row of the output's gradient [rows], by which rows count (`counted`)."""
         return row_sizes(self.output_rows(dy).flatten(1))
 
     def live_total(self, x: Tensor, live: Tensor) -> Tensor:
@@ -273,9 +275,23 @@ def row_sizes(dy: Tensor) -> Tensor:
     return torch.linalg.vector_norm(dy.reshape(-1, dy.shape[-1]), math.inf, 1)
 
 
-def all_count(sizes: Tensor) -> bool:
-    """Whether no row is zero, where that is known without waiting for a device."""
-    return sizes.device.type == "cpu" and bool(sizes.all())
+def counted(sizes: Tensor) -> Tensor:
+    """Which rows have a gradient that is not zero to rounding, by the sizes of all rows of a call [rows].
+
+    A place that attends to itself alone has a gradient of zero, or of some roundings of others'. In half precision
+    nothing but zero is zero.
+    """
+    if not sizes.numel():
+        return sizes.bool()
+    return ~(sizes <= NOTHING.get(sizes.dtype, 0.0) * sizes.max())
+
+
+def all_counted(sizes: Tensor) -> bool:
+    """Whether all rows count, where that is known without waiting for a device."""
+    if sizes.device.type != "cpu" or not sizes.numel():
+        return False
+    least, most = torch.aminmax(sizes)
+    return bool(least > NOTHING.get(sizes.dtype, 0.0) * most)
 
 
 def portions(x: Tensor) -> tuple[Tensor, ...]:

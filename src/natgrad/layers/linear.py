@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from natgrad.layers.layer import (
     Layer,
     Shape,
+    counted,
     he_scale,
     layer_of,
     pack_columns,
@@ -209,7 +210,7 @@ class Lookup(LinearPart):
 def exchange(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The rows a and g of a call on x whose output has the gradient dy, where the two change sides (see Exchanged)."""
     a, g = promote(dy), promote(x)
-    live = (row_sizes(a).view(*a.shape[:-1], 1) != 0).to(a.dtype)
+    live = counted(row_sizes(dy)).view(*a.shape[:-1], 1).to(a.dtype)
     mean = a.square().sum() / live.sum().clamp_min(1)
     root = torch.where(mean > 0, mean, 1).sqrt()
     return a / root, g * (root * live)

@@ -225,7 +225,9 @@ def load(checkpoint: Path, names: Mapping[str, TensorStorageMetadata]) -> dict[s
                 dcp.load(cast("dict[str, Any]", tensors), storage_reader=Reader(checkpoint), planner=planner, **ALONE)
             except (Exception, CheckpointException) as error:  # torch's is no Exception
                 why = "; ".join(str(error).split("\n"))[:200]
-                raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: its tensors cannot be read ({why})") from error
+                raise DamagedError(
+                    f"checkpoint {str(checkpoint)!r} is damaged: its tensors cannot be read ({why})"
+                ) from error
     return tensors
 
 

@@ -135,7 +135,9 @@ def restore_all(job: Job, path: Path, changes: bool) -> None:
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         if "NATGRAD_DEBUG" in os.environ:
             raise
-        wrong = f"checkpoint {str(path)!r} cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        wrong = (
+            f"checkpoint {str(path)!r} cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        )
     told = everybody(job.world, [wrong] if wrong else [])
     if told:
         others = checkpoint.found(path.parent)
