@@ -189,9 +189,22 @@ def test_a_rule_keeps_what_it_likes():
         assert float(cell.state()["seen"]) == 2
         assert torch.equal(cell.state()["rows"], cell.state()["square"].flatten())
         assert float(cell.state()["rows"].sum()) > 0
-    ((segments,),) = opt.update.aim.outlines.known.values()
+    ((outlines,),) = opt.update.aim.outlines.known.values()
+    assert [len(outline.cells) for outline in outlines] == [1] * len(opt.cells)  # it keeps a number of each layer
+
+
+def test_what_has_another_shape_in_every_layer_is_no_vector_of_a_segment():
+    class Mine(natgrad.Momentum):
+        def allocate(self, layer, state):
+            super().allocate(layer, state)
+            state["rows"] = torch.zeros(layer.shape.blocks * layer.shape.out)
+
+    model = deep(2)
+    opt = natgrad.SPNGD(model, lr=0.05, rule=Mine(), length=natgrad.plain)
+    train(opt, model, [points(8, 0)])
+    ((outlines,),) = opt.update.aim.outlines.known.values()
     with pytest.raises(KeyError, match="of another shape in every layer"):
-        Segment(segments[0], torch.zeros(segments[0].numel), opt.update.aim.inputs, []).state["rows"]
+        Segment(outlines[0], torch.zeros(outlines[0].numel), opt.update.aim.inputs, []).state["rows"]
 
 
 def test_a_rule_may_keep_its_gradients():
