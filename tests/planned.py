@@ -28,7 +28,7 @@ SETTINGS = {
     "seng network": Seng(refresh=1, block="network", samples=32, sketch="uniform", sketch_size=50),
     "seng of few samples": Seng(refresh=1, samples=2),
     "seng replicated": Seng(refresh=1, replicated=True, sketch=None),
-    "seng narrow": Seng(refresh=1, wire="bfloat16", sketch="row_norm", samples=48),
+    "seng narrow": Seng(refresh=1, wire="bfloat16", sketch="uniform", samples=48),
     "nlcg": Nlcg(),
     "nlcg strong": STRONG,
 }
