@@ -29,8 +29,8 @@ import faults_recipes
 import torch
 import torch.distributed as dist
 
-import natgrad_lab.recipes  # noqa: F401  (what ranks need is imported before they are forked)
-import natgrad_lab.train.arguments  # noqa: F401
+import natgrad_lab.recipes
+import natgrad_lab.train.arguments
 import natgrad_lab.train.run  # noqa: F401
 from natgrad_lab.__main__ import main
 from natgrad_lab.data import Digits
@@ -266,5 +266,12 @@ def far(one: dict[str, torch.Tensor] | None, other: dict[str, torch.Tensor] | No
 
 
 Digits().load()  # scikit-learn's import takes two seconds, and what runs import when they first need it as many
-for late in ("torch._dynamo", "torch._inductor", "torch._functorch.config", "torch.onnx", "kornia.augmentation", "fsspec"):
+for late in (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch.config",
+    "torch.onnx",
+    "kornia.augmentation",
+    "fsspec",
+):
     importlib.import_module(late)

@@ -195,7 +195,11 @@ KINDS: dict[str, Any] = {
     "full": natgrad.curvature.Full,
     "identity": natgrad.curvature.Identity,
 }
-COEFFICIENTS = {"corrected": natgrad.optim.corrected, "tied": natgrad.optim.tied, "heavy_ball": natgrad.optim.heavy_ball}
+COEFFICIENTS = {
+    "corrected": natgrad.optim.corrected,
+    "tied": natgrad.optim.tied,
+    "heavy_ball": natgrad.optim.heavy_ball,
+}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from faults_table import hosts_table
 from record import Record
 
 from natgrad_lab.train.log import whole_lines
@@ -43,7 +44,9 @@ RESULTS = Path(__file__).parent / "results" / "faults.json"
 RECIPES = Path(__file__).parent / "faults_recipes.py"
 ADDRESSES = "192.0.2.1", "192.0.2.2"  # of documentation (RFC 5737); they exist in the namespaces alone
 PORT, LIMIT, PATIENCE = 29500, 10.0, 240.0
-OPTIONS = "--nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-id natgrad --monitor-interval 0.2"
+OPTIONS = (
+    "--nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-id natgrad --monitor-interval 0.2"
+)
 # seconds until a host that is silent is left out, and until one that may come is no longer waited for
 RENDEZVOUS = "join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4,read_timeout=15"
 
@@ -376,18 +379,6 @@ def suffer(name: str, link: Link, names: tuple[str, str], whole: bytes) -> dict[
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def table(content: dict[str, Any]) -> str:
-    """What became of every case."""
-    lines = ["| two hosts | ended | seconds | said |", "| --- | --- | ---: | --- |"]
-    for case in content["cases"]:
-        if "hosts" in case:
-            row = case["rows"][0]
-            ended = row["ended"] if row["right"] else f"**{row['ended']}**"
-            said = row["said"].splitlines()[0] if row["said"] else ""
-            lines.append(f"| {case['hosts']} | {ended} | {row['seconds']:g} | {said.partition(': start all')[0]} |")
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[*CASES])
@@ -410,7 +401,7 @@ def main() -> int:
     except PermissionError as error:
         print(f"skipped: {error}")
         return 0
-    print(table(record.content))
+    print(hosts_table(record.content))
     return 0 if all(c["rows"][0]["right"] for c in record.content["cases"] if "hosts" in c) else 1
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import budget
 import defaults
+import faults_table
 import gpu_results
 import host
 import memory
@@ -172,6 +173,11 @@ def of_soak(results: dict[str, Any], which: str | None) -> str:
     return table(head, rows)
 
 
+def disturbed(results: dict[str, Any], which: str | None) -> str:
+    """What has become of runs by fault; or of those on two hosts."""
+    return faults_table.hosts_table(results) if which == "hosts" else faults_table.faults_table(results)
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "compare": compared,
     "scaling": scaling,
@@ -186,6 +192,7 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "bad_numbers": of_bad_numbers,
     "fuzz": of_fuzz,
     "soak": of_soak,
+    "faults": disturbed,
 }
 
 

@@ -9,7 +9,8 @@
 #
 # FIRST is the host on which the ranks meet. /shared is a folder that all hosts see: results and checkpoints go there; the
 # data may lie elsewhere on each host. torchrun starts one rank a GPU (or RANKS a host), and starts all of them again,
-# from the last checkpoint, when one dies. A host that is lost must be started again by the same line, or by a scheduler.
+# from the last checkpoint, when one dies. A host that is lost must be started again by the same line, or by a scheduler; with
+# HOSTS=1:2 the run goes on meanwhile on the host that is left (FIRST must be).
 set -euo pipefail
 : "${HOSTS:=2}" "${FIRST:?name the host where ranks meet}" "${PORT:=29500}" "${RESTARTS:=3}" "${RUN:=natgrad}"
 : "${RANKS:=$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}"

@@ -147,8 +147,8 @@ def read_values(checkpoint: Path) -> dict[str, Any]:
         raise DamagedError(f"checkpoint {str(checkpoint)!r} is damaged: state.json is not as it was written")
     if content.get("format") not in READS:
         raise DamagedError(
-            f"checkpoint {str(checkpoint)!r} has format {content.get('format')!r}, this natgrad reads {READS}: go on with "
-            "the version that wrote it, or --overwrite begins anew"
+            f"checkpoint {str(checkpoint)!r} has format {content.get('format')!r}, this natgrad reads {READS}: go on "
+            "with the version that wrote it, or --overwrite begins anew"
         )
     wrong = [name for name, fits in FITS.items() if not (name in content and fits(content[name]))]
     if wrong:
@@ -269,8 +269,8 @@ def _check_table(folder: Path, table: Metadata) -> None:
             wanted = math.prod(entry.size) * entry.properties.dtype.itemsize
             if wanted > room or min(entry.size, default=0) < 0:
                 raise DamagedError(
-                    f"checkpoint {str(folder)!r} is damaged: {name} of shape {tuple(entry.size)} would be {wanted:,} bytes, "
-                    f"its files have {room:,}"
+                    f"checkpoint {str(folder)!r} is damaged: {name} of shape {tuple(entry.size)} would be {wanted:,} "
+                    f"bytes, its files have {room:,}"
                 )
 
 

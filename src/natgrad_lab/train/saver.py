@@ -179,8 +179,8 @@ def write_weights(job: Job, file: Path, patience: float = TIMEOUT) -> None:
         wait([writing], patience)
         if not writing.done():
             raise ValueError(
-                f"{str(file)!r} was not written in {patience:g} s: see to the disk, and add --resume to end, or a longer "
-                "--timeout"
+                f"{str(file)!r} was not written in {patience:g} s: see to the disk, and add --resume to end, or a "
+                "longer --timeout"
             )
         error = writing.exception()
         if error is not None:
