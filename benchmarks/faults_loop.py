@@ -30,13 +30,13 @@ import natgrad
 STEPS, SAVE_EVERY, BATCH = 12, 2, 48
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "spngd": lambda m, **o: natgrad.SPNGD(m, lr=0.05, samples=None, refresh=natgrad.Adaptive(tolerance=0.5), **o),
-    "budget": lambda m, **o: natgrad.SPNGD(m, lr=0.05, samples=None, refresh=natgrad.Budget(0.1, 1), **o),
-    "kfac": lambda m, **o: natgrad.KFAC(m, lr=0.05, samples=None, refresh=2, **o),
+    "spngd": lambda m, **o: natgrad.SPNGD(m, lr=0.05, rows_per_dim=None, refresh=natgrad.Adaptive(tolerance=0.5), **o),
+    "budget": lambda m, **o: natgrad.SPNGD(m, lr=0.05, rows_per_dim=None, refresh=natgrad.Budget(0.1, 1), **o),
+    "kfac": lambda m, **o: natgrad.KFAC(m, lr=0.05, rows_per_dim=None, refresh=2, **o),
     "seng": lambda m, **o: natgrad.SENG(m, lr=0.1, samples=None, refresh=3, **o),
     "nlcg": lambda m, **o: natgrad.NLCG(m, lr=0.05, step=natgrad.Scheduled(feedback=None), **o),
     "nlcg_kfac": lambda m, **o: natgrad.NLCG(
-        m, lr=0.05, preconditioner=natgrad.spngd_blocks, samples=None, step=natgrad.Scheduled(feedback=None), **o
+        m, lr=0.05, preconditioner=natgrad.spngd_blocks, rows_per_dim=None, step=natgrad.Scheduled(feedback=None), **o
     ),
 }
 

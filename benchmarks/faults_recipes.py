@@ -12,7 +12,7 @@ STEPS = 12
 
 def spngd() -> Recipe:
     """SP-NGD, statistics measured when they have changed."""
-    return _run(SpNgd(lr=0.05, refresh=None, decay=0.5, rescale="always", coefficient="tied", displaced=True))
+    return _run(SpNgd(lr=0.05, refresh=None, ema_decay=0.5, rescale="always", coefficient="tied", displaced=True))
 
 
 def budget() -> Recipe:
