@@ -142,5 +142,5 @@ def test_code_among_the_tensors(path, splits, tmp_path):
         place.offset, place.length = 0, len(payload)
     (path / ".metadata").write_bytes(pickle.dumps(table))
     seal(path)
-    refuse(path, splits, "its tensors cannot be read", ranks=2)
+    refuse(path, splits, r"its tensors cannot be read \((?!.*Traceback)", ranks=2)
     assert not mark.exists()

@@ -224,11 +224,18 @@ def load(checkpoint: Path, names: Mapping[str, TensorStorageMetadata]) -> dict[s
             try:
                 dcp.load(cast("dict[str, Any]", tensors), storage_reader=Reader(checkpoint), planner=planner, **ALONE)
             except (Exception, CheckpointException) as error:  # torch's is no Exception
-                why = "; ".join(str(error).split("\n"))[:200]
+                why = " ".join(str(packed(error)).split())[:120]
                 raise DamagedError(
                     f"checkpoint {str(checkpoint)!r} is damaged: its tensors cannot be read ({why})"
                 ) from error
     return tensors
+
+
+def packed(error: BaseException) -> BaseException:
+    """The error of a rank that torch has packed into one of its own."""
+    for inner, _ in getattr(error, "failures", {}).values():
+        return packed(inner)
+    return error
 
 
 class Reader(dcp.FileSystemReader):
