@@ -101,7 +101,7 @@ class Trial:
         said = "\n".join(one.said for one in ended)
         if self.hung:
             return Outcome(False, "hung", said[-2000:])
-        if not lines or "Traceback" in said or not all(one.code for one in ended):
+        if not lines or "Traceback" in said or not any(one.code for one in ended):
             return Outcome(False, "no line", said[-2000:])
         good = bool(WAYS_OUT.search(lines[0])) and all(word in lines[0] for word in words)
         return Outcome(good, "line" if good else "another line", lines[0])

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -86,14 +87,20 @@ def named(ranks: Sequence[int]) -> str:
 
 def sign(ranks: Sequence[int], rank: int) -> set[int] | None:
     """Sign that this rank's message has failed, and wait for who else does. Returns the ranks that have signed; None
-    where the store cannot be reached.
+    where the store cannot be reached. Over a link that is cut, the store does not answer for a quarter of an hour.
     """
-    try:
-        store: Any = dist.distributed_c10d._get_default_store()
-        store.set(_key(rank), "1")
-        return signed(store, [_key(r) for r in ranks], ranks, GRACE)
-    except (RuntimeError, ValueError):
-        return None
+    found: list[set[int]] = []
+
+    def look() -> None:
+        with suppress(RuntimeError, ValueError):
+            store: Any = dist.distributed_c10d._get_default_store()
+            store.set(_key(rank), "1")
+            found.append(signed(store, [_key(r) for r in ranks], ranks, GRACE))
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(2 * GRACE)
+    return found[0] if found else None
 
 
 def signed(store: Any, keys: Sequence[str], ranks: Sequence[int], seconds: float) -> set[int]:
