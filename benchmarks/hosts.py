@@ -238,9 +238,13 @@ def digest_of(out: Path) -> bytes:
     return b"".join(found[name].numpy().tobytes() for name in sorted(found))
 
 
-def goes_on(pair: Pair, host: int, ranks: int, said: str) -> dict[str, Any]:
-    """The host that is left ends the run on its rank, from the last checkpoint, with the curvature of before."""
+def goes_on(pair: Pair, host: int, ranks: int, said: str = "") -> dict[str, Any]:
+    """The host that is left ends the run on its rank, from the last checkpoint, with the curvature of before.
+
+    said: the line of a host that has ended before.
+    """
     code = pair.ends(host)
+    said = said or pair.line(host)
     resumed, steps = pair.lines("resumed"), pair.lines("step")
     told = {"hung": code is None, "said": said}
     if code != 0 or not resumed or [one["step"] for one in steps] != list(range(1, pair.steps + 1)):
@@ -299,7 +303,7 @@ def cut(pair: Pair, whole: bytes) -> dict[str, Any]:
     pair.until(5)
     pair.link.cut = True
     other = pair.ends(1)
-    told = goes_on(pair, 0, 1, pair.line(0) or pair.line(1))
+    told = goes_on(pair, 0, 1)
     if other in (None, 0):
         return {**told, "right": False, "ended": f"{told['ended']}; the other host: {other}", "hung": other is None}
     return told
@@ -311,7 +315,7 @@ def gone(pair: Pair, whole: bytes) -> dict[str, Any]:
     pair.start(1)
     pair.until(5)
     pair.kill(1)
-    return goes_on(pair, 0, 1, pair.line(0))
+    return goes_on(pair, 0, 1)
 
 
 def first_gone(pair: Pair, whole: bytes) -> dict[str, Any]:
@@ -339,7 +343,7 @@ def back(pair: Pair, whole: bytes) -> dict[str, Any]:
     while len(pair.lines("resumed")) == began and time.monotonic() < deadline:
         time.sleep(0.1)
     pair.start(1)
-    return goes_on(pair, 0, 2, pair.line(0))
+    return goes_on(pair, 0, 2)
 
 
 CASES: dict[str, Callable[[Pair, bytes], dict[str, Any]]] = {
