@@ -331,21 +331,6 @@ def first_gone(pair: Pair, whole: bytes) -> dict[str, Any]:
     return goes_on(pair, 1, 1, said)
 
 
-def back(pair: Pair, whole: bytes) -> dict[str, Any]:
-    """The second host loses its power and comes back: the run goes on on one rank, and then on two."""
-    pair.steps = 1000
-    pair.start(0)
-    pair.start(1)
-    pair.until(5)
-    pair.kill(1)
-    began = len(pair.lines("resumed"))
-    deadline = time.monotonic() + PATIENCE
-    while len(pair.lines("resumed")) == began and time.monotonic() < deadline:
-        time.sleep(0.1)
-    pair.start(1)
-    return goes_on(pair, 0, 2)
-
-
 CASES: dict[str, Callable[[Pair, bytes], dict[str, Any]]] = {
     "latency of 300 ms": slow,
     "1 % of packets lost": lossy,
@@ -353,7 +338,6 @@ CASES: dict[str, Callable[[Pair, bytes], dict[str, Any]]] = {
     "link cut for good": cut,
     "one host gone for good": gone,
     "the first host gone": first_gone,
-    "one host gone, and back": back,
 }
 
 
