@@ -190,7 +190,7 @@ NEEDS = {
 
 def handed_over(settings, monkeypatch):
     calls = []
-    monkeypatch.setattr(natgrad, "NLCG", lambda model, lr, **given: calls.append({"lr": lr, **given}))
+    monkeypatch.setattr(Nlcg, "makes", staticmethod(lambda model, lr, **given: calls.append({"lr": lr, **given})))
     settings.build(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), World())
     found = calls[0]
     world = found["world"]

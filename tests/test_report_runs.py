@@ -169,6 +169,17 @@ def test_runs_that_differ_in_their_seed_share_a_colour(tmp_path):
     assert [log.label for log in same] == [f"mine ({tmp_path / '0'})", f"mine ({tmp_path / 'deep' / '0'})"]
 
 
+def test_runs_of_an_earlier_version_have_the_names_of_today(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("old", "new")]
+    for folder, names in zip(folders, (("decay", "samples"), ("ema_decay", "rows_per_dim"))):
+        about = json.loads((folder / "recipe.json").read_text())
+        about["recipe"]["optimizer"] = {"kind": "KFac", **dict(zip(names, (0.5, 8)))}
+        (folder / "recipe.json").write_text(json.dumps(about))
+    logs = read_runs(folders)
+    assert differing(logs) == []
+    assert logs[0].fields["optimizer.ema_decay"] == 0.5
+
+
 def test_long_runs_become_few_points_and_small_pages(tmp_path):
     log = read_runs([write_run(tmp_path / "long", count=3000)])[0]
     line = sheet(progress([log])).axes[0].lines[0]

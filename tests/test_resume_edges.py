@@ -1,5 +1,6 @@
 """Runs taken up again where something has changed: from an older checkpoint, with other values, at their end."""
 
+import json
 import pickle
 import sys
 from dataclasses import replace
@@ -13,9 +14,10 @@ from natgrad.parallel import World
 from natgrad_lab.data import Regularisation
 from natgrad_lab.train import checkpoint, loop
 from natgrad_lab.train.loop import prepare
-from natgrad_lab.train.optimizers import KFac, Sgd, SpNgd
+from natgrad_lab.train.optimizers import KFac, Seng, Sgd, SpNgd
+from natgrad_lab.train.recipe import described
 from natgrad_lab.train.run import Options, resume_command, run
-from natgrad_lab.train.state import restore
+from natgrad_lab.train.state import check_recipe, restore
 from test_resume import MLP, TOTAL, damage, interrupt_at, options, summary
 
 
@@ -91,6 +93,21 @@ def test_another_kind_of_optimizer_is_refused_whatever_is_accepted(tmp_path, spl
     _, path = start(recipe_with(old), splits, tmp_path)
     with pytest.raises(ValueError, match=rf"state of {type(old).__name__}, not of {type(new).__name__}"):
         restore(prepare(recipe_with(new), World(), splits), path, changes=True)
+
+
+def test_a_recipe_of_an_earlier_version_has_the_names_of_today(tmp_path):
+    recipe = recipe_with(KFac(ema_decay=0.3, rows_per_dim=4))
+    stored = json.loads(json.dumps(described(recipe)))
+    optimizer = stored["optimizer"]
+    optimizer["decay"], optimizer["samples"] = optimizer.pop("ema_decay"), optimizer.pop("rows_per_dim")
+    del optimizer["norm_damping"]  # as if it were new: it is as it was where it has its default
+    assert not check_recipe(tmp_path, {"recipe": stored}, recipe, changes=False)
+    for name, value in {"ema_decay": 0.9, "rows_per_dim": None, "norm_damping": 16.0}.items():
+        other = recipe_with(replace(KFac(ema_decay=0.3, rows_per_dim=4, norms="unitwise"), **{name: value}))
+        with pytest.raises(ValueError, match=rf"optimizer\.{name} was [\d.]+, is {value}"):
+            check_recipe(tmp_path, {"recipe": stored}, other, changes=False)
+    samples = {"recipe": json.loads(json.dumps(described(recipe_with(Seng(samples=64)))))}
+    assert not check_recipe(tmp_path, samples, recipe_with(Seng(samples=64)), changes=False)
 
 
 def test_running_means_that_are_not_there_are_refused_as_such(tmp_path, splits):

@@ -11,7 +11,7 @@ import natgrad
 from natgrad.parallel import World
 from natgrad.refresh import Adaptive, Budget
 from natgrad_lab.train.optimizers import KFac, SpNgd
-from natgrad_lab.train.optimizers.curved import COEFFICIENTS, INVERSES, LENGTHS, NORMS, WIRES, how_far
+from natgrad_lab.train.optimizers.composed import COEFFICIENTS, DTYPES, INVERSES, LENGTHS, NORMS
 
 OTHER = {
     "lr": 0.3,
@@ -55,8 +55,9 @@ NEEDS = {**ADAPTIVE, **BOUNDED, "norm_damping": {"norms": "unitwise"}}
 def handed_over(settings, monkeypatch):
     """What the optimizer's constructor is called with; worlds and blocks by what they come to."""
     calls = []
-    for name in ("SPNGD", "KFAC"):
-        monkeypatch.setattr(natgrad, name, lambda model, lr, **given: calls.append({"lr": lr, **given}))
+    monkeypatch.setattr(
+        type(settings), "makes", staticmethod(lambda model, lr, **given: calls.append({"lr": lr, **given}))
+    )
     settings.build(nn.Linear(2, 2), World())
     world, chosen = calls[0]["world"], calls[0]["curvature"]
     return {
@@ -82,11 +83,12 @@ def test_every_name_of_a_choice_is_known(kind):
         "coefficient": COEFFICIENTS,
         "length": LENGTHS,
         "inverse": INVERSES,
-        "wire": WIRES,
-        "weights_wire": WIRES,
+        "wire": DTYPES,
+        "weights_wire": DTYPES,
+        "norms": NORMS,
     }
     hints = get_type_hints(kind)
-    for name, known in {**choices, "norms": {**NORMS, "plain": None}}.items():
+    for name, known in choices.items():
         offered = {value for part in get_args(hints[name]) for value in get_args(part) or (part,)} - {type(None)}
         assert offered == set(known) - {None}
         for value in known:
@@ -112,9 +114,9 @@ def test_names_become_what_they_say(monkeypatch):
     assert handed_over(KFac(refresh=10), monkeypatch)["refresh"] == 10
     assert handed_over(KFac(refresh=10, refresh_share=0.1), monkeypatch)["refresh"] == Budget(0.1, 10)
     assert handed_over(SpNgd(limit=5, refresh_share=0.1), monkeypatch)["refresh"] == Budget(0.1, Adaptive(limit=5))
-    assert how_far("kl_clip") == natgrad.KLClip()
-    assert how_far("measured_change") == natgrad.MeasuredChange()
-    assert how_far("measured_change", 0.5) == natgrad.MeasuredChange(0.5)
+    assert SpNgd(length="kl_clip").how_far() == natgrad.KLClip()
+    assert SpNgd().how_far() == natgrad.MeasuredChange()
+    assert SpNgd(largest_change=0.5).how_far() == natgrad.MeasuredChange(0.5)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,7 @@ def test_names_become_what_they_say(monkeypatch):
         (SpNgd(refresh=3, widen_below=1), "widen_below=1 .*refresh=3"),
         (KFac(limit=4, refresh=10), "limit=4 .*refresh=10.*--optimizer.refresh None"),
         (SpNgd(length="plain", largest_change=0.1), "largest_change=0.1 .*length=plain"),
+        (SpNgd(wire="int8"), "wire='int8' is unknown; set --optimizer.wire to one of None, float16"),
         (SpNgd(limit=0), "limit=0"),
         (SpNgd(refresh_share=0.0), "share=0"),
         (SpNgd(refresh_share=0.1, refresh=3, tolerance=0.2), "tolerance=0.2 .*refresh=3"),

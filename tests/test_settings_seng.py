@@ -11,7 +11,7 @@ import natgrad
 from natgrad.optim.directions import Momentum, tied
 from natgrad.parallel import World
 from natgrad_lab.train.optimizers import Seng
-from natgrad_lab.train.optimizers.curved import COEFFICIENTS, LENGTHS, WIRES
+from natgrad_lab.train.optimizers.composed import COEFFICIENTS, DTYPES, LENGTHS
 from natgrad_lab.train.optimizers.seng import LEGACY, SKETCHES
 
 OTHER = {
@@ -58,7 +58,7 @@ NEEDS = {
 def handed_over(settings, monkeypatch):
     """What the optimizer's constructor is called with; worlds by what they come to."""
     calls = []
-    monkeypatch.setattr(natgrad, "SENG", lambda model, lr, **given: calls.append({"lr": lr, **given}))
+    monkeypatch.setattr(Seng, "makes", staticmethod(lambda model, lr, **given: calls.append({"lr": lr, **given})))
     settings.build(nn.Linear(2, 2), World())
     world = calls[0]["world"]
     return {**calls[0], "world": (world.wire, world.weights, world.overlap, world.owners, world.per_host)}
@@ -89,8 +89,8 @@ def test_every_name_of_a_choice_is_known():
         "sketch": SKETCHES,
         "length": LENGTHS,
         "coefficient": COEFFICIENTS,
-        "wire": WIRES,
-        "weights_wire": WIRES,
+        "wire": DTYPES,
+        "weights_wire": DTYPES,
     }
     hints = get_type_hints(Seng)
     for name, known in choices.items():

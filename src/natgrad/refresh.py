@@ -82,8 +82,13 @@ class Adaptive(Staleness):
     Unlike the last value: half the interval. Like the last only: the same. Like the last two: the sum of the last
     two intervals, as Fibonacci's numbers. Two values are alike when they differ by less than `tolerance` of the
     older one's Frobenius norm. The paper's 0.1 was used from 4,096 samples up; below, sampling noise alone is
-    larger, so the tolerance grows as 1/sqrt(samples) from `at` samples down. `limit` caps the interval (ours: the
-    rule as published stops measuring towards the end of a run).
+    larger, so the tolerance grows. `limit` is ours: the rule as published stops measuring towards the end of a run.
+
+    Args:
+        tolerance: relative change of a statistic that counts as a change, where `at` samples or more are measured.
+        at: measured samples below which `tolerance` grows as 1/sqrt(samples), for sampling noise; 1: it never does.
+        limit: the longest interval in steps; None: no limit.
+
     """
 
     tolerance: float = 0.1
@@ -118,6 +123,12 @@ class Budget(Staleness):
     decide alike: a step's forward and backward passes on one rank against what measuring takes on every rank and
     factoring on the busiest one. What is larger than the limit is done alone, and its steps are paid back before
     anything else is done. A first measurement has no limit.
+
+    Args:
+        share: share of a step that measuring and factoring may take, counted in operations; what is due and does not
+            fit waits.
+        then: says when a statistic is due: a Staleness, or a whole number of steps.
+
     """
 
     share: float = 0.05

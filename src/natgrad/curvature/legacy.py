@@ -15,11 +15,13 @@ from natgrad.layers.layer import Shape
 class Legacy:
     """The release's ways. Each is worse than what it replaces, and its hyper-parameters were tuned with it.
 
-    c: its column budget. Sampled rows are scaled by D / c^2 (a side by M / c) where the square root would be unbiased,
-        so that curvature counts rho times: (lambda I + rho F)^-1 g with rho of each layer.
-    threshold: layers of more weights are sampled by sides, not by weights.
-    mean_field: U b of these layers from sums over samples of each factor alone (40 to 90 % error).
-    local: every rank takes the direction by its own samples, and directions are averaged.
+    Args:
+        c: column budget of the release. Sampled rows are scaled by D / c^2 (a side by M / c) where the square root
+            would be unbiased, so that curvature counts rho times: (lambda I + rho F)^-1 g with rho of each layer.
+        threshold: weights above which a layer is sampled by its sides, not by its weights.
+        mean_field: take U b of these layers from sums over samples of each factor alone (40 to 90 % error).
+        local: every rank takes the direction by its own samples, and directions are averaged.
+
     """
 
     c: int = 256

@@ -17,7 +17,12 @@ CACHED = 2**18  # numbers that stay in a processor's cache
 
 @dataclass(frozen=True)
 class Sketch(ABC):
-    """`size`: to how many numbers; None takes 16 for each sample. Layers that have no more are not sketched."""
+    """A map to fewer numbers. Layers that have no more are not sketched.
+
+    Args:
+        size: how many numbers columns are mapped to; None: 16 for each sample.
+
+    """
 
     size: int | None = None
 

@@ -166,7 +166,13 @@ def _places_of(chosen: slice, samples: int, places: int, device: torch.device) -
 
 @dataclass(frozen=True)
 class UnitWise(Curvature):
-    """One damped block an output unit. Its damping is `coefficient` times the layer's (SP-NGD's release has 16)."""
+    """One damped block an output unit.
+
+    Args:
+        rows_per_dim: samples measured for each dimension of a block; None measures all.
+        coefficient: damping as a multiple of the layer's (SP-NGD's release: 16).
+
+    """
 
     rows_per_dim: int | None = None
     coefficient: float = 1.0

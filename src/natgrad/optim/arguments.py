@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict
 
 from natgrad.optim.fallback import Fallback
 from natgrad.optim.rescale import Rescale
+from natgrad.refresh import Staleness
 
 
 class Shared(TypedDict, total=False):
@@ -14,7 +15,7 @@ class Shared(TypedDict, total=False):
     Attributes:
         params: parameters, named parameters or torch's groups; None takes all that require gradients. A group may set
             lr, momentum, weight_decay, damping and refresh.
-        reduction: of the loss, "mean" or "sum"; None is a mean.
+        reduction: reduction of the loss, "mean" or "sum"; None is a mean.
         predictions: how many predictions of a sample a mean loss averages: one class of an image, all places of a text.
             None counts the rows of logits that have a gradient.
         batch_dim: where samples are in inputs of several dimensions, for all modules or by name. None: first, or as
@@ -40,7 +41,7 @@ class SharedByOptimizers(Shared, total=False):
     """What optimizers take that make steps of their own.
 
     Attributes:
-        max_norm: to which the norm of the mean gradient of all parameters is clipped; None: no clipping.
+        max_norm: norm to which the mean gradient of all parameters is clipped; None: no clipping.
         graph: on GPUs, record the launches of a step in which nothing is measured once and make them again as CUDA
             graphs. One gradient more stays in memory.
 
@@ -55,7 +56,8 @@ class SharedByNaturalGradients(SharedByOptimizers, total=False):
 
     Attributes:
         fallback: direction of parameters without curvature.
-        rescale: "always" (SP-NGD, eq. 24) or "shrink" (its release) holds weights at their He norm; None leaves them.
+        rescale: hold weights at their He norm: "always" (SP-NGD, eq. 24), or "shrink" those that have grown (its
+            release); None leaves them.
         gather: what owners send to everyone: new weights, or "directions" that every rank applies.
 
     """
@@ -91,17 +93,20 @@ class OfNlcg(SharedByOptimizers, total=False):
     """What NLCG takes; those below and predictions, batch_dim, strict and seed belong to a curvature as preconditioner.
 
     Attributes:
-        damping: lambda > 0 of F + lambda I, in units of squared per-sample gradients (1e-2).
-        refresh: a Staleness, or a whole number of steps between measurements (1).
-        rows_per_dim: rows measured for each dimension of a statistic (8); None measures all. Not with SampleBlocks.
-        ema_decay: of a running mean over measurements (0.9).
-        fisher: "empirical" or "sampled" labels.
-        max_size: a side of a layer with more dimensions keeps the diagonal of its factor only.
+        damping: with a curvature as preconditioner: lambda > 0 of F + lambda I, in units of squared per-sample
+            gradients.
+        refresh: with a curvature as preconditioner: a Staleness, or a whole number of steps between measurements.
+        rows_per_dim: with a curvature as preconditioner, but not SampleBlocks: rows measured for each dimension of a
+            statistic; None measures all.
+        ema_decay: with a curvature as preconditioner: share of the old average that a measurement keeps.
+        fisher: with a curvature as preconditioner: "empirical" or "sampled" labels.
+        max_size: with a curvature as preconditioner: a side of a layer with more dimensions keeps the diagonal of its
+            factor only.
 
     """
 
     damping: float
-    refresh: Any
+    refresh: int | Staleness
     rows_per_dim: int | None
     ema_decay: float
     fisher: Literal["empirical", "sampled"]

@@ -17,11 +17,15 @@ Blocks = Callable[[Layer, "int | None", int], Curvature]
 class LayerBlocks:
     """One curvature for matrices and one for normalisations. Both are made from `rows_per_dim`.
 
-    matrix: Kronecker or EigenKronecker.
-    norm: UnitWise, Full (a block above `max_size` becomes unit-wise) or Identity, or a partial of one, such as
-        partial(Full, coefficient=16) for the block of SP-NGD's release.
-
     A side of a matrix above `max_size` is kept diagonal. What has no curvature gets none.
+
+    Args:
+        matrix: how factors are inverted: Kronecker, by Cholesky, or EigenKronecker: eigenvectors are dearer, but follow
+            every change of the damping.
+        norm: curvature of normalisations: UnitWise, a 2x2 block for each channel; Full, one block for all of a layer
+            (above `max_size` unit-wise); Identity, none; or a partial of one, such as partial(Full, coefficient=16) for
+            the block of SP-NGD's release.
+
     """
 
     matrix: Callable[..., Curvature] = Kronecker

@@ -100,6 +100,14 @@ class Momentum:
     Hutter 2019): momentum does not repeat it, no length shortens it, and the fallback does not stretch it. False adds
     the decay to the preconditioned gradient (to the fallback's direction), as the releases do: it is not curved, but
     is repeated, shortened and stretched with the direction.
+
+    Args:
+        before: average gradients and precondition their average, instead of averaging preconditioned gradients.
+        coefficient: momentum as the learning rate changes: corrected keeps it, tied lets it fall alike (SP-NGD),
+            heavy_ball keeps it on displacements, or a Coefficient of yours.
+        displaced: repeat a weight's whole last displacement, rescaling included (SP-NGD's paper), not the direction.
+        decoupled: decay weights beside the direction, as AdamW does; False: as a part of the direction.
+
     """
 
     before: bool = False

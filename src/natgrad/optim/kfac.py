@@ -26,8 +26,17 @@ class KFAC(SecondOrder, shared=SharedByFactors):
     remembers networks long gone, so by default a statistic is measured when it has changed, and half of the old
     average is kept (docs/settings.md).
     Normalisations take the plain gradient; pass `curvature=spngd_blocks` for unit-wise blocks. `gather` says what
-    owners send to everyone: new weights, or "directions" for every rank to apply, as in the paper of 2019. The other
-    arguments are those of SPNGD.
+    owners send to everyone: new weights, or "directions" for every rank to apply, as in the paper of 2019.
+
+    Args:
+        ema_decay: share of the old average that a measurement keeps; 0: each measurement replaces the last.
+        model, lr, momentum, damping, weight_decay, refresh, rows_per_dim, fisher, curvature, length, rule: as for
+            SPNGD.
+        **shared: see natgrad.optim.arguments.SharedByFactors.
+
+    Raises:
+        ValueError: names the value that cannot be and the way out.
+
     """
 
     @renamed_arguments(samples="rows_per_dim", decay="ema_decay")

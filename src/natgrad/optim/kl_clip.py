@@ -40,6 +40,10 @@ class KLClip:
     gradient. A direction that repeats others, d = sum m^k F^-1 g_k, has F d = h = sum m^k g_k as long as F stands
     still: gradients are summed as their directions are, and d . h is taken (ours). d . g is by 1/(1 - m) too small
     while gradients agree, and nothing once d has overshot, just when a step should be held back. One number travels.
+
+    Args:
+        limit: twice the change of the output (KL), as it is predicted, above which a step is shortened.
+
     """
 
     limit: float = 0.01
@@ -86,6 +90,14 @@ class MeasuredChange:
     learning rate says. They are shortened so that s . (g' - g) of theirs stays below `limit` too.
 
     Three dot products a layer more than for a plain length; no pass and no message more than for KLClip.
+
+    Args:
+        limit: twice the change of the output (KL) above which a step is shortened.
+        first: ratio of the shown to the predicted curvature before anything is measured.
+        least: predicted change that a step may always have.
+        most: predicted change that no step may exceed.
+        memory: share of the old means that a step keeps.
+
     """
 
     limit: float = 0.25

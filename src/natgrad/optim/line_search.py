@@ -65,9 +65,15 @@ def answer(ratio: float, tau: float) -> tuple[float, float] | None:
 class Scheduled:
     """The learning rate times a multiplier b in [1e-4, 1] that the loss moves (arXiv 1812.02886, its release).
 
-    feedback: "step" compares the running loss E <- 0.7 E + 0.3 L with E `period` steps ago, "online" L with E at every
-    step, None leaves b at 1. A loss that has not grown by tau % lets b recover (by 5 or 2 %); one that has shrinks b
-    and takes back a share of the last step. Leave it off where a batch is less than about a sixteenth of the data.
+    A loss that has not grown by tau % lets b recover (by 5 or 2 %); one that has shrinks b and takes back a share of
+    the last step. Leave feedback off where a batch is less than about a sixteenth of the data.
+
+    Args:
+        feedback: how the loss holds steps back. "step" compares the running loss E <- 0.7 E + 0.3 L with E `period`
+            steps ago, "online" L with E at every step, None leaves b at 1.
+        period: steps between two looks at the loss, with feedback "step".
+        tau: per cent by which the loss may grow before steps shrink.
+
     """
 
     feedback: Literal["step", "online"] | None = "step"
@@ -112,12 +118,18 @@ class CurvatureStep:
     """The minimum along d of the Gauss-Newton model: lr (-g.d) / (d.G d + (weight decay + mu) d.d), with lr <= 1.
 
     It needs no learning rate; lr = 1 takes all of it. d.G d comes from two more forward passes at w +- e d, with
-    e = `probe` |w| / |d|: `step(forward=lambda: model(x))`. output: "softmax" for cross entropy of logits [n, classes,
-    ...], a mean over n and all places (or over n times `predictions`), "squared" for half the squared error, a mean
-    over n. The step is at most `limit` times the direction, and at most so long that the model sees the outputs change
-    by t^2 d.G d = `change` on the mean, twice the KL divergence of softmax outputs (ours): far from w the model says
-    nothing, and a direction that old statistics have made long looks flat at w. None: no such bound, as for squared
-    errors, whose scale is the user's.
+    e = `probe` |w| / |d|: `step(forward=lambda: model(x))`. The bound `change` is ours: far from w the model says
+    nothing, and a direction that old statistics have made long looks flat at w.
+
+    Args:
+        output: "softmax" for cross entropy of logits [n, classes, ...], a mean over n and all places (or over n times
+            `predictions`), "squared" for half the squared error, a mean over n.
+        mu: added, with the weight decay, to the curvature along the direction.
+        probe: distance of the two forward passes from the weights, as a share of the weights' norm.
+        limit: length of the longest step, as a multiple of the direction.
+        change: mean change t^2 d.G d of the outputs, twice the KL divergence of softmax outputs, beyond which no step
+            goes; None: no such bound, as for squared errors, whose scale is the user's.
+
     """
 
     output: Literal["softmax", "squared"] = "softmax"

@@ -42,17 +42,21 @@ class NLCG(SecondOrder, shared=OfNlcg, defaults=OF_CURVATURE):
 
     Args:
         model: any nn.Module, plain or wrapped by DistributedDataParallel.
-        lr: ceiling of the step, 0.1 by default (times batch / 256 in the release). With CurvatureStep() a factor up to
-            1, which is the default, and the same for all parameters.
+        lr: ceiling of the step; None: 0.1 (times batch / 256 in the release). With CurvatureStep() a factor up to 1,
+            the same for all parameters; None: 1.
         weight_decay: strength of an L2 penalty that is part of the loss: in the gradient before all else, and in the
             loss that is told (tell it without).
-        preconditioner: DiagonalBFGS(), SecondMoment(), None for the identity, or the curvature of layers: spngd_blocks,
-            LayerBlocks(...), SampleBlocks(...). With a curvature, what has none keeps its plain gradient.
-        beta: fletcher_reeves, polak_ribiere, hestenes_stiefel, dai_yuan, hs_dy, hager_zhang, or a function of Products.
-        beta_max: beta is held in [0, beta_max].
-        step: Scheduled(feedback=...), or CurvatureStep(), which wants `step(forward=lambda: model(x))`.
+        preconditioner: what gradients are divided by: DiagonalBFGS(), SecondMoment(), None for the identity, or the
+            curvature of layers: spngd_blocks, LayerBlocks(...), SampleBlocks(...). With a curvature, what has none
+            keeps its plain gradient.
+        beta: how much of the last direction is kept: fletcher_reeves, polak_ribiere, hestenes_stiefel, dai_yuan, hs_dy,
+            hager_zhang, or a function of Products.
+        beta_max: the most that is kept: beta is held in [0, beta_max].
+        step: how long steps are. Scheduled(feedback=...): the learning rate, held back by the loss; CurvatureStep():
+            the minimum along the direction, which wants `step(forward=lambda: model(x))`.
         mode: "hardened", or "faithful": the authors' release to the letter, in one defined order.
-        prescale: eta of the release's LARS-like scaling of each variable's gradient, suggested 0.001; None: off.
+        prescale: share of a weight's norm to which its gradient is brought first: eta of the release's LARS-like
+            scaling, suggested 0.001; None: off.
         **shared: see natgrad.optim.arguments.OfNlcg.
 
     The strong choice is a curvature with the curvature step, which needs no learning rate: `NLCG(model,

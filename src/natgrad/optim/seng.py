@@ -45,18 +45,18 @@ class SENG(SecondOrder, shared=SharedByNaturalGradients):
 
     Args:
         model: any nn.Module, plain or wrapped by DistributedDataParallel.
-        lr: learning rate.
-        momentum: share of the last direction that is repeated, after preconditioning.
-        damping: lambda, absolute. A new value acts at once.
-        weight_decay: as for SPNGD.
+        damping: added to the curvature: lambda, absolute. A new value acts at once.
         refresh: steps between measurements, or Budget(share, then=steps) with block="layer".
-        samples: columns of U, drawn over all samples of the step on all ranks; None takes all.
-        sketch: a map for products of columns of many weights: CountSketch(), Uniform() or None.
-        rank: places to which factors are cut for these products. Off by default: 4 of 16 give errors of .04 to .2 in K.
-        columns: "empirical", or "improved": over the norm of the gradient of the sample's logits (arXiv 2406.06420).
-        block: "layer", or "network": one solve for all layers.
+        samples: samples of a step whose gradients are the columns of U, drawn over all ranks; None takes all.
+        sketch: map to fewer numbers by which columns of many weights are multiplied: CountSketch(), Uniform();
+            None: exact products.
+        rank: places to which factors are cut for these products; None: all. 4 of 16 give errors of .04 to .2 in K.
+        columns: "empirical": gradients as they are; "improved": over the norm of the gradient of the sample's logits
+            (arXiv 2406.06420).
+        block: "layer": one solve for each layer; "network": one solve for all layers.
         budget: bytes of one layer's columns at its owner; a layer that would need more gets fewer samples.
         legacy: a Legacy for the release's own ways.
+        lr, momentum, weight_decay, length, rule: as for SPNGD.
         **shared: see natgrad.optim.arguments.SharedByNaturalGradients. World(owners=False) keeps all columns on every
             rank.
 

@@ -25,19 +25,21 @@ class SPNGD(SecondOrder, shared=SharedByFactors):
     Args:
         model: the network itself, on one rank, on several, or wrapped in DistributedDataParallel.
         lr: learning rate, above 0.
-        momentum: of `rule`, in [0, 1).
-        damping: lambda > 0 of F + lambda I, in units of squared per-sample gradients (paper section 3.3.3).
-        weight_decay: weights lose lr * weight_decay of themselves in a step, as in AdamW;
+        momentum: share of the last direction that is repeated, in [0, 1).
+        damping: added to the curvature before it is inverted: lambda > 0 of F + lambda I, in units of squared
+            per-sample gradients (paper section 3.3.3).
+        weight_decay: strength of the decay. Weights lose lr * weight_decay of themselves in a step, as in AdamW;
             rule=Momentum(decoupled=False) adds the decay to the direction instead.
         refresh: a Staleness, or a whole number of steps between measurements; Budget(share, then=...) of either spreads
             the work over steps.
-        rows_per_dim: rows measured per dimension of a factor, drawn over all samples and places; None measures all.
-        ema_decay: of a running mean over measurements; 0 replaces, as the paper does.
-        fisher: "empirical" takes the data's labels, in the same backward pass; "sampled" draws them from the model's
-            prediction: call `sample(output)` before `backward()`.
+        rows_per_dim: rows measured for each dimension of a statistic, drawn over all samples and places; None measures
+            all.
+        ema_decay: share of the old average that a measurement keeps; 0: each measurement replaces the last (paper).
+        fisher: labels of the curvature. "empirical": the data's; "sampled": drawn from the model's prediction (by
+            `sample(output)` before `backward()`), at one more backward pass a measurement.
         curvature: a function of a layer that gives its curvature.
-        length: how far a step goes: measured_change, kl_clip, trust, plain or a function of yours.
-        rule: where it goes: Momentum(before=..., coefficient=corrected | tied | heavy_ball) or a Rule of yours.
+        length: how far a step goes along its direction: measured_change, kl_clip, trust, plain or a function of yours.
+        rule: where a step goes: Momentum(before=..., coefficient=corrected | tied | heavy_ball) or a Rule of yours.
         **shared: see natgrad.optim.arguments.SharedByFactors.
 
     Raises:

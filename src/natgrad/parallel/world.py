@@ -45,24 +45,29 @@ class OwnedTensor(NamedTuple):
 class World:
     """The ranks that train together.
 
-    group: a process group, a Transport, or None for torch.distributed's default group (alone if there is none).
-    gradients: whether `.grad` holds this rank's gradient ("local") or already the mean over ranks ("averaged", as
-    DistributedDataParallel leaves it). "auto" looks: averaged gradients are equal to the last bit on all ranks.
-    wire: torch.bfloat16 or torch.float16 halves the bytes of statistics; None sends them as they are.
-    weights: the same for the new weights that owners send; owners keep them in float32 beside (on several ranks).
-    overlap: gradients of a plain model travel in buckets during the backward pass (see SecondOrder.no_sync).
-    per_host: ranks of a host, which have consecutive numbers: reductions to owners and gatherings go inside of hosts
-        first, then between them, so that a thousand ranks wait for hundreds of latencies less. None: all in one ring.
-    owners: True gives every layer to one rank, which keeps the layer's state and makes its step. False makes every rank
-        the owner of everything: sums go to all, and nothing needs to be sent back. Memory and work are then those of
-        one rank, and equal weights rest on equal machines. None is True while ranks hold their own gradients, and False
-        from the step on in which somebody else has averaged them: whoever does so (a trainer) writes rank 0's
-        `state_dict()`, which is whole then. `weights=` keeps the owners.
-    timeout: seconds after which a message that a rank does not take part in is given up, with an error that names the
-        rank; None: the process group's own (init_process_group: 30 minutes with gloo, 10 with NCCL).
-    check: after every so many steps, an optimizer compares weights, clocks and shared numbers over ranks and raises a
-        RanksDifferError that names the first that differs, and the ranks. One message of 32 bytes, and a pass over the
-        weights; for finding errors. None: never.
+    Args:
+        group: a process group, a Transport, or None for torch.distributed's default group (alone if there is none).
+        gradients: whether `.grad` holds this rank's gradient ("local") or already the mean over ranks ("averaged", as
+            DistributedDataParallel leaves it). "auto" looks: averaged gradients are equal to the last bit on all ranks.
+        wire: type in which statistics travel: torch.bfloat16 or torch.float16 halves their bytes; None sends them as
+            they are.
+        weights: type in which owners send new weights or directions; owners keep weights in float32 beside (on several
+            ranks). None: their own.
+        overlap: send gradients of a plain model in buckets during the backward pass (see SecondOrder.no_sync).
+        owners: True gives every layer to one rank, which keeps the layer's state and makes its step. False makes every
+            rank the owner of everything: sums go to all, and nothing needs to be sent back. Memory and work are then
+            those of one rank, and equal weights rest on equal machines. None is True while ranks hold their own
+            gradients, and False from the step on in which somebody else has averaged them: whoever does so (a trainer)
+            writes rank 0's `state_dict()`, which is whole then. `weights=` keeps the owners.
+        per_host: ranks of a host, which have consecutive numbers: reductions to owners and gatherings go inside of
+            hosts first, then between them, so that a thousand ranks wait for hundreds of latencies less. None: all in
+            one ring.
+        timeout: seconds after which a message that a rank does not take part in is given up, with an error that names
+            the rank; None: the process group's own (init_process_group: 30 minutes with gloo, 10 with NCCL).
+        check: after every so many steps, an optimizer compares weights, clocks and shared numbers over ranks and raises
+            a RanksDifferError that names the first that differs, and the ranks. One message of 32 bytes, and a pass over
+            the weights; for finding errors. None: never.
+
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from typing import Any
 from natgrad_lab.report.files import number, numbers, one_line, open_file, parsed, read_json, read_lines
 from natgrad_lab.report.markup import text
 from natgrad_lab.report.number_format import ago, duration
+from natgrad_lab.stored_names import renewed
 
 RECENT = 20
 """Steps whose mean says how long a run will still take."""
@@ -139,7 +140,7 @@ def read_run(folder: Path) -> Log:
     return Log(
         folder=folder,
         name=text(name, 200),
-        fields=dict(flat(recipe)[:FIELDS]),
+        fields=dict(flat(renewed(recipe))[:FIELDS]),
         planned=_count(about.get("steps")),
         starts=listed or [Start()],
         steps=lines.steps,

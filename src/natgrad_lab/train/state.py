@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from natgrad.optim import SecondOrder
 from natgrad_lab.data.mixup import RunningMixup
+from natgrad_lab.stored_names import renewed
 from natgrad_lab.train import checkpoint
 from natgrad_lab.train.json_tensors import pack, unpack
 from natgrad_lab.train.loop import Job
+from natgrad_lab.train.optimizers import Settings
 from natgrad_lab.train.recipe import Recipe, described
 
 Tensors = dict[str, Tensor]
@@ -97,14 +100,16 @@ def check_recipe(path: Path, values: Mapping[str, Any], recipe: Recipe, changes:
 
     Neither data nor model are needed for it.
     """
-    differing = list(differences(without_free(values["recipe"]), _plain(without_free(described(recipe)))))
+    stored, now = without_free(renewed(values["recipe"])), _plain(without_free(described(recipe)))
+    stored["optimizer"] = {**_added_since(stored["optimizer"], recipe.optimizer), **stored["optimizer"]}
+    differing = list(differences(stored, now))
     if differing and not changes:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
             f"checkpoint {str(path)!r} is of another recipe: {'; '.join(differing[:3])}{more}; use the command that "
             "began the run, or add --accept-changes to go on with the new values"
         )
-    old, new = (one["optimizer"]["kind"] for one in (values["recipe"], described(recipe)))
+    old, new = (one["optimizer"]["kind"] for one in (stored, now))
     if old != new:
         raise ValueError(
             f"checkpoint {str(path)!r} holds the state of {old}, not of {new}: begin anew without --resume"
@@ -122,6 +127,12 @@ def check_shapes(path: Path, table: Mapping[str, Any], here: Mapping[str, Tensor
                 f"checkpoint {str(path)!r} is of another network: {own} is {there}, not {tuple(tensor.shape)}; use the "
                 "command that began the run, or name another --out"
             )
+
+
+def _added_since(stored: Mapping[str, Any], optimizer: Settings) -> dict[str, Any]:
+    """Return the defaults of fields that the optimizer's settings did not have when the recipe was written."""
+    known = fields(optimizer) if stored["kind"] == type(optimizer).__name__ else ()
+    return {one.name: _plain(one.default) for one in known if one.name not in stored and one.default is not MISSING}
 
 
 FREE = {"path", "workers"}
