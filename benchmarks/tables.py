@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check   (say which pages are not as the results are; exit code 1)
 
 A mark is a comment `<!-- table NAME -->`, and the table ends at `<!-- end -->`. NAME is a file of results without
-.json; `compare-TASK` may be followed by a size of batch, or by `wins`. `largest` has all comparisons' largest batches.
+.json; `compare-TASK` may be followed by a size of batch, or by `wins`. `largest` has all comparisons' largest batches,
+`arguments` the optimizers' arguments, `arguments parts` those of the objects that they take.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arguments
 import budget
 import defaults
 import faults_table
@@ -218,6 +220,8 @@ def made(name: str, which: str | None, results: Path = RESULTS) -> str:
     """The table of a mark; a line that says what to run where there are no results yet."""
     if name == "largest":
         return largest(results)
+    if name == "arguments":
+        return arguments.made(which)
     path = results / f"{name}.json"
     if not path.exists() and name.startswith("gpu"):
         return f"*Not run yet on a GPU: `python benchmarks/gpu.py` writes `benchmarks/results/{name}.json`.*"

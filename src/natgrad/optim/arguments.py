@@ -23,7 +23,7 @@ class Shared(TypedDict, total=False):
         scaler: a GradScaler, if you unscale gradients yourself, call average_gradients() or overlap messages.
         strict: refuse parameters without curvature, instead of training them by the fallback.
         seed: decides which rows are measured and which labels are drawn.
-        world: natgrad.World, a process group, or None for all ranks.
+        world: a natgrad.World, a process group, or None for all ranks.
 
     """
 

@@ -29,9 +29,8 @@ class KFAC(SecondOrder, shared=SharedByFactors):
     owners send to everyone: new weights, or "directions" for every rank to apply, as in the paper of 2019.
 
     Args:
-        ema_decay: share of the old average that a measurement keeps; 0: each measurement replaces the last.
-        model, lr, momentum, damping, weight_decay, refresh, rows_per_dim, fisher, curvature, length, rule: as for
-            SPNGD.
+        model, lr, momentum, damping, weight_decay, refresh, rows_per_dim, ema_decay, fisher, curvature, length, rule:
+            as for SPNGD.
         **shared: see natgrad.optim.arguments.SharedByFactors.
 
     Raises:

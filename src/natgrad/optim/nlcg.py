@@ -41,7 +41,7 @@ class NLCG(SecondOrder, shared=OfNlcg, defaults=OF_CURVATURE):
     data or more.
 
     Args:
-        model: any nn.Module, plain or wrapped by DistributedDataParallel.
+        model: as for SPNGD.
         lr: ceiling of the step; None: 0.1 (times batch / 256 in the release). With CurvatureStep() a factor up to 1,
             the same for all parameters; None: 1.
         weight_decay: strength of an L2 penalty that is part of the loss: in the gradient before all else, and in the

@@ -44,7 +44,7 @@ class SENG(SecondOrder, shared=SharedByNaturalGradients):
     samples hold the batch statistics of normalisations fixed.
 
     Args:
-        model: any nn.Module, plain or wrapped by DistributedDataParallel.
+        model, lr, momentum, weight_decay, length, rule: as for SPNGD.
         damping: added to the curvature: lambda, absolute. A new value acts at once.
         refresh: steps between measurements, or Budget(share, then=steps) with block="layer".
         samples: samples of a step whose gradients are the columns of U, drawn over all ranks; None takes all.
@@ -56,7 +56,6 @@ class SENG(SecondOrder, shared=SharedByNaturalGradients):
         block: "layer": one solve for each layer; "network": one solve for all layers.
         budget: bytes of one layer's columns at its owner; a layer that would need more gets fewer samples.
         legacy: a Legacy for the release's own ways.
-        lr, momentum, weight_decay, length, rule: as for SPNGD.
         **shared: see natgrad.optim.arguments.SharedByNaturalGradients. World(owners=False) keeps all columns on every
             rank.
 

@@ -23,7 +23,7 @@ class SPNGD(SecondOrder, shared=SharedByFactors):
     """Natural gradients with Kronecker factors, unit-wise blocks for norms, and statistics measured when they move.
 
     Args:
-        model: the network itself, on one rank, on several, or wrapped in DistributedDataParallel.
+        model: the network itself, on one rank or on several, plain or wrapped in DistributedDataParallel.
         lr: learning rate, above 0.
         momentum: share of the last direction that is repeated, in [0, 1).
         damping: added to the curvature before it is inverted: lambda > 0 of F + lambda I, in units of squared
@@ -34,7 +34,7 @@ class SPNGD(SecondOrder, shared=SharedByFactors):
             the work over steps.
         rows_per_dim: rows measured for each dimension of a statistic, drawn over all samples and places; None measures
             all.
-        ema_decay: share of the old average that a measurement keeps; 0: each measurement replaces the last (paper).
+        ema_decay: share of the old average that a measurement keeps; 0: each measurement replaces the last (SP-NGD).
         fisher: labels of the curvature. "empirical": the data's; "sampled": drawn from the model's prediction (by
             `sample(output)` before `backward()`), at one more backward pass a measurement.
         curvature: a function of a layer that gives its curvature.

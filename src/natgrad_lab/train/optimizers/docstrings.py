@@ -13,7 +13,7 @@ from typing import is_typeddict
 import natgrad
 
 SECTION = re.compile(r"^(?:Args|Attributes):\n((?:[ \t]+.*\n|\n)+)", re.MULTILINE)
-ENTRY = re.compile(r"^ {4}(\**\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+ENTRY = re.compile(r"^ {4}(\**\w+(?:, \w+)*):(.*(?:\n {5,}.*)*)", re.MULTILINE)
 AS_FOR = re.compile(r"as for (\w+)\.(?: (.*))?")
 SEE = re.compile(r"see ([\w.]+)\.(\w+)\.")
 
