@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import statistics
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import RESULTS, digest
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -33,6 +33,7 @@ from natgrad_lab.models.architecture import he_normal
 from natgrad_lab.train import environment
 from natgrad_lab.train.log import write_json
 
+RESULTS = Path(__file__).parent / "results"
 TARGETS = (0.3, 0.1, 0.03)
 JUDGED = 1  # which target a setting is chosen by
 BATCH, LIMIT = 1024, 150
@@ -127,7 +128,7 @@ class Trials:
 
     def __call__(self, name: str, method: str, setting: Setting, seed: int, targets: Sequence[float]) -> list:
         told = {"model": name, "method": method, **setting, "seed": seed, "targets": targets, "batch": BATCH}
-        path = self.folder / f"{digest(told)}.json"
+        path = self.folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}.json"
         if not path.exists():
             torch.manual_seed(seed)
             model = MODELS[name]()

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from natgrad_lab.compare.contenders import Contender
+from natgrad_lab.compare.space import Choice
 from natgrad_lab.train.optimizers import Sgd, SpNgd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import defaults
 import longrun
-import study
 
 
 def trial(accuracy, lr=0.1, loss=1.0, seed=1):
@@ -20,51 +21,78 @@ def trial(accuracy, lr=0.1, loss=1.0, seed=1):
     return {"values": {"lr": lr}, "seed": seed, "step_ms": 10.0, "mean_step_ms": 12.0, **numbers}
 
 
+def contender(**options):
+    return Contender("one", "natgrad", Sgd(lr=0.3, **options), {"lr": Choice((0.1, 0.3))})
+
+
 def test_a_trial_is_made_once_and_remembered_by_its_settings(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(study, "outcome", lambda job: made.append(job.recipe.seed) or trial(0.5))
-    work = study.Study(study.tasks("")["digits"], tmp_path)
+    fake = {"values": {"lr": 0.3}, "seed": 1, "evaluations": [], "steps": [{"loss": 1.0, "seconds": 0.1}]}
+    monkeypatch.setattr(longrun, "run_trial", lambda trial, *_: made.append((trial.seed, trial.batch)) or fake)
+    work = longrun.Study(longrun.tasks("")["digits"], tmp_path)
     for seed in (1, 2, 1):
-        work.trial(Sgd(), seed, "test", 2)
-    work.trial(Sgd(), 1, "validation", 2)
-    work.trial(Sgd(momentum=0.5), 1, "test", 2)
-    assert made == [1, 2, 1, 1]
-    assert len(list(tmp_path.iterdir())) == 4
+        work.trial(contender(), 0.3, seed, True, 2)
+    work.trial(contender(), 0.3, 1, False, 2)
+    work.trial(contender(momentum=0.5), 0.3, 1, True, 2)
+    assert made == [(1, 479), (2, 479), (1, 399), (1, 479)]  # a third of 1,437 images, less a sixth for choosing
+    assert len(list((tmp_path / "digits/trials").iterdir())) == 4
 
 
-def test_a_real_trial_keeps_a_few_plain_numbers(tmp_path):
-    work = study.Study(study.tasks("")["digits"], tmp_path)
-    result = work.trial(Sgd(lr=0.3), 1, "validation", 2)
-    assert 0 <= result["accuracy"] <= 1
-    assert result["settings"]["batch"] == 399  # a third of 1,437 images less a sixth
-    assert result["refreshed"] is None
-    assert result["train_loss"] > 0
-    assert len(json.dumps(result)) < 2000
+def test_a_real_trial_is_the_comparisons_and_a_few_plain_numbers_are_kept(tmp_path):
+    work = longrun.Study(longrun.tasks("")["digits"], tmp_path)
+    result = work.trial(contender(), 0.3, 1, False, 2)
+    assert [one["step"] for one in result["evaluations"]] == [2]
+    told = longrun.kept(result)
+    assert 0 <= told["accuracy"] <= 1
+    assert told["refreshed"] is None
+    assert told["train_loss"] > 0
+    assert set(told) == set(trial(0.5))
 
 
-def test_where_data_lie_decides_nothing():
-    recipes = [
-        study.tasks(path)["cifar100-small"].recipe(Sgd(), seed=1, length=4, samples=1500) for path in ("here", "there")
-    ]
-    assert study.plain_values(recipes[0]) == study.plain_values(recipes[1])
-    assert "here" not in json.dumps(study.plain_values(recipes[0]))
-    assert recipes[0].batch == 375
+def test_the_rate_with_the_least_validation_loss_is_chosen(monkeypatch):
+    def made(lr):
+        evaluations = [{"accuracy": 0.5, "loss": abs(lr - 0.03)}] if lr < 0.1 else []  # the largest diverges
+        steps = [{"loss": None, "seconds": 0.1}]
+        return {"values": {"lr": lr}, "seed": 100, "evaluations": evaluations, "steps": steps}
+
+    work = longrun.Study(longrun.tasks("")["digits"], Path())
+    monkeypatch.setattr(longrun.Study, "trial", lambda self, one, lr, seed, final, steps: made(lr))
+    found = longrun.choose(work, longrun.contenders("digits")[0], 2)
+    assert found["chosen"] == {"lr": 0.03}
+    assert found["at_edge"] == []
+    assert [(one["values"]["lr"], one["loss"]) for one in found["tuning"]][-1] == (0.1, None)
+
+
+def test_where_data_lie_decides_nothing(tmp_path):
+    one, other = (longrun.tasks(path)["cifar100-small"] for path in ("here", "there"))
+    asked = longrun.Trial(contender(), {"lr": 0.1, "schedule": "cosine", "warm_up": 0.0}, 375, 4, 1, True)
+    assert asked.file(one, tmp_path) == asked.file(other, tmp_path)
 
 
 def test_a_task_without_data_is_skipped_with_one_line(tmp_path, monkeypatch, capsys):
     arguments = ["x", "--data", str(tmp_path), "--out", str(tmp_path), "--tasks", "cifar100-small"]
     monkeypatch.setattr(sys, "argv", arguments)
-    study.main("nothing", None, run=lambda work: pytest.fail("must not run"), table=str)
+    monkeypatch.setattr(longrun, "run", lambda *_: pytest.fail("must not run"))
+    longrun.main()
     told = capsys.readouterr()
     assert "cifar100-small is skipped" in told.err
     assert len(told.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
+def test_committed_results_are_readable(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--show"])
+    longrun.main()
+    told = capsys.readouterr().out
+    assert "### digits" in told
+    assert "### cifar100-small" in told
+    assert told.count("| every step, every row |") == 2
+
+
 def test_digits_for_choosing_are_not_those_for_the_report():
-    task = study.tasks("")["digits"]
-    assert (len(task.splits("test").train), len(task.splits("test").test)) == (1437, 360)
-    assert len(task.splits("validation").train) + len(task.splits("validation").test) == 1437
+    splits = longrun.Study(longrun.tasks("")["digits"], Path()).splits
+    assert (len(splits[True].train), len(splits[True].test)) == (1437, 360)
+    assert len(splits[False].train) + len(splits[False].test) == 1437
 
 
 def told(*accuracies):

@@ -26,8 +26,8 @@ class SPNGD(SecondOrder, shared=SharedByFactors):
         model: the network itself, on one rank or on several, plain or wrapped in DistributedDataParallel.
         lr: learning rate, above 0.
         momentum: share of the last direction that is repeated, in [0, 1).
-        damping: added to the curvature before it is inverted: lambda > 0 of F + lambda I, in units of squared
-            per-sample gradients (paper section 3.3.3).
+        damping: added to the curvature before it is inverted, split between the two factors: lambda > 0 of
+            F + lambda I, in units of squared per-sample gradients (paper section 3.3.3).
         weight_decay: strength of the decay. Weights lose lr * weight_decay of themselves in a step, as in AdamW;
             rule=Momentum(decoupled=False) adds the decay to the direction instead.
         refresh: a Staleness, or a whole number of steps between measurements; Budget(share, then=...) of either spreads
