@@ -11,9 +11,9 @@ from typing import Any
 
 import natgrad
 from natgrad import optim
+from natgrad_lab.docstrings import words
 from natgrad_lab.train.optimizers import OPTIMIZERS
 from natgrad_lab.train.optimizers.derived import Derived, declared
-from natgrad_lab.train.optimizers.docstrings import words
 
 KINDS = [natgrad.SPNGD, natgrad.KFAC, natgrad.SENG, natgrad.NLCG]
 SETTINGS = {kind.makes: kind for kind in OPTIMIZERS.values() if issubclass(kind, Derived)}

@@ -11,12 +11,12 @@ from torch import nn
 
 import natgrad
 from natgrad.parallel import World
+from natgrad_lab.docstrings import entries, words
 from natgrad_lab.recipes import find
 from natgrad_lab.train.arguments import Training, parse
 from natgrad_lab.train.optimizers import OPTIMIZERS, SpNgd
 from natgrad_lab.train.optimizers.composed import Directions
 from natgrad_lab.train.optimizers.derived import SAME, Derived, argument, declared
-from natgrad_lab.train.optimizers.docstrings import entries, words
 
 DERIVED = [kind for kind in OPTIMIZERS.values() if issubclass(kind, Derived)]
 every_kind = pytest.mark.parametrize("kind", DERIVED, ids=lambda kind: kind.__name__)

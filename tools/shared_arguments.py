@@ -1,8 +1,7 @@
 """An extension of griffe: the optimizers' arguments as their signatures have them.
 
 A constructor says `**shared: Unpack[SharedByFactors]`. The page of an optimizer has each of these arguments, with type,
-default and description. An argument that an optimizer's own docstring leaves out has the description of the class that
-declares it, or that of SPNGD.
+default and description. Descriptions are those of natgrad_lab.docstrings, which `natgrad train --help` shows too.
 """
 
 import inspect
@@ -11,30 +10,7 @@ from typing import Any
 import griffe
 
 import natgrad
-
-HEADINGS = {griffe.DocstringSectionKind.parameters, griffe.DocstringSectionKind.attributes}
-
-
-def described(docstring: griffe.Docstring | None) -> dict[str, str]:
-    """What a docstring says of each argument. A line for several arguments is said of each."""
-    found: dict[str, str] = {}
-    sections = [] if docstring is None else docstring.parse("google", warnings=False)
-    for section in sections:
-        if section.kind in HEADINGS:
-            for item in section.value:
-                found.update({name.strip(" *"): item.description for name in item.name.split(",")})
-    return found
-
-
-def declared(module: griffe.Module, name: str) -> dict[str, str]:
-    """What a class of natgrad.optim.arguments and those it is made of say of their arguments."""
-    kind = module.classes.get(name)
-    if kind is None:
-        return {}
-    found = described(kind.docstring)
-    for base in kind.bases:
-        found = {**declared(module, str(base)), **found}
-    return found
+from natgrad_lab.docstrings import words
 
 
 def optimizers() -> list[type]:
@@ -53,17 +29,14 @@ class SharedArguments(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         if pkg.path != "natgrad":
             return
-        general = described(pkg["optim.spngd.SPNGD"].docstring)
         for kind in optimizers():
             module = kind.__module__.partition(".")[2]
-            self._complete(pkg[f"{module}.{kind.__name__}"], kind, pkg["optim.arguments"], general)
+            self._complete(pkg[f"{module}.{kind.__name__}"], kind)
 
-    def _complete(self, page: griffe.Class, kind: type, module: griffe.Module, general: dict[str, str]) -> None:
+    def _complete(self, page: griffe.Class, kind: type) -> None:
         """Give a class all its arguments, in the signature and in the docstring."""
         function = page["__init__"]
-        unpacked = str(function.parameters["shared"].annotation)  # Unpack[SharedByFactors]
-        shared = declared(module, unpacked[unpacked.index("[") + 1 : -1])
-        own = described(page.docstring)
+        meant = words(kind)
         known = {p.name: p for p in function.parameters}
         complete = [known["self"]]
         lines = []
@@ -76,12 +49,9 @@ class SharedArguments(griffe.Extension):
                     default=shown(parameter.default),
                 )
             complete.append(known[name])
-            text = (own.get(name) or shared.get(name) or general.get(name, "")).strip()
-            if text.startswith("as for "):
-                text = general[name] + text.partition(".")[2]
-            if not text:
+            if name not in meant:
                 raise ValueError(f"{kind.__name__}: no docstring says what {name}= is")
-            lines.append(f"    {name}: {' '.join(text.split())}")
+            lines.append(f"    {name}: {meant[name]}")
         function.parameters = griffe.Parameters(*complete)
         before, _, after = page.docstring.value.partition("\nArgs:\n")
         rest = after.partition("\n\n")[2]

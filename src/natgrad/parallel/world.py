@@ -65,8 +65,8 @@ class World:
         timeout: seconds after which a message that a rank does not take part in is given up, with an error that names
             the rank; None: the process group's own (init_process_group: 30 minutes with gloo, 10 with NCCL).
         check: after every so many steps, an optimizer compares weights, clocks and shared numbers over ranks and raises
-            a RanksDifferError that names the first that differs, and the ranks. One message of 32 bytes, and a pass over
-            the weights; for finding errors. None: never.
+            a RanksDifferError that names the first that differs, and the ranks. One message of 32 bytes, and a pass
+            over the weights; for finding errors. None: never.
 
     """
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from natgrad.optim import SecondOrder
 from natgrad.parallel import World
-from natgrad_lab.train.optimizers.docstrings import words
+from natgrad_lab.docstrings import words
 from natgrad_lab.train.optimizers.settings import Settings
 
 SAME = object()
