@@ -1,94 +1,65 @@
 """Bytes on the fullest rank of a sharded model: parameters, gradients and state, beside AdamW's.
 
-    python benchmarks/sharded.py           (a minute; everything is on meta tensors)
+    python benchmarks/sharded.py           (two minutes; everything is on meta tensors)
     python benchmarks/sharded.py --show    (the tables of the committed results)
 
-With `fully_shard` every rank holds a part of each parameter, of its gradient and of each vector of the state; natgrad's
-statistics and inverses are whole at the owners of their layers. Without it every rank holds all parameters and all
-gradients, AdamW's state is on every rank, and natgrad's at the owners. What passes gather for a while is not counted.
+The planner counts (`natgrad plan --shard`): the trainer's optimizers are built on models that `fully_shard` has cut
+over ranks that are not there, and say what each rank holds. Every rank holds a part of each parameter, of its gradient
+and of each vector of the state; natgrad's statistics and inverses are whole at the owners of their layers. Without
+`fully_shard` every rank holds all parameters and all gradients, AdamW's state is on every rank, and natgrad's at the
+owners. What passes gather for a while is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from memory import NETS, OURS, Net, Silent, mib, of_others, of_ours, on_meta, size_of
+from memory import mib
 from record import Record, read
-from torch import nn
 
-from natgrad.layers.shards import Cut
-from natgrad.optim import SecondOrder
-from natgrad.parallel import World
-from natgrad_lab.train.optimizers import AdamW
+from natgrad_lab.models import ImageResNet, Transformer
+from natgrad_lab.plan.fsdp_passes import held
+from natgrad_lab.plan.machines import named
+from natgrad_lab.plan.memory import state_by_rank
+from natgrad_lab.plan.scaling import Network, Planner
+from natgrad_lab.train.optimizers import AdamW, KFac, Nlcg, Seng, Settings, SpNgd
 
 RESULTS = Path(__file__).parent / "results" / "sharded.json"
 RANKS = (8, 64)
-CASES = ("ResNet-50", "GPT-2 small with a head of its own")
+GPT2 = Transformer(blocks=12, width=768, heads=12)
+CASES = {
+    "ResNet-50": Network("ResNet-50", lambda: ImageResNet(50).build((3, 224, 224), 1000), (3, 224, 224)),
+    "GPT-2 small with a head of its own": Network("GPT-2", lambda: GPT2.build((1, 1, 1024), 50257), (1024,), 50257),
+}
+OPTIMIZERS: dict[str, Settings] = {"AdamW": AdamW(), "SP-NGD": SpNgd(), "K-FAC": KFac(), "SENG": Seng(), "NLCG": Nlcg()}
+SAMPLES = 256
+"""In a step, over all ranks: as many as SENG keeps rows of."""
+WAYS = {"DDP": None, "fully_shard": 1}
+"""How ranks hold a model: the number of replicas of one that is cut."""
 
 
-def rows(n: int, ranks: int, rank: int) -> int:
-    """How many of n rows a rank has."""
-    most = -(-n // ranks)
-    return min((rank + 1) * most, n) - min(rank * most, n)
+def by_rank(network: Network, settings: Settings, ranks: int, replicas: int | None) -> list[dict[str, int]]:
+    """Bytes of parameters, gradients and state on every rank."""
+    account = Planner(network, named("h100"), replicas=replicas).account(settings, ranks, SAMPLES)
+    parameters, sharding = list(account.model.parameters()), account.rehearsal.sharding
+    state = state_by_rank(account.rehearsal, account.held)
+    weights = [held(parameters, sharding, rank) for rank in range(ranks)]
+    return [{"parameters": own, "gradients": own, "state": more} for own, more in zip(weights, state)]
 
 
-def parts(model: nn.Module, ranks: int) -> list[int]:
-    """The bytes of all parameters by rank."""
+def counted(network: Network, ranks: int) -> list[dict[str, Any]]:
+    """For each optimizer the bytes of the rank that holds most in all."""
     return [
-        sum(size_of(p) // len(p) * rows(len(p), ranks, rank) for p in model.parameters() if p.dim())
-        for rank in range(ranks)
+        {
+            "optimizer": name,
+            "how": how,
+            "held": max(by_rank(network, settings, ranks, replicas), key=lambda own: sum(own.values())),
+        }
+        for name, settings in OPTIMIZERS.items()
+        for how, replicas in WAYS.items()
     ]
-
-
-def state_of(optimizer: SecondOrder, model: nn.Module, net: Net) -> list[int]:
-    """The bytes of a sharded optimizer's state by rank."""
-    ranks = optimizer.world.size
-    found = of_ours(optimizer, model, net.sample())
-    for cell in optimizer.cells:
-        form = Cut(cell.layer).form
-        names = {held.name for held in cell.held()}
-        elsewhere = optimizer.fresh_state(cell, -1)
-        for parameter, state in optimizer.fresh_state(cell, cell.owner).items():
-            for key, value in state.items():
-                if key in names or key in elsewhere[parameter]:
-                    continue
-                found[cell.owner][key] -= size_of(value)
-                for rank in range(ranks):
-                    cut = value.shape == cell.layer.shape
-                    share = size_of(value) // form[1] * rows(form[1], ranks, rank) if cut else size_of(value)
-                    found[rank][key] += share
-    return [sum(own.values()) for own in found]
-
-
-def counted(net: Net, ranks: int) -> list[dict[str, Any]]:
-    """For each optimizer the bytes of parameters, gradients and state on the rank that holds most in all."""
-    model = on_meta(net)
-    whole, shards = sum(map(size_of, model.parameters())), parts(model, ranks)
-    adam = of_others(AdamW().build(model, World.alone()), model)
-
-    def row(name: str, how: str, weights: list[int], state: list[int]) -> dict[str, Any]:
-        fullest = max(range(ranks), key=lambda rank: 2 * weights[rank] + state[rank])
-        own = weights[fullest]
-        held = {"parameters": own, "gradients": own, "state": state[fullest]}
-        return {"optimizer": name, "how": how, "held": held}
-
-    found = [
-        row("AdamW", "DDP", [whole] * ranks, [adam] * ranks),
-        row("AdamW", "fully_shard", shards, [2 * part for part in shards]),
-    ]
-    for name, kind in OURS.items():
-        for how in ("DDP", "fully_shard"):
-            model = on_meta(net)
-            optimizer = kind(model, 0.1, world=World(Silent(ranks)))  # type: ignore[arg-type]
-            if how == "DDP":
-                by_rank: list[Counter[str]] = of_ours(optimizer, model, net.sample())
-                found.append(row(name, how, [whole] * ranks, [sum(own.values()) for own in by_rank]))
-            else:
-                found.append(row(name, how, shards, state_of(optimizer, model, net)))
-    return found
 
 
 def table(content: dict[str, Any]) -> str:
@@ -100,9 +71,9 @@ def table(content: dict[str, Any]) -> str:
             "| --- | --- | ---: | ---: | ---: | ---: |",
         ]
         for row in case["rows"]:
-            held = row["held"]
-            sizes = [mib(held[name]) for name in ("parameters", "gradients", "state")]
-            lines.append(f"| {' | '.join([row['optimizer'], row['how'], *sizes, mib(sum(held.values()))])} |")
+            own = row["held"]
+            sizes = [mib(own[name]) for name in ("parameters", "gradients", "state")]
+            lines.append(f"| {' | '.join([row['optimizer'], row['how'], *sizes, mib(sum(own.values()))])} |")
     return "\n".join(lines)
 
 
@@ -113,11 +84,11 @@ def main() -> None:
     told = parser.parse_args()
     if not told.show:
         record = Record(told.out, "cpu")
-        for name in CASES:
+        for name, network in CASES.items():
             for ranks in RANKS:
                 case = {"case": name, "ranks": ranks}
                 if record.find(case) is None:
-                    record.add(case, counted(NETS[name], ranks))
+                    record.add(case, counted(network, ranks))
     print(table(read(told.out)))
 
 

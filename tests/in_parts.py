@@ -8,9 +8,17 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
 from torch.distributed.fsdp import fully_shard  # noqa: TID251
+from torch.testing._internal.distributed.multi_threaded_pg import (
+    ProcessLocalGroup,
+    _install_threaded_pg,
+    _uninstall_threaded_pg,
+)
 
 import natgrad
 from helpers import Mixed, backward
+from natgrad.parallel import run_threads
+
+isolate = torch._C._distributed_c10d._set_thread_isolation_mode
 
 
 class Uneven(Mixed):
@@ -108,6 +116,30 @@ def on_ranks(ranks, work, *args):
         results = manager.dict()
         mp.spawn(enter, (free_port(), ranks, work, args, results), ranks)
         return [results[rank] for rank in range(ranks)]
+
+
+def on_threads(ranks, work, *args, **options):
+    """work(world, *args) on ranks that are threads, to which torch.distributed's default group is theirs."""
+    store = dist.HashStore()
+
+    def enter_thread(world):
+        dist.init_process_group("threaded", rank=world.rank, world_size=ranks, store=store)
+        try:
+            return work(world, *args)
+        except BaseException as error:
+            ProcessLocalGroup.exception_handle(error)  # the others must not wait for a rank that is gone
+            raise
+        finally:
+            dist.destroy_process_group()
+
+    isolate(True)
+    _install_threaded_pg()
+    try:
+        return run_threads(ranks, enter_thread, **options)
+    finally:
+        _uninstall_threaded_pg()
+        ProcessLocalGroup.reset()
+        isolate(False)
 
 
 def train(opt, model, steps, rank=0, ranks=1, kind=Uneven, size=24):

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from helpers import clone, quiet
-from natgrad.parallel import run_threads
+from in_parts import on_threads
+from natgrad.parallel import Listener, local_of, mesh_of, run_threads, shard
 from natgrad_lab.models import CifarResNet
 from natgrad_lab.plan.machines import named
 from natgrad_lab.plan.scaling import Network, Planner
@@ -36,18 +37,28 @@ SETTINGS = {
 
 def state_bytes(optimizer):
     """Bytes of all tensors that an optimizer holds."""
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    tensors = [local_of(v) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def real(settings, ranks, steps=2):
-    """(bytes by kind and all messages of the last step, bytes of state, owners) of every rank that is there."""
+def passed(model, batch):
+    """The loss after both passes."""
+    loss = cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss.detach()
+
+
+def real(settings, ranks, steps=2, replicas=None):
+    """(bytes by kind and all messages of the last step, bytes of state, owners) of every rank that is there.
+
+    replicas: of a model that is cut over ranks (FSDP's own messages are left out); None: every rank has all of it.
+    """
     torch.manual_seed(0)
     start = NET.build(SHAPE, CLASSES)
     images, labels = torch.randn(BATCH, *SHAPE), torch.randint(0, CLASSES, (BATCH,))
 
     def work(world):
-        model = clone(start)
+        model = clone(start) if replicas is None else shard(clone(start), mesh_of(ranks, "cpu", replicas))
         optimizer = quiet(settings.build, model, world)
         mine = images.chunk(ranks)[world.rank], labels.chunk(ranks)[world.rank]
         ranks_of = getattr(optimizer, "world", world)
@@ -56,18 +67,26 @@ def real(settings, ranks, steps=2):
         for _ in range(steps):
             sent.clear()
             messages.clear()
-            output = model(mine[0])
-            loss = cross_entropy(output, mine[1])
-            loss.backward()
-            settings.take(optimizer, loss.detach(), lambda: model(mine[0]))
+            settings.take(optimizer, passed(model, mine), lambda: model(mine[0]))
             told = {kind: count for kind, count in sent.items() if count}, list(messages)
             optimizer.zero_grad()
         cells = getattr(optimizer, "cells", [])
         return told, state_bytes(optimizer), [(c.name, c.owner, dict(c.holders)) for c in cells]
 
-    return run_threads(ranks, work)
+    return (run_threads if replicas is None else on_threads)(ranks, work)
 
 
-def planner(net=NET, shape=SHAPE, classes=CLASSES, machine="cpu", micro_batch=None):
+def sent_by_fsdp(rank, ranks, replicas):
+    """What FSDP sends in the passes of a step, heard on processes."""
+    model = shard(NET.build(SHAPE, CLASSES), mesh_of(ranks, "cpu", replicas))
+    batch = torch.zeros(4, *SHAPE), torch.zeros(4, dtype=torch.long)
+    passed(model, batch)
+    with Listener() as listener:
+        passed(model, batch)
+    return listener.heard
+
+
+def planner(net=NET, shape=SHAPE, classes=CLASSES, machine="cpu", micro_batch=None, replicas=None):
     """A planner of a network."""
-    return Planner(Network("a network", lambda: net.build(shape, classes), shape), named(machine), micro_batch)
+    one = Network("a network", lambda: net.build(shape, classes), shape)
+    return Planner(one, named(machine), micro_batch, replicas)

@@ -1,5 +1,6 @@
 """What optimizers keep: counted as it is held, and little more than half of what three squares took."""
 
+import copy
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch import nn
 import in_parts
 import natgrad
 from helpers import quiet
-from natgrad.parallel import World, run_threads
+from natgrad.parallel import World, local_of, mesh_of, run_threads, shard
 from natgrad_lab.models import Mlp
+from natgrad_lab.plan.scaling import Network
+from natgrad_lab.train.optimizers import SpNgd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -72,23 +75,20 @@ def test_a_table_has_every_optimizer(tmp_path):
     assert packed["held"]["8"][1] < packed["held"]["1"][1]
 
 
-def held_in_parts(rank, ranks):
-    found = {}
-    for name in ("SP-NGD", "NLCG"):
-        model = in_parts.fully_shard(SMALL.build(), mesh=in_parts.mesh_of(ranks))
-        optimizer = memory.OURS[name](model, lr=0.1)
-        states = [v for state in optimizer.state.values() for v in state.values()]
-        held = [getattr(v, "to_local", lambda v=v: v)() for v in (*states, *model.parameters())]
-        found[name] = sum(map(memory.size_of, held))
-    return found
-
-
-@pytest.mark.slow
-def test_what_is_counted_in_parts_is_what_ranks_hold():
+def test_the_fullest_rank_is_the_one_that_holds_most():
     """Of a model that fully_shard has cut, on two ranks that are there."""
-    held = in_parts.on_ranks(2, held_in_parts)
-    for name in ("SP-NGD", "NLCG"):
-        model = memory.on_meta(SMALL)
-        optimizer = memory.OURS[name](model, lr=0.1, world=World(memory.Silent(2)))
-        counted = zip(counts.state_of(optimizer, model, SMALL), counts.parts(model, 2))
-        assert [state + weights for state, weights in counted] == [found[name] for found in held]
+    settings = SpNgd()
+    network = Network("a small one", SMALL.build, (1, 4, 40))
+    start = SMALL.build()
+
+    def held(world):
+        model = shard(copy.deepcopy(start), mesh_of(2, "cpu"))
+        optimizer = settings.build(model, world)
+        states = [v for state in optimizer.state.values() for v in state.values()]
+        return [sum(memory.size_of(local_of(v)) for v in values) for values in (model.parameters(), states)]
+
+    real = in_parts.on_threads(2, held)
+    planned = counts.by_rank(network, settings, 2, 1)
+    assert [[own["parameters"], own["state"]] for own in planned] == real
+    (row,) = [row for row in counts.counted(network, 2) if (row["optimizer"], row["how"]) == ("SP-NGD", "fully_shard")]
+    assert sum(row["held"].values()) == max(2 * weights + state for weights, state in real)

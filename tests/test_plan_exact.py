@@ -30,6 +30,37 @@ def test_a_plan_sends_and_holds_what_ranks_do(name, ranks, small):
     assert (ranks == 1) == (told == {}) == (messages == [])
 
 
+CUT = [
+    ("adamw", 2, 1),
+    ("spngd adaptive", 2, 1),
+    ("kfac", 4, 2),
+    ("seng network", 4, 1),
+    ("seng", 2, 1),
+    ("nlcg", 4, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks", "replicas"), CUT)
+def test_a_plan_of_cut_models_sends_and_holds_what_ranks_do(name, ranks, replicas):
+    """natgrad's messages; those of FSDP are heard on processes, in test_sharded.py."""
+    results = real(SETTINGS[name], ranks, replicas=replicas)
+    account = planner(replicas=replicas).account(SETTINGS[name], ranks, BATCH)
+    passes = [*account.passing.forward, *account.passing.backward]
+    messages, sent = account.sent(fresh=True)
+    (told, heard), *_ = results[0]
+    assert messages == [*passes, *heard]
+    by_fsdp = {kind: sum(m.payload for m in passes if m.kind == kind) for kind in ("parameters", "averages")}
+    assert sent == {**by_fsdp, **told}
+    curved = name not in ("adamw", "nlcg")
+    assert [m.kind for m in heard if m.how == "all_to_all"] == ["gradients", "directions"] * curved
+    memory = account.memory()
+    assert memory["state"] == [held for _, held, _ in results]
+    whole = planner().account(SETTINGS[name], ranks, BATCH).memory()
+    assert memory["gradients"] < 0.6 * whole["gradients"]
+    assert memory["weights"] < 0.6 * whole["weights"]
+    assert max(account.rehearsal.sharding.ranks) == list(range(ranks - ranks // replicas, ranks))
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_owners_are_those_of_training(ranks, small):
     *_, placed = real(SETTINGS["spngd"], ranks)[0]

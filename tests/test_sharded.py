@@ -5,6 +5,7 @@ any two layouts.
 import contextlib
 import copy
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -34,6 +35,9 @@ from helpers import Mixed, Net, backward
 from in_parts import OPTIMIZERS, Uneven, built, full, mesh_of, on_ranks, sharded, train
 from natgrad.layers import UncurvedParameter, find_layers
 from natgrad.layers.shards import Cut, shard_of
+from natgrad_lab.train.checkpoint import name_of
+from planned import planner, sent_by_fsdp
+from sharded_runs import RUN, command
 
 pytestmark = pytest.mark.slow
 SAME = {"rtol": 1e-9, "atol": 1e-9}
@@ -70,11 +74,15 @@ def work_of_two(rank, ranks, folder, of_one):
         "policy": lower(rank, ranks, "policy"),
         "model": lower(rank, ranks, "model"),
         "refusals": refusals(rank, ranks),
+        "run": command(folder, ranks),
+        "passes": sent_by_fsdp(rank, ranks, 1),
     }
 
 
-def work_of_four(rank, ranks):
+def work_of_four(rank, ranks, folder):
     return {
+        "run": command(folder, ranks, resume=True),
+        "passes": sent_by_fsdp(rank, ranks, 2),
         "trained": trained(rank, ranks, 1, FEW),  # some shards are empty
         "trained by replicas": trained(rank, ranks, 2, FEW),
         "travelled by replicas": travelled(rank, ranks, 2),
@@ -97,8 +105,11 @@ def two(one):
 
 
 @pytest.fixture(scope="module")
-def four():
-    return on_ranks(4, work_of_four)
+def four(one, two):
+    folder, _ = one
+    last = Path(folder) / "run/checkpoints" / name_of(RUN.steps)
+    last.rename(last.with_suffix(".gone"))  # four ranks go on from the middle of two ranks' run
+    return on_ranks(4, work_of_four, folder)
 
 
 @pytest.mark.parametrize(("ranks", "work"), [("two", "trained"), ("four", "trained"), ("four", "trained by replicas")])
@@ -108,6 +119,24 @@ def test_sharded_models_train_as_one_process(ranks, work, request):
         expected = alone(name)
         for found in results:
             assert_close(found[name], expected, **SAME)
+
+
+def test_runs_of_the_trainer_end_as_on_one_process(two, four, tmp_path):
+    """`natgrad train --shard`: two ranks, and as 2 x 2 from their checkpoint on."""
+    expected = command(str(tmp_path), 1)
+    for found in (*two, *four):
+        assert_close(found["run"], expected, **SAME)
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [("two", 1), ("four", 2)])
+def test_plans_know_what_fsdp_sends(ranks, replicas, request):
+    results = request.getfixturevalue(ranks)
+    planned = planner(replicas=replicas).passing(len(results))
+    for found in results:
+        assert found["passes"] == [*planned.forward, *planned.backward]
+    assert {m.how for m in planned.forward} == {"all_gather"}
+    averages = {"reduce_scatter"} if replicas == 1 else {"reduce_scatter", "all_reduce"}
+    assert {m.how for m in planned.backward} == {"all_gather"} | averages
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

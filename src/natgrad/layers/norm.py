@@ -326,13 +326,13 @@ class Entrywise(Norm):
         return like.new_tensor([float(self.scales), float(not self.scales)] if self.biased else [1.0])
 
 
-def stand_in(parameter: Tensor | None, dy: Tensor) -> Tensor | None:
+def stand_in(parameter: Tensor | None, like: Tensor) -> Tensor | None:
     """What a kernel takes for a parameter where the gradient of the input is not wanted, so that its numbers do not
-    matter: itself, or if it lies in parts on many ranks, something of its shape.
+    matter: itself, or if it lies in parts on many ranks, something of its shape, in the type of `like`.
     """
     if parameter is None or type(parameter) in (nn.Parameter, Tensor):
         return parameter
-    return torch.ones(parameter.shape, dtype=dy.dtype, device=dy.device)
+    return torch.ones(parameter.shape, dtype=like.dtype, device=like.device)
 
 
 class BatchNorm(Norm):
@@ -363,10 +363,11 @@ class BatchNorm(Norm):
 
     def summed(self, looked: NormSeen, dy: Tensor) -> tuple[Tensor, Tensor]:
         wanted = [False, True, True]
+        assert looked.mean is not None  # `look` has computed it
         found = torch.ops.aten.native_batch_norm_backward(
             dy,
             looked.x.to(dy.dtype),
-            stand_in(self.module.weight, dy),
+            stand_in(self.module.weight, looked.mean),
             None,
             None,
             looked.mean,

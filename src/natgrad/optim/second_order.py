@@ -148,10 +148,10 @@ class SecondOrder(Optimizer):
         self.curvature, self.sampled, self.batch_dim = curvature, fisher == "sampled", batch_dim
         self._step_supports_amp_scaling = True  # GradScaler calls step() even where it found an overflow
         self.world = world if isinstance(world, World) else World(world)
+        self.graphs: Graphs | None = None
         self.shards = self._shards(model)
         sharding = None if self.shards is None else self.shards.sharding
         self.gradients = Gradients(self.world, max_norm, lambda: known_scale(self.scaler), sharding)
-        self.graphs: Graphs | None = None
         self.said: set[str] = set()  # warnings that were given
         self.readings = Readings()
         self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
@@ -166,10 +166,10 @@ class SecondOrder(Optimizer):
             self.state.update(self.fresh_states())  # type: ignore[arg-type]
             self._store()
             self._start()
-        if graph and self.shards is not None:
-            raise ValueError("graph=True cannot record a step on a model that fully_shard has cut; leave it out")
         if graph:
             self.graphs = self._graphs()
+            if self.shards is not None:
+                self.refuse_shards()
             self._store()  # with vectors that stay where they are
         self.gradients.begin_early(cells)
         self._say_coverage()
@@ -203,8 +203,14 @@ class SecondOrder(Optimizer):
         if sharding is None:
             return None
         self.world.owners |= self.world.replicates  # parts of gradients are averaged, and layers need owners
-        validation.of_shards(self.method.uncuttable(), self.world)
+        self.refuse_shards()
         return Shards(sharding)
+
+    def refuse_shards(self) -> None:
+        """Refuse choices that do not work on a model that fully_shard has cut."""
+        validation.of_shards(self.method.uncuttable(), self.world)
+        if self.graphs is not None:
+            raise ValueError("graph=True cannot record a step on a model that fully_shard has cut; leave it out")
 
     def _start(self) -> None:
         """Every rank begins with the same weights and buffers."""
@@ -362,11 +368,15 @@ class SecondOrder(Optimizer):
 
     def _fresh_shard(self, shards: Shards, cell: LayerState, rank: int) -> dict[nn.Parameter, dict[str, Any]]:
         """`fresh_state` where every rank has parts of all vectors. Curvature is at its owner as ever."""
-        states: dict = {p: {"step": torch.tensor(0.0), **master(p, None)} for p in cell.layer.parameters}
+        mine = rank == self.world.rank or rank not in shards.sharding.place_of
+        part = shards.of(cell.layer) if mine else shards.elsewhere(cell.layer, rank)
+        kept = cell.layer.parameters if mine else part.parameters
+        states: dict = {p: {"step": torch.tensor(0.0), **master(k, None)} for p, k in zip(cell.layer.parameters, kept)}
         cell.allocate(states[cell.layer.parameters[0]], rank)
-        part, own = shards.of(cell.layer), dict[str, Any]()
+        own = dict[str, Any]()
         self.method.allocate(part, own)
-        own = {key: shards.wrapped(part, v) if v.shape == part.shape else v for key, v in own.items()}
+        if mine:
+            own = {key: shards.wrapped(part, v) if v.shape == part.shape else v for key, v in own.items()}
         states[cell.layer.parameters[0]] |= own
         return states
 

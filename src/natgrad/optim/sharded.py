@@ -49,6 +49,13 @@ class Shards:
             found = self._layers[layer] = shard_of(layer, cut, parts, start, stop)
         return found
 
+    def elsewhere(self, layer: Layer, rank: int) -> LayerShard:
+        """The part that another rank has of a layer, on tensors without values."""
+        cut, shard = Cut(layer), self.sharding.place_of[rank][1]
+        own = [(local_of(p), self.sharding.bounds(p.shape[0])[shard]) for p in layer.parameters]
+        parts = [nn.Parameter(p.new_empty(stop - start, *p.shape[1:]), False) for p, (start, stop) in own]
+        return shard_of(layer, cut, parts, *self.sharding.bounds(cut.form[1])[shard])
+
     def keep(self, layers: Iterable[Layer]) -> None:
         """Forget the parts of all other layers."""
         self._layers = {layer: self.of(layer) for layer in layers}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from natgrad.layer_state import LayerState
 from natgrad.layers import UncurvedParameter
-from natgrad.parallel import OwnedTensor, Sharding, World, is_sharded, like
+from natgrad.layers.shards import Cut
+from natgrad.parallel import OwnedTensor, Sharding, World, is_sharded, like, writes
 
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
@@ -199,14 +200,18 @@ class DistributedState:
         return {**saved, "state": state}
 
     def held(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """What this rank is to write down: of all ranks together every tensor once."""
+        """What this rank is to write down: of all ranks together every tensor once, of one that is cut every part."""
         rank, parts = self.world.rank, {}
         elsewhere = self.apart()
         for cell in self.cells:
             for parameter in cell.layer.parameters:
                 state = {k: v for k, v in self.state[parameter].items() if k not in elsewhere.get(parameter, ())}
                 places = {key: cell.place_of(key) if self.world.owners else 0 for key in state}
-                parts[parameter] = {key: value for key, value in state.items() if places[key] == rank}
+                parts[parameter] = {
+                    key: value
+                    for key, value in state.items()
+                    if (writes(value) if is_sharded(value) else places[key] == rank)
+                }
         return parts
 
     def apart(self) -> dict[nn.Parameter, dict[str, Tensor]]:
@@ -232,7 +237,8 @@ def converted(theirs: Mapping[str, Any], mine: Mapping[str, Any], cell: LayerSta
     """A parameter's saved state in the form of this version.
 
     Earlier ones saved squares of symmetric matrices, and of parameters without curvature vectors as one row and the
-    last direction, where `stretch` is enough now: these look back again from their next step on.
+    last direction, where `stretch` is enough now: these look back again from their next step on. Vectors of a layer
+    have another shape where the layer is cut over ranks and its W has no dimension that is cut.
     """
     found = {key: value if cell is None else cell.packed(key, value) for key, value in theirs.items()}
     for key, value in found.items():
@@ -240,7 +246,8 @@ def converted(theirs: Mapping[str, Any], mine: Mapping[str, Any], cell: LayerSta
         if cell is None or not isinstance(value, Tensor) or not isinstance(here, Tensor) or value.shape == here.shape:
             continue
         flat = isinstance(cell.layer, UncurvedParameter) and value.shape == (1, 1, cell.layer.numel)
-        if flat or (is_sharded(here) and value.shape == cell.layer.shape):
+        shapes = [tuple(cell.layer.shape), Cut(cell.layer).shape]  # of a plain model, of one that is cut over ranks
+        if flat or (tuple(value.shape) in shapes and tuple(here.shape) in shapes):
             found[key] = value.reshape(here.shape)
     if "stretch" in mine and "last" in found and "stretch" not in found:
         found |= {key: torch.zeros_like(mine[key]) for key in ("stretch", "went")}

@@ -112,6 +112,13 @@ def fsdp_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
 
 
+def writes(tensor: Any) -> bool:
+    """Whether this rank writes a part of a tensor that is cut over ranks: the first replica does, if it has some."""
+    if not is_sharded(tensor) or not local_of(tensor).numel():
+        return False
+    return all(place == 0 for place in tensor.device_mesh.get_coordinate()[:-1])
+
+
 def reshard(model: nn.Module) -> None:
     """Give back what FSDP has gathered for a forward pass, so that the model's parameters are those of the ranks."""
     for module in fsdp_modules(model).values():
@@ -182,7 +189,7 @@ def _check(name: str, parameter: Any, by_fsdp: bool) -> None:
     fits = placements in ((Shard(0),), (Replicate(), Shard(0))) and type(placements[-1]) is Shard
     if not fits:
         raise ValueError(f"{said}, {REFUSED}; leave tensor parallelism and shard_placement_fn out")
-    if parameter.device.type != mesh.device_type:
+    if parameter.device.type not in (mesh.device_type, "meta"):
         raise ValueError(f"{name} is on {parameter.device} and its mesh is of {mesh.device_type}: {OFFLOADED}")
 
 

@@ -29,9 +29,23 @@ class Batch:
     """Places in the data set, [n]."""
     total: int
     """Samples in the whole batch, over all ranks."""
+    most: int
+    """Samples in the largest share of any rank."""
     epoch: int
     position: int
     """Batches of the same epoch before this one."""
+
+
+def alike(share: Tensor, size: int, most: int) -> tuple[Tensor, ...]:
+    """Cut a rank's share into parts of at most `size`, on every rank into equally many, since ranks may wait for each
+    other in every pass. Shares differ by one, so the last part may be empty where `size` is 1.
+
+    most: the largest share of any rank.
+    """
+    parts = list(share.split(size))
+    if len(parts) < -(-most // size):
+        parts += parts.pop().tensor_split(2)
+    return tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,8 @@ class Sampler:
         wholes = order.split(self.batch_in(epoch))
         for position in range(start, self.length(epoch)):
             whole = wholes[position]
-            yield Batch(whole.tensor_split(self.ranks)[self.rank], len(whole), epoch, position)
+            share = whole.tensor_split(self.ranks)[self.rank]
+            yield Batch(share, len(whole), -(-len(whole) // self.ranks), epoch, position)
 
     def stream(self, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch after the other, without end, leaving out the first so many."""

@@ -97,7 +97,10 @@ def advise(planner: Planner, settings: Settings, ranks: int, batch: int, overhea
     base = sum(planner.account(Sgd(), ranks, batch).stages(False)[0].values())
     best: tuple[int, Settings] | None = None
     for candidate in tried(settings, ranks == 1):
-        found = interval(planner, candidate, ranks, batch, base * (1 + overhead))
+        try:
+            found = interval(planner, candidate, ranks, batch, base * (1 + overhead))
+        except ValueError:  # settings that do not work on a model that is cut over ranks
+            continue
         if found is not None and (best is None or found < best[0]):
             best = found, candidate
         if best is not None and best[0] <= GOOD:

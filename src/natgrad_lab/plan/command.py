@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from natgrad.parallel import World
+from natgrad.parallel import World, check_replicas
 from natgrad_lab.plan.advice import advise, parsed
 from natgrad_lab.plan.machines import named
 from natgrad_lab.plan.remedies import in_words, remedies
@@ -37,6 +37,10 @@ IMAGES = {"Cifar10": 50_000, "Cifar100": 50_000, "Digits": 1437}
 class PlanOptions:
     """On what, and what of it."""
 
+    shard: bool = False
+    """Plan models that are cut over ranks (FSDP2), as natgrad train --shard does; on one rank they are whole."""
+    replicas: int = 1
+    """With --shard: how many ranks hold each part (HSDP)."""
     machine: str = "h100"
     """v100-ib, a100, h100, h200, cpu, or a JSON file that --calibrate has written."""
     ranks: str = "1,8,64,128,512,1024"
@@ -87,13 +91,18 @@ def plan(name: str, recipe: Recipe, options: PlanOptions, tokens: int = 0) -> di
         raise ValueError(f"share={options.share:g} must lie above 0 and at most at 1; set --share")
     overhead = None if options.overhead is None else parsed(options.overhead)
     ranks, machine = numbers("--ranks", options.ranks), named(options.machine)
+    if options.replicas != 1 and not options.shard:
+        raise ValueError("--replicas says nothing without --shard, where every rank has the whole model")
+    for count in ranks if options.shard else ():
+        if count > 1:
+            check_replicas(count, options.replicas)
     worlds = [(r, r * options.per_rank if options.per_rank else recipe.batch) for r in ranks]
     for count, batch in worlds:
         if batch % count:
             raise ValueError(f"batch={batch} is not divisible by {count} ranks; change --batch, --per-rank or --ranks")
     shape, classes = recipe.data.shape(), options.classes or classes_of(recipe)
     network = Network(name, lambda: recipe.model.build(shape, classes), tuple(shape), tokens)
-    planner = Planner(network, machine, recipe.micro_batch)
+    planner = Planner(network, machine, recipe.micro_batch, options.replicas if options.shard else None)
     optimizers = beside(recipe, options.optimizers)
     found = scaled(planner, optimizers, worlds, options.share, steps_of(recipe, options))
     advice = None if overhead is None else advise(planner, recipe.optimizer, *worlds[-1], overhead)
@@ -106,6 +115,7 @@ def plan(name: str, recipe: Recipe, options: PlanOptions, tokens: int = 0) -> di
         "machine": machine.described(),
         "epochs": recipe.epochs,
         "share": options.share,
+        "replicas": planner.replicas,
         "settings": described(recipe.optimizer),
         "torch": torch.__version__,
         **found,

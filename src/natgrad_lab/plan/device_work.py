@@ -106,6 +106,8 @@ def owned(rehearsal: Rehearsal, seen: Mapping[str, Extent]) -> list[Owned]:
     if optimizer is None:
         return found
     conjugate = isinstance(optimizer.method.rule, Conjugate)
+    shards = 1 if rehearsal.sharding is None else rehearsal.sharding.shards
+    rules = updates = 0.0
     for cell in optimizer.cells:
         what = seen.get(cell.name, Extent(0, 0))
         mine = found[cell.owner]
@@ -118,10 +120,18 @@ def owned(rehearsal: Rehearsal, seen: Mapping[str, Extent]) -> list[Owned]:
         if not isinstance(cell.layer, UncurvedParameter):
             mine.precondition += cell.curvature.precondition_work(cell.layer, what)
         passes = CONJUGATE if conjugate else ADAM if isinstance(cell.layer, UncurvedParameter) else MOMENTUM
+        if shards > 1:  # every rank has its part of all vectors
+            rules += passes * numel / shards
+            updates += 3 * numel / shards
+            continue
         mine.precondition.append(moved(numel, passes))
         everyone = optimizer.method.gather == "directions"
         for rank in found if everyone else [mine]:
             rank.update.append(moved(numel, 3))
+    if shards > 1:
+        for rank in found:
+            rank.precondition.append(moved(rules, 1))
+            rank.update.append(moved(updates, 1))
     world = rehearsal.world
     return found if world.owners else [found[world.rank]] * world.size
 

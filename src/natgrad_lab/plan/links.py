@@ -47,7 +47,7 @@ def one(message: Message, machine: Machine, ranks: int) -> float:
     if message.how == "all_reduce":
         payload = message.payload
         return host + min(2 * ring(payload, machine, ranks), 2 * tree(payload, machine, ranks))
-    if message.how == "exchange":
+    if message.how in ("exchange", "all_to_all"):
         busiest = max(message.chunks)
         return host + steps(machine, ranks) + busiest / narrowest(machine, ranks)
     chunks = message.chunks
@@ -57,6 +57,17 @@ def one(message: Message, machine: Machine, ranks: int) -> float:
     if machine.device == "gpu":  # NCCL's grouped form: one launch
         return host + steps(machine, ranks) + parts * machine.inside.latency + whole(message.payload, machine, ranks)
     return parts * (host + hops(machine, ranks)) + whole(message.payload, machine, ranks)
+
+
+def among_replicas(message: Message, machine: Machine, replicas: int, shards: int) -> float:
+    """An all-reduce between ranks that hold the same part (HSDP): rings of the parts of a replica, which go at once and
+    share a host's link where replicas are on several hosts.
+    """
+    beside = 1 if hosts(machine, replicas * shards) == 1 else min(shards, machine.devices)
+    link = machine.inside if beside == 1 else machine.between
+    latencies = 2 * (replicas - 1) * link.latency
+    travel = 2 * (replicas - 1) / replicas * message.payload * beside / link.bandwidth
+    return machine.call * machine.share(replicas * shards) + latencies + travel
 
 
 def ring(payload: float, machine: Machine, ranks: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,8 +21,9 @@ from natgrad.curvature.per_sample_cost import RowForm
 from natgrad.hooks import logits_of
 from natgrad.layer_state import LayerState
 from natgrad.optim import SecondOrder
-from natgrad.parallel import Message, World
+from natgrad.parallel import Message, Sharding, World, pretended, sharding_of
 from natgrad.sampling import Sampler
+from natgrad_lab.plan.fsdp_passes import gathered, shard_on_meta
 from natgrad_lab.plan.simulated import Device, SimulatedTransport
 from natgrad_lab.train.optimizers import Settings
 
@@ -47,7 +49,10 @@ class Rehearsed(NamedTuple):
 
 @dataclass
 class Rehearsal:
-    """An optimizer on a model without numbers, as one of so many ranks."""
+    """An optimizer on a model without numbers, as one of so many ranks.
+
+    sharding: how the model is cut over them (FSDP2, HSDP); None: every rank has all of it.
+    """
 
     optimizer: Optimizer
     settings: Settings
@@ -57,6 +62,7 @@ class Rehearsal:
     transport: SimulatedTransport
     device: Device
     form_of: Callable[[LayerState], RowForm]
+    sharding: Sharding | None = None
     _known: dict[bool, Rehearsed] = field(default_factory=dict)
 
     @property
@@ -153,9 +159,10 @@ class Rehearsal:
 
     def _pass(self) -> Tensor:
         """A forward and a backward pass, as hooks see them."""
-        logits = self._logits()
-        self.settings.before_backward(self.optimizer, logits)
-        logits.backward(torch.empty_like(logits))
+        with gathered(self.model):
+            logits = self._logits()
+            self.settings.before_backward(self.optimizer, logits)
+            logits.backward(torch.empty_like(logits))
         return logits.new_empty(())
 
     def _logits(self) -> Tensor:
@@ -198,15 +205,21 @@ def rehearsal_of(
     ranks: int,
     form_of: Callable[[LayerState], RowForm],
     once: int,
+    replicas: int | None = None,
 ) -> Rehearsal:
     """The optimizer that `settings` make, as the first of so many ranks: the owner of the most expensive layer.
 
     inputs: what this rank gives the model in one step. form_of: the rows of a layer of which all ranks measure rows.
-    once: samples of a pass; there are more of them where this rank keeps the rows of more.
+    once: samples of a pass; there are more of them where this rank keeps the rows of more. replicas: the model is cut
+    over the ranks, which are so many replicas; None: it is not.
     """
     transport, device = SimulatedTransport(ranks), Device()
     world = World(transport)
-    optimizer = settings.build(model, world)
+    with nullcontext() if replicas is None else pretended(ranks):
+        if replicas is not None:
+            shard_on_meta(model, ranks, replicas)
+        sharding = sharding_of(model, world)
+        optimizer = settings.build(model, world)
     for group in optimizer.param_groups:
         if "foreach" in group and group["foreach"] is None:  # which torch takes on GPUs
             group["foreach"] = True
@@ -214,7 +227,7 @@ def rehearsal_of(
         optimizer.engine.capture.disarm()
         optimizer.engine.count_with(lambda: float(device.operations))
         world = optimizer.world
-    made = Rehearsal(optimizer, settings, model, inputs, world, transport, device, form_of)
+    made = Rehearsal(optimizer, settings, model, inputs, world, transport, device, form_of, sharding)
     transport.rows = made.rows
     made.inputs = inputs[: max([once, *(row[0] for row in made.rows())])]
     return made

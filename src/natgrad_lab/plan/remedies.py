@@ -165,7 +165,7 @@ def remedies(planner: Planner, settings: Settings, ranks: int, batch: int, adapt
     interval = None
     if steps is not None and best.seconds() > one.target * one.base and hasattr(settings, "refresh"):
         interval = {"steps": steps, "line": line(settings, every(best.settings, steps))}
-    travel = seconds(one.sgd.account.sent(False)[0], planner.machine, ranks)
+    travel = seconds(one.sgd.account.rehearsal.step(False).messages, planner.machine, ranks)  # FSDP's are hidden
     backward = one.sgd.account.stages(False)[0]["backward"]
     return {
         "ranks": ranks,

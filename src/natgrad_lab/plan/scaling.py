@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from natgrad.parallel import Message
 from natgrad.refresh import Every
 from natgrad_lab.plan.device_work import Parts
+from natgrad_lab.plan.fsdp_passes import NOTHING, PassMessages, pass_messages
 from natgrad_lab.plan.machine import Machine
 from natgrad_lab.plan.rehearsal import rehearsal_of
 from natgrad_lab.plan.stages import NONE, STAGES, Account, Ways
@@ -33,12 +34,19 @@ class Network:
     shape: tuple[int, ...]
     tokens: int = 0
 
+    def inputs(self, samples: int) -> Tensor:
+        """So many samples."""
+        kind = torch.long if self.tokens else torch.get_default_dtype()
+        return torch.zeros(samples, *self.shape, dtype=kind)
+
 
 class Planner:
     """Traces a network once for each share of a batch, and accounts for optimizers on it."""
 
-    def __init__(self, network: Network, machine: Machine, micro_batch: int | None = None):
+    def __init__(self, network: Network, machine: Machine, micro_batch: int | None = None, replicas: int | None = None):
         self.network, self.machine, self.micro_batch = network, machine, micro_batch
+        self.replicas = replicas  # of a model that several ranks hold together
+        self._passing: dict[int, PassMessages] = {}
         self._traces: dict[int, Trace] = {}
         self.model = on_meta(network.make, network.name)  # no optimizer's hooks are on it
 
@@ -55,12 +63,26 @@ class Planner:
             self._traces[samples] = trace(self.model, one.shape, samples, one.name, one.tokens)
         return self._traces[samples]
 
+    def passing(self, ranks: int) -> PassMessages:
+        """What FSDP sends in a pass; nothing where models are whole."""
+        if self.replicas is None or ranks == 1:
+            return NOTHING
+        if ranks not in self._passing:
+            one = self.network
+            self._passing[ranks] = pass_messages(one.make, lambda: one.inputs(2), ranks, self.replicas)
+        return self._passing[ranks]
+
     def account(self, settings: Settings, ranks: int, batch: int, ways: Ways = NONE) -> Account:
         """One optimizer on so many ranks, `batch` samples a step over all of them."""
         if batch % ranks:
             near = max(ranks, batch // ranks * ranks)
             raise ValueError(f"batch={batch} is not divisible by {ranks} ranks; take --batch {near} or other --ranks")
+        replicas = None if ranks == 1 else self.replicas
+        if replicas is not None and not settings.cuttable:
+            raise ValueError(f"{type(settings).__name__} needs whole layers on every rank; leave --shard out")
         graph = getattr(settings, "graph", False)
+        if graph and replicas is not None:
+            raise ValueError("graph=True cannot record a step on a model that fully_shard has cut; leave it out")
         if graph:  # there is no GPU to record it on
             plain: dict[str, Any] = {"graph": False}
             settings, ways = replace(settings, **plain), replace(ways, graph=True)
@@ -70,14 +92,14 @@ class Planner:
             settings = replace(settings, **unlimited)
         share = batch // ranks
         parts = self.parts(share, ranks)
-        kind = torch.long if self.network.tokens else torch.get_default_dtype()
-        inputs = torch.empty(share, *self.network.shape, dtype=kind, device="meta")
+        with torch.device("meta"):
+            inputs = self.network.inputs(share)
         model = on_meta(self.network.make, self.network.name)  # of its own: no other optimizer's hooks are on it
         once = min(share, self.micro_batch or PIECE)
-        rehearsal = rehearsal_of(settings, model, inputs, ranks, parts.form, once)
+        rehearsal = rehearsal_of(settings, model, inputs, ranks, parts.form, once, replicas)
         if graph and rehearsal.second is not None:
             rehearsal.second.refuse_graphs()
-        return Account(rehearsal, parts, self.machine, ways, budget)
+        return Account(rehearsal, parts, self.machine, ways, budget, self.passing(ranks))
 
 
 def share_of(account: Account, adaptive: float) -> float:
@@ -125,7 +147,7 @@ def travelled(messages: Sequence[Message], ranks: int) -> float:
     """Bytes that a rank passes on, the mean over ranks: of an all-reduce twice its payload, of what goes from rank to
     rank its part.
     """
-    parts = {"all_reduce": 2.0, "exchange": 1 / ranks}
+    parts = {"all_reduce": 2.0, "exchange": 1 / ranks, "all_to_all": 1 / ranks}
     return sum(m.payload * parts.get(m.how, 1.0) for m in messages)
 
 

@@ -20,6 +20,9 @@ def show(plan: dict[str, Any]) -> None:
         console.width = 120
     console.print(f"[bold]{plan['name']}[/]: {plan['about']}, {plan['parameters']:,} parameters", highlight=False)
     console.print(f"on {plan['machine']['name']}: {source(plan['machine'])}", highlight=False)
+    if plan["replicas"] is not None:
+        said = "" if plan["replicas"] == 1 else f" in {plan['replicas']} replicas"
+        console.print(f"models are cut over ranks{said} (fully_shard)", highlight=False)
     first, *_ = plan["optimizers"]
     for optimizer in plan["optimizers"]:
         if optimizer is first or optimizer["name"] != "SGD":

@@ -6,6 +6,7 @@ between two messages as long as at the busiest of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from natgrad.layer_state import LayerState
 from natgrad.layers.op_cost import OpCost, moved
 from natgrad.parallel import Message
 from natgrad_lab.plan.device_work import PLAIN, Owned, Parts, factor_work, owned
-from natgrad_lab.plan.links import seconds
+from natgrad_lab.plan.fsdp_passes import NOTHING, PassMessages, held
+from natgrad_lab.plan.links import among_replicas, one, seconds
 from natgrad_lab.plan.machine import Machine, Spent
 from natgrad_lab.plan.memory import state_by_rank
 from natgrad_lab.plan.rehearsal import LAST, Rehearsal
@@ -50,7 +52,8 @@ NONE = Ways()
 class Account:
     """An optimizer on the ranks of a machine, ready to be asked.
 
-    budget: the share of a step's passes that measuring and factoring may take, None without a limit.
+    passing: what FSDP sends in one pass, where the model is cut over ranks. budget: the share of a step's passes that
+    measuring and factoring may take, None without a limit.
     """
 
     rehearsal: Rehearsal
@@ -58,6 +61,7 @@ class Account:
     machine: Machine
     ways: Ways = NONE
     budget: float | None = None
+    passing: PassMessages = NOTHING
 
     @property
     def ranks(self) -> int:
@@ -75,15 +79,32 @@ class Account:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def shards(self) -> int:
+        """Ranks that hold one model together."""
+        sharding = self.rehearsal.sharding
+        return 1 if sharding is None else sharding.shards
+
+    @property
+    def passes(self) -> int:
+        """Passes of a step, each over a part of a rank's share."""
+        return sum(count for _, count in self.parts.passes)
+
     def held(self, cell: LayerState) -> int:
         """Bytes of measured rows at a cell's owner."""
         seen = self.parts.seen.get(cell.name)
         return 0 if seen is None or not cell.curvature.statistics else cell.curvature.rows_held(cell.layer, seen)
 
     def sent(self, fresh: bool) -> tuple[list[Message], dict[str, int]]:
-        """Every message of a step, and the bytes by kind as `World.sent` counts them on the first rank."""
+        """Every message of a step, and the bytes by kind as `World.sent` counts them on the first rank; those of FSDP
+        before them, which are counted alike.
+        """
         done = self.rehearsal.step(fresh)
-        return done.messages, done.sent
+        early = self.passes * [*self.passing.forward, *self.passing.backward]
+        counted = Counter[str]()
+        for message in early:
+            counted[message.kind] += message.payload
+        return [*early, *done.messages], {**counted, **done.sent}
 
     def launches(self, fresh: bool) -> dict[str, float]:
         """Operations that the host issues in a step beside the network's own passes, by stage."""
@@ -100,13 +121,13 @@ class Account:
 
     def spent(self, fresh: bool) -> tuple[dict[str, Spent], str]:
         """What each stage takes of the device, the host and the links, and the largest factor of the busiest owner."""
-        messages, _ = self.sent(fresh)
+        messages = self.rehearsal.step(fresh).messages
         launches = self.launches(fresh)
         last = [m for m in messages if m.kind in LAST]
         early = [m for m in messages if m.kind not in LAST]
         found = dict.fromkeys(STAGES, Spent())
-        found["forward"] = self._spent(self.parts.forward())
-        found["backward"] = self._spent(self.parts.backward())
+        found["forward"] = self._passed(self.parts.forward(), self.passing.forward)
+        found["backward"] = self._passed(self.parts.backward(), self.passing.backward)
         travel = self._travel(early) - self._hidden(early, found["backward"].seconds)
         found["messages"] = self._spent(self._packing(fresh), launches=self._of(launches, "messages"), links=travel)
         travel = self._travel(last)
@@ -127,10 +148,28 @@ class Account:
         """Seconds of these messages one after the other."""
         return seconds(messages, self.machine, self.ranks, self.rehearsal.world.per_host)
 
+    def _passed(self, work: Sequence[OpCost], messages: Sequence[Message]) -> Spent:
+        """Passes, and as much of FSDP's messages as they do not hide: on GPUs what is left beside the work, at least
+        the longest message, since the first gathering and the last average have nothing to hide behind.
+        """
+        spent = self._spent(work)
+        each = [self._one_of_fsdp(message) for message in messages]
+        travel = self.passes * sum(each)
+        if travel and self.machine.device == "gpu":
+            travel = max(self.passes * max(each), travel - spent.seconds)
+        return spent + self._spent((), launches=0.0, links=travel)
+
+    def _one_of_fsdp(self, message: Message) -> float:
+        """Seconds of a message among the ranks of a replica, or of an average among replicas."""
+        assert self.rehearsal.sharding is not None
+        if message.how != "all_reduce":
+            return one(message, self.machine, self.shards)
+        return among_replicas(message, self.machine, self.rehearsal.sharding.replicas, self.shards)
+
     def _of(self, launches: dict[str, float], stage: str) -> float:
         """Operations of a stage. A plain optimizer's gradients travel in buckets, as wrappers do it."""
         if self.rehearsal.second is None:
-            return BUCKETED if self.ranks > 1 else 0.0
+            return BUCKETED if self.ranks > 1 and self.shards == 1 else 0.0
         return launches.get(stage, 0.0)
 
     def _spent(
@@ -153,16 +192,17 @@ class Account:
     def _packing(self, fresh: bool) -> list[OpCost]:
         """Norms of all gradients, and what goes into buffers and out of them."""
         if self.rehearsal.second is None:
-            return [moved(self.parameters, 5)] if self.ranks > 1 else []
-        work = [moved(self.parameters, 1)]
+            return [moved(self.parameters, 5)] if self.ranks > 1 and self.shards == 1 else []
+        own = self.parameters / self.shards
+        work = [moved(own, 1)]
         if self.ranks > 1:
-            work += [moved(self.parameters, 4), moved(self.numbers() if fresh else 0, 4)]
+            work += [moved(own, 4), moved(self.numbers() if fresh else 0, 4)]
         return work
 
     def _unpacking(self) -> list[OpCost]:
         if self.ranks == 1 or self.rehearsal.second is None or not self.rehearsal.world.owners:
             return []
-        return [moved(self.parameters, 4)]
+        return [moved(self.parameters / self.shards, 4)]
 
     def numbers(self) -> int:
         """Numbers of all moments, as full squares."""
@@ -178,7 +218,8 @@ class Account:
     def _owners(self, fresh: bool, launches: dict[str, float]) -> tuple[dict[str, Spent], str]:
         """The busiest owner's stages. Launches are those of the first rank, which owns the most expensive layer."""
         if self.rehearsal.second is None:
-            return {"update": self._spent([moved(self.parameters, PLAIN)], launches=launches["update"])}, ""
+            work = [moved(self.parameters / self.shards, PLAIN)]
+            return {"update": self._spent(work, launches=launches["update"])}, ""
         by_rank = [self._owner(one, fresh, launches) for one in owned(self.rehearsal, self.parts.seen)]
         busiest = max(range(len(by_rank)), key=lambda rank: sum(one.seconds for one in by_rank[rank].values()))
         found = by_rank[busiest]
@@ -218,19 +259,39 @@ class Account:
         return min(hidden, backward)
 
     def memory(self) -> dict[str, Any]:
-        """Bytes on a rank: the optimizer's state exactly (least, mean, most), all together as an estimate."""
+        """Bytes on a rank: the optimizer's state exactly (least, mean, most), all together as an estimate.
+
+        weights, gradients: of the first rank, which has the most of a model that is cut. gathered: of such a model
+        what a pass has whole at a time: the root's parameters, two blocks' (one computes, the next arrives), and
+        the gradients of one.
+        """
         state = state_by_rank(self.rehearsal, self.held)
         saved = max(trace.saved for trace, _ in self.parts.passes)
-        weights = self.parts.passes[0][0].parameters
-        flight = 4 * self.numbers() + (4 * self.parameters if self.ranks > 1 else 0)
+        parameters = list(self.model.parameters())
+        gradients = held(parameters, self.rehearsal.sharding, 0)
+        weights = gradients + held(list(self.model.buffers()), None, 0)
+        root, *blocks = [message.payload for message in self.passing.forward] or [0]
+        largest = sorted(blocks or [root])[-2:]
+        gathered = (root if blocks else 0) + sum(largest) + largest[-1]
+        flight = 4 * self.numbers() + (4 * self._whole_at_owner() if self.ranks > 1 else 0)
         return {
             "state": state,
             "weights": weights,
-            "gradients": 4 * self.parameters,
+            "gradients": gradients,
+            "gathered": gathered,
             "activations": saved,
             "statistics in flight": flight,
-            "total": max(state) + weights + 4 * self.parameters + saved + flight,
+            "total": max(state) + weights + gradients + gathered + saved + flight,
         }
+
+    def _whole_at_owner(self) -> int:
+        """Numbers that a rank packs: all gradients; of a cut model the gradients and directions of what it owns."""
+        if self.shards == 1:
+            return self.parameters
+        owned = Counter[int]()
+        for cell in self.cells:
+            owned[cell.owner] += 2 * cell.layer.numel
+        return max(owned.values(), default=0)
 
     def layers(self) -> list[dict[str, Any]]:
         """The layers that take most, with what they take in each stage when everything is measured."""

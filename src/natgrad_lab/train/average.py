@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from natgrad.parallel import local_of
+
 
 class Average:
     """The means of a model's parameters. `share` None: none are kept, and the model is judged as it is."""
@@ -25,7 +27,8 @@ class Average:
         """Take in the weights after so many steps."""
         if self.share is not None:
             kept = min(self.share, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.means, list(self.parameters), 1 - kept)
+            means, weights = ([local_of(t) for t in tensors] for tensors in (self.means, self.parameters))
+            torch._foreach_lerp_(means, weights, 1 - kept)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

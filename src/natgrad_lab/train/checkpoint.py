@@ -119,11 +119,16 @@ def commit(part: Path, ranks: int, values: Mapping[str, Any]) -> Path:
 
 
 def joined(tables: Mapping[int, Metadata]) -> Metadata:
-    """One table of contents of all ranks' tensors, each under its folder."""
+    """One table of contents of all ranks' tensors, each under its folder. Of tensors that are cut over ranks each table
+    has a part.
+    """
     contents: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     for rank, table in tables.items():
-        contents |= table.state_dict_metadata
+        for name, entry in table.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata) and name in contents:
+                entry = replace(entry, chunks=[*contents[name].chunks, *entry.chunks])
+            contents[name] = entry
         for index, place in table.storage_data.items():
             places[index] = replace(place, relative_path=f"rank-{rank}/{place.relative_path}")
     return replace(tables[0], state_dict_metadata=contents, storage_data=places)
@@ -214,9 +219,19 @@ def contents(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     return {name: entry for name, entry in table.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def load(checkpoint: Path, names: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
-    """The tensors of these names, in memory."""
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in names.items()}
+def load(
+    checkpoint: Path, names: Mapping[str, TensorStorageMetadata], cut: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of these names, in memory.
+
+    cut: tensors that are cut over ranks, of which this rank reads its part alone.
+    """
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if name not in (cut or {})
+        else torch.empty_like((cut or {})[name], dtype=entry.properties.dtype)
+        for name, entry in names.items()
+    }
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     if tensors:
         with warnings.catch_warnings():

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from natgrad.parallel import World
 from natgrad_lab.data import Images, read_ahead
+from natgrad_lab.data.sampler import alike
 
 CHUNK = 1024
 """Images judged at a time at most: bounds memory, and changes no result but for BatchNorm's estimates."""
@@ -41,7 +42,7 @@ def quietly(share: float) -> None:
 def evaluate(model: nn.Module, images: Images, world: World, chunk: int = CHUNK, tick: Tick = quietly) -> Score:
     """Return loss (cross-entropy) and accuracy over all images (of texts: all places), the model in evaluation mode."""
     total = torch.zeros(3, dtype=torch.float64)
-    share = _share(len(images), world).split(chunk)
+    share = alike(_share(len(images), world), chunk, -(-len(images) // world.size))
     images = read_ahead(images, share)
     with _mode(model, training=False), torch.no_grad():
         for done, index in enumerate(share):
@@ -68,7 +69,7 @@ def estimate_norms(model: nn.Module, images: Images, world: World, samples: int 
     if not norms:
         return
     places = torch.linspace(0, len(images) - 1, min(samples, len(images))).long()
-    share = places[_share(len(places), world)].split(chunk)
+    share = alike(places[_share(len(places), world)], chunk, -(-len(places) // world.size))
     images = read_ahead(images, share)
     with _mode(model, training=True), _plain_average(norms), torch.no_grad():
         for index in share:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,16 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from natgrad.optim import SecondOrder
-from natgrad.parallel import World, compare
+from natgrad.parallel import World, compare, local_of, reshard, sharding_of
 from natgrad_lab.data import Regulariser, Sampler, Splits, read_ahead
-from natgrad_lab.data.sampler import Batch
+from natgrad_lab.data.sampler import Batch, alike
 from natgrad_lab.train.average import Average
 from natgrad_lab.train.evaluate import CHUNK, Score, Tick, average_norms, estimate_norms, evaluate, quietly
 from natgrad_lab.train.precision import Precision, arrange
 from natgrad_lab.train.randomness import seed_build, seed_step
 from natgrad_lab.train.recipe import Recipe
 from natgrad_lab.train.scheduled_values import Pace
+from natgrad_lab.train.sharded import Sharded
 from natgrad_lab.train.timing import Clock, own_seconds, second_order, split
 
 BUILDING = threading.Lock()
@@ -85,7 +86,9 @@ class Job:
                 estimate_norms(self.model, self.splits.train, self.world, self.recipe.norm_samples, chunk)
             else:
                 average_norms(self.model, self.world)
-            return evaluate(self.model, getattr(self.splits, split), self.world, chunk, self.tick)
+            score = evaluate(self.model, getattr(self.splits, split), self.world, chunk, self.tick)
+            reshard(self.model)  # what FSDP has gathered is the weights that were judged
+        return score
 
 
 @dataclass
@@ -109,8 +112,38 @@ class Step:
     """Whether any rank was asked to stop."""
 
 
-def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
-    """Build model, optimizer and sampler; raise ValueError for values that do not fit each other."""
+class Learner(NamedTuple):
+    """What learns: a network in its precision, and its optimizer."""
+
+    model: nn.Module
+    precision: Precision
+    optimizer: Optimizer
+
+
+def build(recipe: Recipe, world: World, device: torch.device, sharded: Sharded | None = None) -> Learner:
+    """Build network and optimizer, for which no data are needed.
+
+    sharded: how the network is cut over ranks; None: every rank has all of it.
+
+    Raises:
+        ValueError: values that do not fit each other.
+
+    """
+    recipe.check_values()
+    model = build_model(recipe)
+    if sharded is not None:
+        sharded.check(recipe, world.size)
+        model = sharded.cut(model, world.size, device)
+    model = arrange(model.to(device), recipe.channels_last, recipe.compile, device)
+    precision = Precision(recipe.precision, device, world)
+    return Learner(model, precision, precision(recipe.optimizer.build(model, world)))
+
+
+def prepare(recipe: Recipe, world: World, splits: Splits, built: Learner | None = None) -> Job:
+    """Bring data and network together; raise ValueError for values that do not fit each other.
+
+    built: network and optimizer, where they were built before the data were read.
+    """
     recipe.check_values()
     train = splits.train
     sampler = Sampler(len(train), recipe.batches(), recipe.seed, world.rank, world.size, recipe.drop_last)
@@ -118,9 +151,7 @@ def prepare(recipe: Recipe, world: World, splits: Splits) -> Job:
     if steps < 1:
         each = sampler.length(0)
         raise ValueError(f"epochs={recipe.epochs:g} of {each} steps make no step; raise epochs or set steps")
-    model = arrange(build_model(recipe).to(train.device), recipe.channels_last, recipe.compile, train.device)
-    precision = Precision(recipe.precision, train.device, world)
-    optimizer = precision(recipe.optimizer.build(model, world))
+    model, precision, optimizer = built or build(recipe, world, train.device)
     regulariser, average = Regulariser(recipe.regularisation, train.classes), Average(model, recipe.average)
     pace = Pace(optimizer, lr=recipe.schedule, damping=recipe.damping_schedule)
     return Job(recipe, world, splits, model, optimizer, sampler, regulariser, steps, average, pace, precision)
@@ -206,7 +237,10 @@ def compare_ranks(job: Job, step: int) -> None:
     """Compare weights and the numbers of groups over ranks, of an optimizer that knows nothing of ranks."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     numbers = {f"param_groups[{k}][{key!r}]": value for k, group in enumerate(groups) for key, value in group.items()}
-    compare(job.world, f"after step {step}", numbers, dict(job.model.named_parameters()))
+    weights = {name: local_of(parameter) for name, parameter in job.model.named_parameters()}
+    sharding = sharding_of(job.model, job.world)
+    part, parts = (0, 1) if sharding is None else (sharding.shard, sharding.shards)
+    compare(job.world, f"after step {step}", numbers, weights, part, parts)
 
 
 def unsent(optimizer: Optimizer) -> AbstractContextManager[Any]:
@@ -248,4 +282,4 @@ def parts(job: Job, batch: Batch, generator: torch.Generator) -> Iterator[tuple[
 
 def cut(batch: Batch, size: int | None) -> tuple[Tensor, ...]:
     """Cut a rank's share of a batch into parts of at most `size` samples; None: one part."""
-    return batch.index.split(size or len(batch.index))
+    return tuple(part for part in alike(batch.index, size or batch.most, batch.most) if len(part))

@@ -31,9 +31,9 @@ def restarted(world: World) -> bool:
     return counted.item() > 0
 
 
-def check_agreement(recipe: Recipe, world: World) -> None:
-    """Refuse a world whose ranks have been given different recipes, or run different versions."""
-    told = without_free(described(recipe))
+def check_agreement(recipe: Recipe, world: World, **options: Any) -> None:
+    """Refuse a world whose ranks have been given different recipes or options, or run different versions."""
+    told = without_free(described(recipe)) | options
     versions = {f"the version of {name}": environment.installed(name) for name in ("natgrad", "torch")}
     compare({**versions, "the fields of a recipe": sorted(told)}, world)  # else the next message has unlike lengths
     compare(told, world)

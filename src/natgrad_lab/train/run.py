@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from natgrad.optim import SecondOrder
 from natgrad.parallel import TIMEOUT, World
 from natgrad_lab.train import checkpoint, environment, tensorboard
 from natgrad_lab.train.log import Display, Journal, RunFolder, check_free
-from natgrad_lab.train.loop import Job, Step, build_model, prepare, steps
+from natgrad_lab.train.loop import Job, Step, build, build_model, prepare, steps
 from natgrad_lab.train.ranks import Lock, everybody, on_first
 from natgrad_lab.train.recipe import Recipe, described
 from natgrad_lab.train.resume import (
@@ -28,6 +29,7 @@ from natgrad_lab.train.resume import (
     set_later_aside,
 )
 from natgrad_lab.train.saver import Saver, write_weights
+from natgrad_lab.train.sharded import Sharded
 from natgrad_lab.train.state import check_recipe, state_of
 from natgrad_lab.train.stop import Stop
 from natgrad_lab.train.stragglers import Stragglers
@@ -43,6 +45,10 @@ class Options:
     """Folder for the results; None: runs/ and the recipe's name."""
     overwrite: bool = False
     """Replace the results of an earlier run in that folder."""
+    shard: bool = False
+    """Cut parameters, gradients and the optimizer's vectors over ranks (FSDP2), where each rank would hold them all."""
+    replicas: int = 1
+    """With --shard: how many ranks hold each part, as ranks are so many rows (HSDP)."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     train_loss: bool = False
@@ -72,6 +78,11 @@ class Options:
     tensorboard: bool = False
     """Write the run's numbers for TensorBoard, too: into the folder tensorboard of the results."""
 
+    @property
+    def sharded(self) -> Sharded | None:
+        """How the model is cut over ranks; None: every rank has all of it."""
+        return Sharded(self.replicas) if self.shard else None
+
     def folder(self, name: str) -> Path:
         return Path(self.out or f"runs/{name}")
 
@@ -90,7 +101,11 @@ def check(name: str, recipe: Recipe, options: Options) -> None:
     elif not checkpoint.found(folder / FOLDER):
         raise ValueError(f"there is no checkpoint in {str(folder / FOLDER)!r} to resume from; leave --resume out")
     recipe.check()
-    recipe.optimizer.build(build_model(recipe), World())
+    if options.sharded is not None:
+        options.sharded.check(recipe, options.ranks)
+    optimizer = recipe.optimizer.build(build_model(recipe), World())
+    if options.sharded is not None and isinstance(optimizer, SecondOrder):
+        optimizer.refuse_shards()
     if options.resume:
         check_resumed(folder / FOLDER, options, recipe)
 
@@ -119,6 +134,8 @@ def check_options(options: Options) -> None:
             raise ValueError(f"--{name.replace('_', '-')} says nothing without --resume")
     if options.resume + options.auto_resume + options.overwrite > 1:
         raise ValueError("--resume, --auto-resume and --overwrite exclude each other; leave all but one of them out")
+    if options.replicas != 1 and not options.shard:
+        raise ValueError("--replicas says nothing without --shard, where every rank has the whole model")
     if options.max_restarts and options.ranks == 1:
         raise ValueError("--max-restarts is for ranks that are started here: add --ranks, or tell torchrun")
     if options.max_restarts and options.save_every == 0:
@@ -142,8 +159,10 @@ def pick_device(name: str, world: World) -> torch.device:
 def run(name: str, recipe: Recipe, options: Options, world: World) -> str:
     """Train, judge and record, on every rank; return "finished" or "interrupted"."""
     began = time.monotonic()
-    check_agreement(recipe, world)
-    job = prepare(recipe, world, recipe.data.load().to(pick_device(options.device, world)))
+    check_agreement(recipe, world, shard=options.shard, replicas=options.replicas)
+    device = pick_device(options.device, world)
+    built = build(recipe, world, device, options.sharded)
+    job = prepare(recipe, world, recipe.data.load().to(device), built)
     lock = on_first(world, lambda: Lock(options.folder(name)))  # a mistake in the recipe has made no folder
     try:
         return run_alone(name, options, job, began)
@@ -274,8 +293,7 @@ def finish(job: Job, journal: Journal, options: Options, folder: Path) -> None:
     """Judge once more where asked for, and leave the weights as the model was judged by, in one plain file."""
     if options.train_loss:
         journal.judged("train", job.score("train"))
-    if job.world.rank == 0:
-        write_weights(job, folder / "model.pt", options.timeout / 2)
+    write_weights(job, folder / "model.pt", options.timeout / 2)
 
 
 def resume_command() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from natgrad.parallel import TIMEOUT, World, named
+from natgrad.parallel import TIMEOUT, World, local_of, named, whole_of
 from natgrad_lab.train import checkpoint
 from natgrad_lab.train.loop import Job
 from natgrad_lab.train.state import state_of
@@ -48,7 +48,9 @@ class Saver:
         if self._still_slow():
             self.tell("not_saved", step=job.done, reason="the disk is still at an earlier checkpoint")
             return
-        if not all(bool(torch.isfinite(p).all()) for p in job.model.parameters()):
+        lost = torch.tensor([float(not all(bool(torch.isfinite(local_of(p)).all()) for p in job.model.parameters()))])
+        self.world.max([lost], "scalars")  # ranks may hold different parts
+        if lost.item():
             self.tell("not_saved", step=job.done, reason="a weight is not finite")
             return
         tensors, values = state_of(job)
@@ -163,10 +165,15 @@ def begun(work: Callable[..., Any], *given: Any) -> Future[Any]:
 
 
 def write_weights(job: Job, file: Path, patience: float = TIMEOUT) -> None:
-    """Write the weights, as the model was judged by, for torch.load; ValueError where they cannot be written."""
+    """Write the weights, as the model was judged by, for torch.load; ValueError where they cannot be written.
+
+    All ranks call it: of a model that is cut over ranks rank 0 gets one tensor after the other.
+    """
     with job.average.in_place():
         state = job.model.state_dict()
-        weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+        weights = {name: gathered(value, job.world) for name, value in state.items()}
+        if job.world.rank:
+            return
         part = file.with_name(file.name + ".part")
 
         def write() -> None:
@@ -188,6 +195,14 @@ def write_weights(job: Job, file: Path, patience: float = TIMEOUT) -> None:
                 part.unlink(missing_ok=True)
             why = reason_of(error)
             raise ValueError(f"{str(file)!r} cannot be written: {why}; make room, and add --resume to end") from None
+
+
+def gathered(value: Any, world: World) -> Any:
+    """What stands in a network's state, on rank 0 and on the host; tensors of other ranks are dropped."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    whole = whole_of(value)
+    return whole.cpu() if world.rank == 0 else None
 
 
 def reason_of(error: BaseException) -> str:

@@ -5,14 +5,15 @@
     optimizer/NAME/KEY          state of an optimizer by parameter; of our own each rank writes what it holds
     rank-R/...                  what every rank has of its own: buffers, the images that mixup will blend
 
-Of what all ranks have alike, each writes its part. Schedules, the order of the samples and all draws are functions of
-the number of steps, so nothing else is needed to go on: on the same ranks to the last bit, on others in meaning.
+Of what all ranks have alike, each writes its part; of what is cut over ranks, each writes what it has. Schedules, the
+order of the samples and all draws are functions of the number of steps, so nothing else is needed to go on: on the
+same ranks to the last bit, on others in meaning.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.optim import SecondOrder
+from natgrad.parallel import is_sharded, writes
 from natgrad_lab.data.mixup import RunningMixup
 from natgrad_lab.stored_names import renewed
 from natgrad_lab.train import checkpoint
@@ -55,8 +57,9 @@ def state_of(job: Job) -> tuple[Tensors, dict[str, Any]]:
                 own |= {f"{place}optimizer/{names[parameter]}/{key}": value for key, value in state.items()}
     else:
         values["state"] = pack(job.optimizer.state_dict()["state"], "optimizer/state", alike)
-    mine = sorted(alike)[job.world.rank :: job.world.size]
-    return {**own, **{name: alike[name] for name in mine}}, values
+    mine = {name: value for name, value in alike.items() if writes(value)}
+    whole = sorted(name for name, value in alike.items() if not is_sharded(value))
+    return {**own, **mine, **{name: alike[name] for name in whole[job.world.rank :: job.world.size]}}, values
 
 
 def restore(job: Job, path: Path, changes: bool = False) -> None:
@@ -70,7 +73,8 @@ def restore(job: Job, path: Path, changes: bool = False) -> None:
         raise ValueError(f"checkpoint {str(path)!r} has no running means of the weights; leave --average out")
     names |= means
     with torch.no_grad():
-        for name, value in checkpoint.load(path, {name: table[name] for name in names}).items():
+        cut = {name: tensor for name, tensor in names.items() if is_sharded(tensor)}
+        for name, value in checkpoint.load(path, {name: table[name] for name in names}, cut).items():
             names[name].copy_(value)
     _restore_optimizer(job, path, values, table, changed)
     _restore_own(job, path, values["ranks"], table)
@@ -199,7 +203,8 @@ def _restore_optimizer(
     """changed: the numbers of the recipe count, not those of the checkpoint."""
     fresh = job.optimizer.state_dict()["param_groups"]
     loose = {name: table[name] for name in table if re.match("optimizer/(groups|state)/", name)}
-    common = checkpoint.load(path, loose)
+    parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
+    common = checkpoint.load(path, loose, dict(_cut_alike(loose, parameters)))
     groups = []
     for group, saved in zip(fresh, unpack(values["groups"], common)):
         own = {*job.optimizer.defaults, "initial_lr"}
@@ -211,6 +216,21 @@ def _restore_optimizer(
     else:
         state = unpack(values["state"], common)
     job.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _cut_alike(table: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """Of a plain optimizer's state the tensors that have their parameter's shape, where that is cut over ranks."""
+    for name, entry in table.items():
+        written = re.fullmatch(r"optimizer/state/(\d+)/[^/]+", name)
+        if written and int(written[1]) < len(parameters):
+            parameter = parameters[int(written[1])]
+            if is_cut_like(parameter, entry.size):
+                yield name, parameter.detach()
+
+
+def is_cut_like(tensor: Tensor, size: Sequence[int]) -> bool:
+    """Whether a saved tensor of this size can be read in the parts in which this one is cut over ranks."""
+    return is_sharded(tensor) and tuple(size) == tuple(tensor.shape)
 
 
 def _second_order_state(
@@ -225,9 +245,9 @@ def _second_order_state(
             if written and written[1] in by_name:
                 there[by_name[written[1]]][written[2]] = name
     keys = optimizer.distributed_state.wanted(there)
-    loaded = checkpoint.load(
-        path, {there[p][key]: table[there[p][key]] for p, chosen in keys.items() for key in chosen}
-    )
+    chosen = {there[p][key]: optimizer.state[p].get(key) for p, own in keys.items() for key in own}
+    cut = {name: mine for name, mine in chosen.items() if mine is not None and is_cut_like(mine, table[name].size)}
+    loaded = checkpoint.load(path, {name: table[name] for name in chosen}, cut)
     places = {p: k for k, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     return {places[p]: {key: loaded[there[p][key]] for key in chosen} for p, chosen in keys.items()}
 

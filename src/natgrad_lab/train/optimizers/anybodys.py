@@ -23,6 +23,10 @@ class Anybodys(Settings):
     arguments: str = "{}"
     """What else the class takes, as JSON: '{"momentum": 0.9}'."""
 
+    @property
+    def cuttable(self) -> bool:
+        return issubclass(optimizer_class(self.path), SecondOrder)
+
     def build(self, model: nn.Module, world: World) -> Optimizer:
         positive("lr", self.lr)
         made, others = optimizer_class(self.path), self._others()

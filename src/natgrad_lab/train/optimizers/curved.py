@@ -26,6 +26,10 @@ class Curved(Messages, Directions, Measurements):
 
     left_out: ClassVar[Reasons] = {"UnitWise.rows_per_dim": "it is `rows_per_dim`"}
 
+    @property
+    def cuttable(self) -> bool:
+        return True
+
     def arguments(self, world: World) -> dict[str, Any]:
         return {
             **super().arguments(world),

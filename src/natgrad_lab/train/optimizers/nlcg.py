@@ -62,6 +62,10 @@ class Nlcg(Messages, Measurements, of=natgrad.NLCG):
     def looks_again(self) -> bool:
         return self.step == "curvature"
 
+    @property
+    def cuttable(self) -> bool:
+        return True
+
     def build(self, model: nn.Module, world: World) -> Optimizer:
         return self.makes(model, self.lr, params=self.groups(model), **self.arguments(world))  # type: ignore[call-arg]
 

@@ -21,6 +21,10 @@ class Sgd(Settings):
     weight_decay: float = 0.0
     """Strength of the L2 penalty."""
 
+    @property
+    def cuttable(self) -> bool:
+        return True
+
     def build(self, model: nn.Module, world: World) -> Optimizer:
         positive("lr", self.lr)
         if self.nesterov and self.momentum <= 0:
@@ -49,6 +53,10 @@ class AdamW(Settings):
     weight_decay: float = 0.0
     """Strength of the decoupled weight decay."""
 
+    @property
+    def cuttable(self) -> bool:
+        return True
+
     def build(self, model: nn.Module, world: World) -> Optimizer:
         positive("lr", self.lr)
         optimizer = torch.optim.AdamW(model.parameters(), self.lr, betas=self.betas, weight_decay=self.weight_decay)
@@ -67,6 +75,10 @@ class RmsProp(Settings):
     """Added to the root."""
     weight_decay: float = 0.0
     """Strength of the L2 penalty."""
+
+    @property
+    def cuttable(self) -> bool:
+        return True
 
     def build(self, model: nn.Module, world: World) -> Optimizer:
         positive("lr", self.lr)

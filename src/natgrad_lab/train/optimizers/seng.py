@@ -47,6 +47,10 @@ class Seng(Messages, Directions, of=natgrad.SENG):
         "graph": "recorded steps are tested for SP-NGD and K-FAC",
     }
 
+    @property
+    def cuttable(self) -> bool:
+        return True
+
     def arguments(self, world: World) -> dict[str, Any]:
         self.fit()
         given = super().arguments(world)

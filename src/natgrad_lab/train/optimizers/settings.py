@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from natgrad.parallel import OwnedTensor, World
+from natgrad.parallel import OwnedTensor, World, sharding_of, spread_to_replicas
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class Settings:
 
     def build(self, model: nn.Module, world: World) -> Optimizer:
         raise NotImplementedError(f"{type(self).__name__} does not say how to build its optimizer")
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether the optimizer steps alike where every rank holds a part of each parameter (fully_shard)."""
+        return False
 
     @property
     def looks_again(self) -> bool:
@@ -40,7 +45,13 @@ def alone(optimizer: Optimizer, model: nn.Module, world: World) -> Optimizer:
     """Make an optimizer that knows of one rank begin as rank 0 does and step by the mean gradient.
 
     Gradients are averaged in `step()`, or before it by `optimizer.average_gradients()`, for who must see their mean.
+    FSDP averages those of a model that it has cut.
     """
+    sharding = sharding_of(model, world)
+    if sharding is not None:
+        world.gather([OwnedTensor(buffer, 0) for buffer in model.buffers()])
+        spread_to_replicas(sharding, world, model.parameters())
+        return optimizer
     world.gather([OwnedTensor(tensor.detach(), 0) for tensor in (*model.parameters(), *model.buffers())])
     if world.size > 1:
         mean = Mean(optimizer, world)
