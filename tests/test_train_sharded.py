@@ -8,11 +8,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from in_parts import full, on_threads
-from natgrad.parallel import World, blocks_of, run_threads
+from natgrad.parallel import RanksDifferError, World, blocks_of, local_of, run_threads
 from natgrad_lab.data import Digits, Regularisation
 from natgrad_lab.models import CifarResNet, Mlp, Transformer
-from natgrad_lab.train.loop import build
-from natgrad_lab.train.optimizers import Lars, Muon, Nlcg, Seng, Sgd, SpNgd
+from natgrad_lab.train.loop import build, compare_ranks, prepare, steps
+from natgrad_lab.train.optimizers import AdamW, Lars, Muon, Nlcg, Seng, Sgd, SpNgd
 from natgrad_lab.train.recipe import Recipe
 from natgrad_lab.train.resume import check_agreement
 from natgrad_lab.train.run import Options, check
@@ -164,3 +164,19 @@ def test_weights_are_those_of_the_seed_on_every_rank(splits):
     assert torch.equal(first, second)
     assert own + others == len(first)
     assert max(own, others) < 0.6 * len(first)
+
+
+def test_ranks_that_drift_are_found_between_replicas(splits):
+    """`check=`, with an optimizer that knows nothing of ranks."""
+
+    def work(world):
+        learner = build(replace(RECIPE, optimizer=AdamW()), world, torch.device("cpu"), Sharded(2))
+        job = prepare(replace(RECIPE, steps=1), world, splits, learner)
+        list(steps(job))  # compared after its step, and found alike
+        if world.rank == 3:
+            local_of(learner.model.head.weight)[0, 0] += 1
+        with pytest.raises(RanksDifferError, match=r"head\.weight") as told:
+            compare_ranks(job, 1)
+        return told.value.ranks
+
+    assert on_threads(4, work, check=1) == [(3,)] * 4
