@@ -5,7 +5,7 @@ evaluation of the module for each of them. g is the gradient of a sample's own l
 With b blocks, o outputs, i inputs (the bias is the last one), n samples and s places:
 
     u [b, o, i]  = sum over a sample's places and calls of g a^T     its gradient
-    A [b, i, i]  = mean over all rows of a a^T                       G [b, o, o] = mean over samples of sum g g^T
+    A [b, i, i]  = mean of a a^T over the rows with a gradient       G [b, o, o] = mean over samples of sum g g^T
     F            = mean over samples of u u^T, of a unit, of a layer or of its diagonal
 
 Every damped block is written out as one matrix and solved. Rules and lengths are those of docs/math.md.
@@ -46,6 +46,13 @@ class Rows:
     a: Tensor
     g: Tensor
     dense: bool = True  # False: A counts with its diagonal alone
+    counted: bool = True  # rows without a gradient leave A
+
+    @property
+    def counts(self) -> Tensor:
+        """Which rows are in A [n, s]."""
+        shown = (self.a if not self.dense else self.g).flatten(2)
+        return shown.ne(0).any(2) if self.counted else torch.ones(shown.shape[:2], dtype=torch.bool)
 
 
 @dataclass
@@ -58,6 +65,7 @@ class Part:
     rows: list[Rows] = field(default_factory=list)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     measured: int = 0
+    due: int = 1  # the step in which it is measured next
     used: float = 0.0  # the damping of the inverses
     matrix: Tensor | None = None  # the damped Fisher block [numel, numel]
     memory: dict[str, Any] = field(default_factory=dict)
@@ -191,10 +199,10 @@ class Reference:
         if s["max_norm"] is not None:
             total = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
             gradients = {k: g * min(1.0, s["max_norm"] / (total + 1e-6)) for k, g in gradients.items()}
-        if (self.step_number - 1) % s["refresh"] == 0:
-            for part in self.parts:
-                if part.rows and part.kind != "identity":
-                    self._measure(part, p, sharp)
+        for part in self.parts:
+            if part.rows and part.kind != "identity" and part.due <= self.step_number:
+                self._measure(part, p, sharp)
+        gradients = {k: g for k, g in gradients.items() if self._ready(self.parts[k])}
         with torch.no_grad():
             if s["optimizer"] == "NLCG":
                 self._conjugate(gradients, lr, damping)
@@ -233,9 +241,19 @@ class Reference:
         if isinstance(module, TiedHead):  # dy and x change places, with the loss's scale on x (docs/math.md)
             return Rows(dy.reshape(len(x), -1, 1, dy.shape[-1]), x.reshape(len(x), -1, 1, x.shape[-1]), False)
         b, o, _ = part.shape
-        return Rows(unit_rows(part, x), places(part.module, dy).unflatten(-1, (b, o)))
+        rows, own = unit_rows(part, x), places(part.module, dy).unflatten(-1, (b, o))
+        return Rows(rows, own, counted=not isinstance(part.module, nn.Conv2d))
+
+    @staticmethod
+    def _ready(part: Part) -> bool:
+        """Whether a layer takes part in steps: once it has been measured, if it is to be."""
+        return part.kind in ("identity", "loose") or part.measured > 0
 
     def _measure(self, part: Part, p: float, sharp: Tensor) -> None:
+        if part.kind == "kron" and not any(bool(row.counts.any()) for row in part.rows):
+            part.due = self.step_number + (self.settings["refresh"] if part.measured else 1)
+            return
+        part.due = self.step_number + self.settings["refresh"]
         fresh = self._fresh(part, p, sharp)
         share = min(self.settings["ema_decay"], part.measured / (part.measured + 1)) if part.measured else 0.0
         if part.kind == "rows":
@@ -251,9 +269,9 @@ class Reference:
         samples = sum(len(calls[0].a) for calls in chunks)
         if part.kind == "kron":
             for one in (row for row in part.rows if not row.dense):
-                r = one.a.square().sum(-1).mean().sqrt()
+                r = one.a[one.counts].square().sum(-1).mean().sqrt()
                 one.a, one.g = one.a / r, one.g * r
-            flat = [(row.a.flatten(0, 1), row.g.flatten(0, 1)) for row in part.rows]
+            flat = [(row.a[row.counts], row.g[row.counts]) for row in part.rows]
             count = sum(len(a) for a, _ in flat)
             return {
                 "A": sum(torch.einsum("mbi,mbj->bij", a, a) for a, _ in flat) / count,
@@ -324,7 +342,7 @@ class Reference:
     def _natural(self, gradients: dict[int, Tensor], lr: float, damping: float, terms: float) -> None:
         """Momentum, lengths and the fallback."""
         s, parts = self.settings, self.parts
-        curved = [k for k, part in enumerate(parts) if part.kind != "loose"]
+        curved = [k for k in gradients if parts[k].kind != "loose"]
         keep, decays = self._keep(lr), [self._decays(part) for part in parts]
         weights = {k: part.pack([p.detach() for p in part.parameters]) for k, part in enumerate(parts)}
         past = {k: part.memory.get("direction") for k, part in enumerate(parts)}
@@ -338,11 +356,14 @@ class Reference:
             directions[k] = turned if s["before"] else kept[k] + turned
             parts[k].memory["momentum"] = kept[k] if s["before"] else directions[k]
         for k, part in enumerate(parts):
-            if part.kind == "loose":
+            if part.kind == "loose" and k in gradients:
                 d = self._adam(part, gradients[k]) + (0 if s["decoupled"] else decays[k] * weights[k])
                 directions[k] = d * self._ratio(part, weights[k], d)
         factors = self._factors(gradients, directions, past, weights, lr, keep, terms)
         for k, part in enumerate(parts):
+            if k not in gradients:
+                part.memory["went"] = None  # it stands still
+                continue
             part.memory["direction"] = directions[k]
             rates = lr * part.spread([self._rate(p) for p in part.parameters])
             held = weights[k] * (1 - rates * decays[k]) if s["decoupled"] else weights[k]
@@ -392,7 +413,7 @@ class Reference:
         ones = dict.fromkeys(directions, 1.0)
         if length == "plain":
             return ones
-        curved = [k for k, part in enumerate(self.parts) if part.kind != "loose"]
+        curved = [k for k in gradients if self.parts[k].kind != "loose"]
         if length == "trust":
             return ones | {k: self._ratio(self.parts[k], weights[k], directions[k]) for k in curved}
         for k in curved:
@@ -419,7 +440,7 @@ class Reference:
         ahead = {k: foreseen.get(k, rates[k] ** 2) for k in directions}
         for k, part in enumerate(self.parts):
             went = part.memory.get("went")
-            if went is not None:
+            if went is not None and k in gradients:
                 length, predicted, slope = went
                 last = past[k]
                 assert last is not None
@@ -436,7 +457,8 @@ class Reference:
         bend = max(numbers.get("shownFalse", 0.0) / max(numbers.get("saidFalse", 0.0), 1e-300), 0.0)
         loose = shortened(sum(v for k, v in ahead.items() if k not in foreseen) * bend, limit)
         factors = {k: factor if k in foreseen else loose for k in directions}
-        for k, part in enumerate(self.parts):
+        for k in gradients:
+            part = self.parts[k]
             slope = float((directions[k] * gradients[k]).sum())
             length = rates[k] * factors[k]
             part.memory["went"] = length, ahead[k] * factors[k] ** 2, -length * slope / terms
@@ -455,21 +477,22 @@ class Reference:
     def _conjugate(self, gradients: dict[int, Tensor], lr: float, damping: float) -> None:
         """d = -q(g) + beta d' over all parameters, with the decay in the gradient; beta within [0, 1]."""
         s, parts = self.settings, self.parts
-        for k, part in enumerate(parts):
+        for k in gradients:
+            part = parts[k]
             gradients[k] = gradients[k] + self._decays(part) * part.pack([p.detach() for p in part.parameters])
         z = self._solve(gradients, damping)
         delta = total(z, gradients)
-        last = {k: part.memory.get("nlcg", torch.zeros_like(z[k])) for k, part in enumerate(parts)}
+        last = {k: parts[k].memory.get("nlcg", torch.zeros_like(z[k])) for k in gradients}
         beta = 0.0
         if self.step_number > 1:
-            natural = {k: part.memory["natural"] for k, part in enumerate(parts)}
+            natural = {k: parts[k].memory.get("natural", torch.zeros_like(z[k])) for k in gradients}
             over = total(natural, gradients) if s["beta"] == "polak_ribiere" else 0.0
             beta = min(max((delta - over) / max(self.numbers["delta"], 1e-30), 0.0), 1.0)
             if delta + beta * total(last, gradients) < 1e-3 * delta:
                 beta = 0.0
         self.numbers["delta"] = delta
-        for k, part in enumerate(parts):
-            d = z[k] + beta * last[k]
+        for k in gradients:
+            part, d = parts[k], z[k] + beta * last[k]
             part.memory |= {"nlcg": d, "natural": z[k]}
             rates = lr * part.spread([self._rate(p) for p in part.parameters])
             self._write(part, part.pack([p.detach() for p in part.parameters]) - rates * d)
