@@ -41,9 +41,7 @@ def join(timeout: float = TIMEOUT, **options: Any) -> World:
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         call_roll(store, rank, size, timeout)
         with waits_for("the first connection", range(size), rank):
-            dist.init_process_group(
-                "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=limit
-            )
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     return World(**options)
 
 

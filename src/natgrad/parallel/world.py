@@ -97,7 +97,9 @@ class World:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"World(timeout={timeout!r}): give seconds above 0, or None for the process group's own")
         if check is not None and (isinstance(check, bool) or check < 1 or check != int(check)):
-            raise ValueError(f"World(check={check!r}): give the steps from one check to the next, or None for no checks")
+            raise ValueError(
+                f"World(check={check!r}): give the steps from one check to the next, or None for no checks"
+            )
         self.check = check
         self.gradients: Gradients = "local" if overlap else gradients
         self.wire, self.weights, self.overlap = wire, weights, overlap
