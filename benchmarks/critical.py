@@ -229,7 +229,11 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             axes.plot([size], [ABOVE * least / size], "|", color=colour, markersize=16, markeredgewidth=2)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(BATCHES, [f"{batch:,}" for batch in BATCHES], fontsize=8)
+    shown = [batch for batch in BATCHES if batch <= max(row["batch"] for row in rows)]
+    axes.set_xticks(shown, [f"{batch:,}" for batch in shown], fontsize=8)
+    axes.set_yticks([10, 20, 50, 100, 200, 500, 1000])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0.8 * min(map(count_of, rows)), 1.25 * max(map(count_of, rows)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("samples in a step")

@@ -129,6 +129,13 @@ def in_parts(results: dict[str, Any], which: str | None) -> str:
     return sharded.table(results).strip()
 
 
+def to_target(results: dict[str, Any], which: str | None) -> str:
+    """Steps to the target by the size of a batch, and critical batch sizes."""
+    import critical
+
+    return critical.table(results["rows"])
+
+
 def of_bad_numbers(results: dict[str, Any], which: str | None) -> str:
     """What becomes of each thing that goes wrong, by optimizer."""
     names = list(dict.fromkeys(name for case in results["cases"] for name in case["rows"][0]))
@@ -181,6 +188,7 @@ def disturbed(results: dict[str, Any], which: str | None) -> str:
 
 
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
+    "critical": to_target,
     "compare": compared,
     "scaling": scaling,
     "micro": micro,
