@@ -23,8 +23,9 @@ def test_a_handful_of_faults_end_as_they_should(tmp_path):
     cases = json.loads((tmp_path / "faults.json").read_text())["cases"]
     found = {case["kind"]: case["rows"][0]["ended"] for case in cases}
     assert found.pop("hostile checkpoint") == "line"
+    assert found.pop("out of memory") in ("equal", "close")  # close where it was in step()
     assert set(found.values()) == {"equal"}
-    assert len(found) == 6
+    assert len(found) == 5
 
 
 def test_the_committed_campaign_is_whole():

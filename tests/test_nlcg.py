@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 import natgrad
 from helpers import Mixed, Net, backward, clone, mlp, points, train, weights
+from natgrad.curvature import SampleSpace
 from natgrad.optim.betas import BETAS
+from natgrad.optim.seng import SampleBlocks
 from nlcg_choices import METRICS, QUIET, nlcg, told
 
 every_metric = pytest.mark.parametrize("metric", METRICS)
@@ -132,8 +134,10 @@ def test_micro_batches_are_a_batch(metric, double):
     model = Mixed()
     whole, parts = clone(model), clone(model)
     options = {**METRICS[metric]}
-    if metric in ("kronecker", "sketch"):
+    if metric == "kronecker":
         options["rows_per_dim"] = None
+    if metric == "sketch":
+        options["preconditioner"] = SampleBlocks(SampleSpace())  # of all samples
     opts = [nlcg(m, **options) for m in (whole, parts)]
     for k in range(5):
         x, y = Mixed.batch(24, k)

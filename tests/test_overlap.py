@@ -93,7 +93,7 @@ def test_gradients_changed_too_late_are_refused(double):
         opt = spngd(model, world)
         backward(model, Net.batch(12, 0))
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-        with pytest.raises(ValueError, match=r"max_norm=.*opt\.reduce\(\)"):
+        with pytest.raises(ValueError, match=r"max_norm=.*opt\.average_gradients\(\)"):
             opt.step()
 
     run_threads(2, work, overlap=True)

@@ -162,8 +162,9 @@ def test_advice_keeps_its_share_with_the_shortest_interval(settings):
     assert told["line"] is not None
     words = told["line"].split()
     steps = int(words[words.index("--optimizer.refresh") + 1])
-    samples = words[words.index("--optimizer.rows-per-dim") + 1]
-    chosen = replace(settings, rows_per_dim=None if samples == "None" else int(samples))
+    name = "samples" if isinstance(settings, Seng) else "rows_per_dim"
+    rows = words[words.index(f"--optimizer.{name.replace('_', '-')}") + 1]
+    chosen = replace(settings, **{name: None if rows == "None" else int(rows)})
     sgd = row(one.account(Sgd(), 1, 64), 64, 0.1, None)["step"]["average"]
     over = [
         row(one.account(replace(chosen, refresh=k), 1, 64), 64, 0.1, None)["step"]["average"]

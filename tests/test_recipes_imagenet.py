@@ -72,8 +72,8 @@ def test_a_recipe_is_of_its_family(family, size):
     optimizer, paper = recipe.optimizer, family == "spngd"
     assert isinstance(optimizer, SpNgd | KFac)
     assert optimizer.refresh == (None if paper and size in ("4k", "8k", "16k", "32k") else 1)
-    assert (optimizer.tolerance, optimizer.limit, optimizer.decay, optimizer.weight_decay) == (0.1, None, 0, 0)
-    assert (optimizer.fisher, optimizer.samples) == ("empirical", None)
+    assert (optimizer.tolerance, optimizer.limit, optimizer.ema_decay, optimizer.weight_decay) == (0.1, None, 0, 0)
+    assert (optimizer.fisher, optimizer.rows_per_dim) == ("empirical", None)
     assert (optimizer.norms, optimizer.norm_damping) == (("full", 16) if family == "spngd_d" else ("unitwise", 1))
     assert optimizer.displaced == paper
     assert (optimizer.length, optimizer.before, optimizer.max_norm) == ("plain", False, None)

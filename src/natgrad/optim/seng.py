@@ -91,6 +91,7 @@ class SENG(SecondOrder, shared=SharedByNaturalGradients):
     ):
         validation.one_of("columns", columns, ("empirical", "improved"))
         validation.one_of("block", block, ("layer", "network"))
+        validation.whole("samples", samples, 1, none=True)
         validation.whole("rank", rank, 1, none=True)
         validation.whole("budget", budget, 1)
         when = refresh.rule if isinstance(refresh, Budget) else refresh

@@ -7,7 +7,7 @@ travel in half precision, then fewer rows are measured, and in all cases the sho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -30,8 +30,10 @@ OF_ROWS: tuple[dict[str, Any], ...] = (
     {"overlap": True},
     {"replicated": True},
     {"wire": "bfloat16", "overlap": True},
-    {"rows_per_dim": 64, "wire": "bfloat16", "overlap": True},
+    {"samples": 64, "wire": "bfloat16", "overlap": True},
 )
+ROWS = frozenset({"rows_per_dim", "samples"})
+"""Fields that say how much of a batch is measured: rows for each dimension, and SENG's columns."""
 GOOD = 20
 """An interval that is short enough not to look for a shorter one by changing more."""
 MOST = 1000
@@ -51,7 +53,7 @@ def parsed(share: str) -> float:
 def tried(settings: Settings, one_rank: bool) -> Iterator[Settings]:
     """The settings with each of the changes that say anything."""
     for change in OF_ROWS if isinstance(settings, Seng) else CHANGES:
-        if one_rank and set(change) - {"rows_per_dim"}:
+        if one_rank and set(change) - ROWS:
             continue
         if any(worse(settings, name, value) for name, value in change.items()):
             continue
@@ -61,7 +63,7 @@ def tried(settings: Settings, one_rank: bool) -> Iterator[Settings]:
 def worse(settings: Settings, name: str, value: Any) -> bool:
     """Whether a change would take the wrong direction, or says nothing."""
     now = getattr(settings, name)
-    if name == "rows_per_dim":
+    if name in ROWS:
         return now is not None and now <= value
     return name == "weights_wire" and getattr(settings, "replicated", False)
 
@@ -121,7 +123,7 @@ def advise(planner: Planner, settings: Settings, ranks: int, batch: int, overhea
     }
 
 
-def line(before: Settings, after: Settings, always: Sequence[str] = ("refresh", "rows_per_dim")) -> str:
+def line(before: Settings, after: Settings, always: Collection[str] = frozenset({"refresh"}) | ROWS) -> str:
     """The fields that differ, as the command line takes them; those named `always` in any case."""
     words = []
     for entry in fields(after):
