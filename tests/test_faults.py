@@ -15,12 +15,17 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 @pytest.mark.slow
 def test_a_handful_of_faults_end_as_they_should(tmp_path):
     """Killed, starved of disk and memory, fed bad files: the undisturbed run's weights, or one line."""
-    words = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--short", "--out", str(tmp_path / "faults.json")]
-    ended = subprocess.run(
-        words, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    words = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--short", "--out"]
+    for attempt in range(2):  # where other tests take the processors, a rank may be late for its own fault
+        out = tmp_path / f"faults-{attempt}.json"
+        ended = subprocess.run(
+            [*words, str(out)], capture_output=True, text=True, timeout=140, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        if ended.returncode == 0:
+            break
+        print(ended.stdout, ended.stderr)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    cases = json.loads((tmp_path / "faults.json").read_text())["cases"]
+    cases = json.loads(out.read_text())["cases"]
     found = {case["kind"]: case["rows"][0]["ended"] for case in cases}
     assert found.pop("hostile checkpoint") == "line"
     assert found.pop("out of memory") in ("equal", "close")  # close where it was in step()
