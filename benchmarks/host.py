@@ -100,7 +100,7 @@ PARTS = (
         "U",
         3,
     ),
-    Part("checksums: the norm of each gradient, one layer in eight whole", ("checksum",), "layers", 1),
+    Part("checksums: both sides, for one layer in eight", ("checksum",), "layers", 1),
     Part(
         "inverses: copy, damping, factor, its check, inverse",
         ("inversion", "curvature_engine.factor"),
