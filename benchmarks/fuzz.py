@@ -228,8 +228,10 @@ def run(examples: int, seed: int | None = None, stop: bool = False) -> dict[str,
         except Exception as problem:
             if stop:
                 raise
-            lines = traceback.format_exception(problem)
-            failures.append(f"{program}\n{type(problem).__name__}: {problem}\n{lines[-2]}")
+            last = traceback.extract_tb(problem.__traceback__)[-1]
+            failures.append(
+                f"{program}\n{type(problem).__name__}: {problem}\n{Path(last.filename).name}, {last.name}: {last.line}"
+            )
 
     if seed is not None:
         one = seeded(seed)(one)
