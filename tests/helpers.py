@@ -133,12 +133,12 @@ def backward(model, batch, **options):
     return loss.detach()
 
 
-def train(optimizer, model, batches):
-    """One step a batch; returns the losses."""
+def train(optimizer, model, batches, tell=False):
+    """One step a batch; returns the losses. tell: the optimizer is told them, if it listens."""
     losses = []
     for batch in batches:
         losses.append(float(backward(model, batch)))
-        optimizer.step()
+        optimizer.step(loss=losses[-1]) if tell and optimizer.hears_loss else optimizer.step()
         optimizer.zero_grad()
     return losses
 

@@ -151,7 +151,98 @@ def test_last_step_is_none_where_nothing_is_bounded():
     assert plain.last_step is None
     clipped = natgrad.SPNGD(model, lr=0.1, length=natgrad.optim.kl_clip)
     train(clipped, model, [points(8, 0)])
-    assert clipped.last_step[1:] == (0.01, clipped.last_step.factor, 1.0, 1.0)
+    assert clipped.last_step[1:] == (0.01, clipped.last_step.factor, 1.0, 1.0, 0.0, 1.0)
+
+
+def told_of(loss, double, **options):
+    """Three steps, of which the last is told a loss: its displacement, gradient and `last_step`."""
+    torch.manual_seed(0)
+    model = Mixed()
+    opt = natgrad.SPNGD(model, lr=0.3, rows_per_dim=None, refresh=2, weight_decay=0.0, **options)
+    for batch in batches(Mixed, 2):
+        walked(model, opt, batch)
+    if loss is not None:
+        opt.report(loss)
+    return *walked(model, opt, Mixed.batch(16, 2)), opt
+
+
+def test_a_step_asks_for_at_most_a_share_of_the_loss_that_was_told(double):
+    """-s . g is at most share_of_loss of the loss; a loss that is not in the way, or not above 0, changes nothing."""
+    free, gradient, opt = told_of(None, double)
+    asked = -dot(free, gradient, gradient)
+    assert opt.last_step.descent == pytest.approx(asked, rel=1e-9)
+    for loss in (2.01 * asked, torch.tensor(3 * asked), -1.0, 0.0, float("nan"), float("inf")):
+        assert all(torch.equal(told_of(loss, double)[0][n], free[n]) for n in free)
+    for length, share in ((natgrad.MeasuredChange(), 0.5), (natgrad.MeasuredChange(share_of_loss=0.1), 0.1)):
+        step, gradient, opt = told_of(asked, double, length=length)
+        assert -dot(step, gradient, gradient) == pytest.approx(share * asked, rel=1e-9)
+        assert opt.last_step.held == pytest.approx(share, rel=1e-9)
+        assert all(torch.allclose(step[n], share * free[n], rtol=1e-9, atol=0) for n in free)
+    unbound = told_of(0.1 * asked, double, length=natgrad.MeasuredChange(share_of_loss=None))[0]
+    assert all(torch.equal(unbound[n], free[n]) for n in free)
+
+
+def test_losses_of_microbatches_add_up_and_zero_grad_forgets_them(double):
+    free, gradient, _ = told_of(None, double)
+    asked = -dot(free, gradient, gradient)
+    torch.manual_seed(0)
+    model = Mixed()
+    opt = natgrad.SPNGD(model, lr=0.3, rows_per_dim=None, refresh=2)
+    for batch in batches(Mixed, 2):
+        walked(model, opt, batch)
+    opt.report(1e-9)
+    opt.zero_grad()
+    opt.report(0.25 * asked)
+    opt.report(torch.tensor(0.15 * asked))
+    step, _ = walked(model, opt, Mixed.batch(16, 2))
+    assert opt.last_step.held == pytest.approx(0.2, rel=1e-9)
+    assert all(torch.allclose(step[n], 0.2 * free[n], rtol=1e-9, atol=0) for n in free)
+
+
+def test_the_loss_of_a_closure_is_told(double):
+    model = Mixed()
+    twin = clone(model)
+    told, closed = (natgrad.SPNGD(m, lr=0.3) for m in (model, twin))
+    for _ in range(8):
+        batch = Mixed.batch(16, 0)
+        told.step(loss=backward(model, batch).detach())
+        told.zero_grad()
+
+        def closure(batch=batch):
+            closed.zero_grad()
+            return backward(twin, batch)
+
+        assert closed.step(closure) > 0
+    assert told.last_step.held < 1
+    assert torch.equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_a_closure_that_adds_to_earlier_passes_tells_no_loss(clears):
+    """Trainers give the last of several passes as a closure, and its loss is not the step's."""
+    model = Mixed()
+    opt = natgrad.SPNGD(model, lr=0.3)
+
+    def closure():
+        if clears:
+            opt.zero_grad()
+        return backward(model, Mixed.batch(16, 0)) * 1e-6
+
+    backward(model, Mixed.batch(16, 1))
+    opt.step(closure)
+    assert (opt.last_step.held < 1) == clears
+
+
+def test_steps_that_the_loss_holds_back_for_long_are_said_once():
+    model = mlp()
+    opt = natgrad.SPNGD(model, lr=0.1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for k in range(210):
+            backward(model, points(32, k))
+            opt.step(loss=1e-6)
+            opt.zero_grad()
+    assert len([w for w in said if "share_of_loss=None" in str(w.message)]) == 1
 
 
 def test_a_learning_rate_that_says_nothing_is_said_once():

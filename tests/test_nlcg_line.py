@@ -189,8 +189,9 @@ def test_steps_that_lack_something_or_have_too_much():
     ):
         with pytest.raises(ValueError, match=says):
             call()
-    with pytest.raises(TypeError, match="loss"):
-        natgrad.SPNGD(mlp(), lr=0.1).step(loss=1.0)  # others have no use for it
+    for length in (natgrad.plain, natgrad.optim.kl_clip):
+        with pytest.raises(ValueError, match="does not listen"):
+            natgrad.SPNGD(mlp(), lr=0.1, length=length).step(loss=1.0)
 
 
 def test_groups_say_only_what_is_heard():

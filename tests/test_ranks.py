@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import natgrad
-from helpers import OPTIMIZERS, Mixed, Net, backward, made, train, weights
+from helpers import OPTIMIZERS, Mixed, Net, backward, clone, made, train, weights
 from multi import check, run, share
 from natgrad.parallel import World, run_threads
 
@@ -67,6 +68,49 @@ def test_directions_and_lengths_over_ranks(options, split, double):
         return natgrad.SPNGD(model, **{"lr": 0.02, "damping": 0.03, "rows_per_dim": None, "world": world, **options})
 
     check(2, Net(), batches, build)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("averaged", [False, True], ids=["local", "averaged"])
+@pytest.mark.parametrize("optimizer", [k for k in OPTIMIZERS if k is not natgrad.NLCG], ids=lambda o: o.__name__)
+def test_the_mean_loss_over_ranks_bounds_a_step(optimizer, averaged, reduction, double):
+    """Steps are held back by a loss that is told of which every rank has a share, and end with the weights of one."""
+
+    start = Mixed()
+
+    def train_alike(world):
+        model, held = clone(start), []
+        opt = made(optimizer, model, lr=0.3, damping=0.03, rows_per_dim=None, world=world, reduction=reduction)
+        for k in range(6):
+            x, y = share(Mixed.batch(24, k), world)
+            loss = F.cross_entropy(model(x), y, reduction=reduction)
+            loss.backward()
+            if averaged:
+                world.mean([p.grad for p in model.parameters()])
+            opt.step(loss=loss * 1e-3)
+            opt.zero_grad()
+            held.append(opt.last_step.held)
+        return weights(model), held
+
+    alone, held = train_alike(World())
+    assert max(held[2:]) < 1
+    for ranks in (2, 3):
+        for there, told in run_threads(ranks, train_alike):
+            assert told == pytest.approx(held, rel=1e-7)
+            assert torch.allclose(there, alone, rtol=0, atol=1e-9)
+
+
+def test_a_loss_that_some_ranks_are_not_told_bounds_nothing(double):
+    start = Mixed()
+
+    def work(world):
+        model = clone(start)
+        opt = natgrad.SPNGD(model, lr=0.3, world=world)
+        loss = backward(model, share(Mixed.batch(24, 0), world))
+        opt.step(loss=loss * 1e-6) if world.rank else opt.step()
+        return opt.last_step.held
+
+    assert run_threads(2, work) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

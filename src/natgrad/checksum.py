@@ -48,7 +48,7 @@ class Checksum:
     def reset(self) -> None:
         """Begin a step."""
         self.epsilon = torch.finfo(self.weight.dtype).eps
-        self.least = 0.0  # what half precision cannot hold
+        self.least = 0.0  # what the types on the way cannot hold, or hold with few digits
         self.rows = self.calls = 0
         self.sums: tuple[list[Tensor], ...] = ([], [], [], [])  # claimed, deposited, and the norms of their terms
 
@@ -98,9 +98,9 @@ class Checksum:
             return
         # processors add float16 up in float16: five units of its own were seen, as many as one of bfloat16
         self.epsilon = max(self.epsilon, torch.finfo(torch.bfloat16 if dtype == torch.float16 else dtype).eps)
-        if dtype == torch.float16:
-            limits = torch.finfo(dtype)
-            self.least = limits.smallest_normal * limits.eps * math.sqrt(self.layer.shape.numel)
+        limits = torch.finfo(dtype)
+        least = limits.smallest_normal * (limits.eps if dtype == torch.float16 else 1)  # others need no such numbers
+        self.least = max(self.least, least * math.sqrt(self.layer.shape.numel))
 
     def agrees(self, claimed: float, deposited: float, terms: float, squares: float) -> bool:
         """Whether the two sides are equal to rounding; true where they cannot be compared."""

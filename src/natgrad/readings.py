@@ -74,14 +74,14 @@ def together(scalars: Sequence[Tensor]) -> Tensor:
 
 
 def to_device(values: Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Numbers of the host on a device; the host does not wait."""
+    """Numbers of the host or of any device on a device; the host does not wait."""
     return on_the_way(values, device, dtype).to(device, non_blocking=True)
 
 
 def on_the_way(values: Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """Numbers of the host where a device can fetch them by itself."""
     tensor = torch.as_tensor(values, dtype=dtype)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 class Inputs:

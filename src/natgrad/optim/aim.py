@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,15 +14,16 @@ from natgrad.optim.fallback import Recalls
 from natgrad.optim.method import Method
 from natgrad.optim.segments import Outlines, Segment
 from natgrad.optim.sharded import AtOwners, ShardSegment
-from natgrad.optim.step_size import Remembers, StepSize, remembers, trust_ratios
+from natgrad.optim.step_size import Remembers, StepSize, hears_loss, remembers, trust_ratios
 from natgrad.readings import Inputs
 
 
 class Aim:
     """Finds the step of the layers that this rank owns.
 
-    hear: is told, at the next read, what the length has learned. owners: of a model of which ranks hold parts, those
-    who know whole layers; the segments are then of this rank's parts.
+    hear: is told, at the next read, what the length has learned. loss: gives this rank's share of the mean loss over
+    ranks and of the number of ranks that were told theirs [2]; None where none was. owners: of a model of which ranks
+    hold parts, those who know whole layers; the segments are then of this rank's parts.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class Aim:
         outlines: Outlines,
         inputs: Inputs,
         hear: Callable[[Tensor], None],
+        loss: Callable[[], Tensor | None],
         owners: AtOwners | None = None,
     ):
         self.method, self.engine, self.outlines, self.inputs, self.hear = method, engine, outlines, inputs, hear
+        self.loss = loss
         self.storage, self.owners = outlines.storage, owners
         self.world = engine.world if owners is None else owners.storage.world
 
@@ -54,8 +57,7 @@ class Aim:
                 gradient, fresh = vector[begin : begin + outline.numel], frozenset(self.engine.whole)
                 kind = Segment if self.owners is None else ShardSegment
                 segment = kind(outline, gradient, self.inputs, rates[device], fresh)
-                if self.method.reduction == "sum":
-                    segment.terms = max(segment.group["batch"] / self.world.size, 1.0)
+                segment.terms = self._terms(segment.group)
                 segment.curved = outline.curved and not bare
                 segment.past = segment.state.get("last", segment.state.get(kept) if kept else None)
                 segments.append(segment)
@@ -100,7 +102,19 @@ class Aim:
         def now() -> list[float]:
             return [self.outlines.groups()[0].get(name, value) for name, value in length.numbers.items()]
 
-        return dict(zip(length.numbers, self.inputs.get(now, self.storage.device).unbind()))
+        numbers = dict(zip(length.numbers, self.inputs.get(now, self.storage.device).unbind()))
+        if hears_loss(length) and self.loss() is not None:
+            numbers["loss"] = self.inputs.get(self._loss_a_sample, self.storage.device)
+        return numbers
+
+    def _loss_a_sample(self) -> Tensor:
+        """Give this rank's share of the mean loss, and of the ranks that were told theirs [2]."""
+        loss, told = cast(Tensor, self.loss()).unbind()
+        return torch.stack([loss / self._terms(self.outlines.groups()[0]), told])
+
+    def _terms(self, group: Mapping[str, Any]) -> float:
+        """By this a rank's loss and gradient are larger than a mean over its samples."""
+        return max(group["batch"] / self.world.size, 1.0) if self.method.reduction == "sum" else 1.0
 
     def _stretch(self, segment: Segment, bare: bool) -> None:
         """The fallback's direction, or the gradient's, as long as the weight."""

@@ -24,6 +24,7 @@ class Agreed(NamedTuple):
 
     present: list[bool]
     halves: list[bool]  # cells of which some parameters, not all, are frozen
+    told: bool  # some rank has told its loss
 
 
 class GradientReading(NamedTuple):
@@ -98,7 +99,13 @@ class Gradients:
         unscale(gradients, 1 / scale)  # whoever looks next expects them as the backward pass left them
 
     def agree(
-        self, cells: Sequence[LayerState], storage: Storage, look: bool, scale: LossScale, readings: Readings
+        self,
+        cells: Sequence[LayerState],
+        storage: Storage,
+        look: bool,
+        scale: LossScale,
+        told_loss: bool,
+        readings: Readings,
     ) -> Agreed | None:
         """Which cells have a gradient on any rank, and which are half frozen; None if a gradient is not finite on any.
 
@@ -107,7 +114,7 @@ class Gradients:
         All that was asked of `readings` is heard now: this is the step's one wait for the device.
 
         look: the step measures. "auto" is decided again, as whoever averages gradients does it in every step; and no
-        memory is held until `to_owners`, because measurements need theirs.
+        memory is held until `to_owners`, because measurements need theirs. told_loss: this rank was told its loss.
         """
         early = self.overlap if not self.reduced else None
         if early is not None:
@@ -121,7 +128,7 @@ class Gradients:
             halves = [any(own) and not all(own) for own in trains]
         lost = [(c.by_rows or self.loaded) and c.lost(self.world.rank) for c in cells]
         self.loaded = False
-        flags = [False, *here, *halves, *lost]
+        flags = [False, told_loss, *here, *halves, *lost]
         vectors = [] if early is not None else self._fill(storage, found, whole)
         told = self._look(vectors, storage.device, scale.found, flags, early, readings)
         self.square = float(told.square.sum()) / scale.seen**2
@@ -140,11 +147,11 @@ class Gradients:
         if look:
             self._filled = None
             storage.release()
-        count, flags = len(cells), [flag > 0 for flag in flags[1:]]
+        count, (told_loss, *flags) = len(cells), [flag > 0 for flag in flags[1:]]
         for cell, gone in zip(cells, flags[2 * count :]):
             if gone:
                 cell.forget()
-        return Agreed(flags[:count], flags[count : 2 * count])
+        return Agreed(flags[:count], flags[count : 2 * count], told_loss)
 
     def _fill(self, storage: Storage, found: Sequence[Tensor | None], whole: bool) -> list[Tensor]:
         """Write the gradients of all parameters that there are into the vectors that `to_owners` will need."""

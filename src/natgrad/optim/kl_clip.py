@@ -15,21 +15,26 @@ from natgrad.optim.segments import Segment
 from natgrad.parallel import World
 
 TINY = 1e-300
+EVERYBODY = 1 - 1e-9  # a sum of 1 / ranks over all ranks is at least this
 
 
 class LastStep(NamedTuple):
     """What is known of the length of the step that was made last."""
 
-    change: float
+    change: float = 0.0
     """lr^2 d^T F d as the curvature predicts it, of the step as it was made: twice the KL divergence in nats."""
-    bound: float
+    bound: float = 0.0
     """The largest predicted change that was permitted."""
-    factor: float
+    factor: float = 1.0
     """By this the step was shortened, 1 where it was not."""
-    ratio: float
+    ratio: float = 1.0
     """Curvature along earlier steps as gradients have shown it, over what was predicted; 1 where nobody measures it."""
-    loose: float
+    loose: float = 1.0
     """By this the step of parameters without curvature was shortened."""
+    descent: float = 0.0
+    """lr d . g of the step as it was made: to first order, by so much it lowers the loss."""
+    held: float = 1.0
+    """The part of `factor` and `loose` that is due to the loss that was told, 1 where it was not in the way."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,13 @@ class MeasuredChange:
     Parameters without curvature have a length and no prediction: their step is a share of their weight's norm, as the
     learning rate says. They are shortened so that s . (g' - g) of theirs stays below `limit` too.
 
-    Three dot products a layer more than for a plain length; no pass and no message more than for KLClip.
+    A loss that is told, and above 0, bounds steps as well: lr d . g, by which a step lowers the loss to first order, is
+    at most a share of it. Gradients of samples that are learnt by heart vanish, and the square of a gradient, which is
+    all that the empirical Fisher has of a curvature, vanishes faster: F^-1 g asks every sample for the same decrease,
+    whatever is left of its loss, and no quadratic model shows how soon curvature comes back along such a step.
+
+    Three dot products a layer more than for a plain length; no pass and no message more than for KLClip. A loss that is
+    told is one of 16 bytes, where every rank keeps all layers.
 
     Args:
         limit: twice the change of the output (KL) above which a step is shortened.
@@ -97,6 +108,8 @@ class MeasuredChange:
         least: predicted change that a step may always have.
         most: predicted change that no step may exceed.
         memory: share of the old means that a step keeps.
+        share_of_loss: a step lowers the loss by at most this share of it, to first order, where the loss is told. None:
+            not bounded, for a loss that can fall below 0 (log densities).
 
     """
 
@@ -105,6 +118,7 @@ class MeasuredChange:
     least: float = 0.005
     most: float = 0.1
     memory: float = 0.8
+    share_of_loss: float | None = 0.5
     numbers: ClassVar[Mapping[str, float]] = {
         **KLClip.numbers,
         "ratio": 1.0,
@@ -114,9 +128,12 @@ class MeasuredChange:
         "heard": 0.0,
         "shown_loose": 0.0,
         "walked_loose": 0.0,
+        "descent": 0.0,
+        "held": 1.0,
     }
-    sums: ClassVar[int] = 6
+    sums: ClassVar[int] = 8
     looks_back: ClassVar[bool] = True
+    hears_loss: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("limit", "first", "least", "most"):
@@ -126,6 +143,8 @@ class MeasuredChange:
             raise ValueError(f"MeasuredChange(least={self.least}, most={self.most}): give a least up to most")
         if not 0 <= self.memory < 1:
             raise ValueError(f"MeasuredChange(memory={self.memory}): give a share from 0 to below 1")
+        if self.share_of_loss is not None and not self.share_of_loss > 0:
+            raise ValueError(f"MeasuredChange(share_of_loss={self.share_of_loss}): give a share above 0, or None")
 
     def allocate(self, layer: Layer, state: dict) -> None:
         """Make room for the sum of gradients of one layer, and for what its last step was."""
@@ -141,21 +160,27 @@ class MeasuredChange:
 
     def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, Tensor]) -> list[Tensor]:
         """One factor for layers with curvature and one for parameters without, from what `numbers` remember."""
-        told = torch.stack([torch.zeros_like(numbers["ratio"])] * 6).view(2, 3)
+        told = torch.stack([torch.zeros_like(numbers["ratio"])] * 8).view(2, 4)
         ahead = [self._look_ahead(segment) for segment in segments]
-        for segment, (predictions, _, met) in zip(segments, ahead):
+        for segment, (predictions, slopes, met) in zip(segments, ahead):
             length, foreseen, before = segment.state["went"].unbind(1)
             shown = met * length / -segment.terms - before
-            sums = torch.stack([shown, foreseen, predictions]).sum(1).to(told.device)
-            told[0 if foretold(segment) else 1] += sums  # shown, foreseen, and the prediction of this step
-        world.sum_over_owners([told], "scalars")
+            descents = (segment.lr * slopes / segment.terms).expand_as(predictions)
+            sums = torch.stack([shown, foreseen, predictions, descents]).sum(1).to(told.device)
+            told[0 if foretold(segment) else 1] += sums  # shown and foreseen of the last step, the others of this one
+        loss = numbers.pop("loss", None)
+        world.sum_over_owners([told], "scalars", [] if loss is None else [loss])
         self._learn(numbers, told[:, :2])
         change, change_loose = told[:, 2].unbind()
         bound = (self.limit / numbers["ratio"]).clamp(self.least, self.most)
         factor = shortened(change, bound)
         bend = numbers["shown_loose"] / numbers["walked_loose"].clamp_min(TINY)
         loose = shortened(change_loose * bend.clamp_min(0), self.limit)
-        numbers.update(change=torch.minimum(change.abs(), bound), bound=bound, factor=factor, loose=loose)
+        descent = told[0, 3] * factor + told[1, 3] * loose
+        held = torch.ones_like(descent) if loss is None else self._held(descent, *loss.unbind())
+        factor, loose = factor * held, loose * held
+        change = torch.minimum(change.abs() * factor.square(), bound)
+        numbers.update(change=change, bound=bound, factor=factor, loose=loose, descent=descent * held, held=held)
         factors = [(factor if foretold(segment) else loose).to(segment.gradient.device) for segment in segments]
         for segment, (predictions, slopes, _), own in zip(segments, ahead, factors):
             steps = (segment.lr * own).expand_as(predictions)
@@ -164,6 +189,13 @@ class MeasuredChange:
             if "last" in segment.state:
                 segment.state["last"].copy_(segment.direction)
         return factors
+
+    def _held(self, descent: Tensor, loss: Tensor, everybody: Tensor) -> Tensor:
+        """The factor, at most 1, by which the loss shortens a step that would lower it by `descent` to first order."""
+        if self.share_of_loss is None:
+            return torch.ones_like(descent)
+        share = self.share_of_loss * loss / descent.clamp_min(TINY)
+        return torch.where((everybody > EVERYBODY) & (share > 0) & (share < 1), share, 1.0)
 
     def _look_ahead(self, segment: Segment) -> Tensor:
         """Each layer's predicted change (of loose ones lr^2), d . g and last d . g [3, layers]."""

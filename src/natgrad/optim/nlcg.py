@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,6 @@ class NLCG(SecondOrder, shared=OfNlcg, defaults=OF_CURVATURE):
             lambda: self.storage.device,
         )
         self._forward: Callable[[], Tensor] | None = None
-        self._loss: Any = None
         self._heard: float | None = None  # of all ranks, this step's
         self.search, self.conjugate, self.metric = step, rule, rule.metric
         self._model = model
@@ -169,16 +168,15 @@ class NLCG(SecondOrder, shared=OfNlcg, defaults=OF_CURVATURE):
         self.readings.read()
         return self.conjugate.used
 
-    def report(self, loss: Tensor | float) -> None:
-        """Tell this rank's loss before `step()`. Those of micro-batches add up, as their gradients do."""
-        if self.search.feedback is None:
-            raise ValueError(f"report(loss): {self.search} does not listen to the loss; leave it out")
-        loss = loss.detach() if isinstance(loss, Tensor) else loss
-        self._loss = loss if self._loss is None else self._loss + loss
+    repeats_loss: ClassVar[bool] = True
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        self._loss = None
+    @property
+    def hears_loss(self) -> bool:
+        """Whether the loss holds the learning rate back."""
+        return self.search.feedback is not None
+
+    def _deaf(self) -> str:
+        return str(self.search)
 
     def step(  # type: ignore[override]
         self,
@@ -199,29 +197,17 @@ class NLCG(SecondOrder, shared=OfNlcg, defaults=OF_CURVATURE):
                 if wants
                 else f"step(forward=...): {self.search} takes no more forward passes; leave it out"
             )
-        if loss is not None:
-            if closure is not None:
-                raise ValueError("step(closure, loss=...): the closure gives the loss; leave one of them out")
-            self.report(loss)
-
-        def told() -> Tensor:
-            value = closure()  # type: ignore[misc]
-            if self.search.feedback is not None:
-                self._loss = None  # a closure may clear gradients, and with them what was told
-                self.report(value)
-            return value
-
         self._check_groups()
         self._forward = forward
         try:
-            return super().step(None if closure is None else told)
+            return super().step(closure, loss=loss)
         finally:
-            self._forward = self._loss = self._heard = None
+            self._forward = self._heard = None
 
     def _ask(self) -> None:
         """Ask for the mean loss over ranks, L2 penalty included."""
         self._heard = None
-        if self.search.feedback is None:
+        if not self.hears_loss:
             return
         if self._loss is None:
             self.say(
@@ -229,13 +215,10 @@ class NLCG(SecondOrder, shared=OfNlcg, defaults=OF_CURVATURE):
                 "step=Scheduled(feedback=None)",
                 "no loss",
             )
-        size, device = self.world.size, self.storage.device
-        told = to_device([0.0, float(self._loss is not None)], device)
-        if self._loss is not None:
-            told[0] = torch.as_tensor(self._loss).sum()
+        size, told = self.world.size, self._own_loss()
         penalty = self._penalty()
         if penalty is not None:
-            told[0] += penalty.to(device) * (size / self.step_world.copies)
+            told[0] += penalty.to(told.device) * (size / self.step_world.copies)
         if size > 1:
             told /= size
         self.world.sum([told], "scalars")

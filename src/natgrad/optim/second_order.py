@@ -49,10 +49,10 @@ from natgrad.optim.rescale import Rescale
 from natgrad.optim.segments import Outlines
 from natgrad.optim.sharded import AtOwners, Shards, ShardStorage
 from natgrad.optim.state_dict import DistributedState, carried
-from natgrad.optim.step_size import Remembers, StepSize, remembers
+from natgrad.optim.step_size import Remembers, StepSize, hears_loss, remembers
 from natgrad.optim.update import Update, begin, master
 from natgrad.parallel import World, compare, is_sharded, local_of, sharding_of, spread_to_replicas, uneven
-from natgrad.readings import Inputs, Readings
+from natgrad.readings import Inputs, Readings, to_device
 from natgrad.refresh import Budget, Every, Staleness
 from natgrad.stacks import Storage
 
@@ -62,6 +62,7 @@ WARNED = 2  # measurements of a layer in a row that cannot be used are said
 LOOSENED = 5  # so many, and the layer trains by the fallback
 MENDED_SAID = 3  # refreshes in which a layer's curvature needed more damping are said
 SKIPPED_SAID = 10  # steps in a row that were skipped are said; a GradScaler has found its scale by then
+HELD = 0.1  # a step that the loss shortens to less than this is one that it holds back
 SAYS_NOTHING = 1 / 30  # of lr is left in the mean of many steps: which lr it is makes no difference
 NEVER_CALLED = "its module is never called in a pass that adds to its gradient, though its weight gets one"
 UNKNOWN_SAMPLES = "which of its rows are of which sample cannot be seen"
@@ -79,6 +80,9 @@ class SecondOrder(Optimizer):
 
     preconditioned = Preconditioned(0, 0, 0, 0)
     """How many layers and weights the last step preconditioned by their own curvature."""
+
+    repeats_loss: ClassVar[bool] = False
+    """Whether losses are compared with each other alone: one that leaves out a step's earlier passes will do then."""
 
     elsewhere: ClassVar[Mapping[str, str]] = {}
     """What to do instead of giving an argument that this optimizer does not have."""
@@ -156,6 +160,10 @@ class SecondOrder(Optimizer):
         self.readings = Readings()
         self.factors: deque[float] = deque(maxlen=100)  # by which the last steps were shortened
         self.at_floor = 0  # steps in a row whose bound was the least one
+        self.held = 0  # steps in a row that the loss has held back
+        self._loss: Tensor | float | None = None  # of this rank, as it was told
+        self._cleared = False  # gradients were cleared in a closure
+        self._share: Tensor | None = None  # of the mean loss over ranks, see Aim
         self._counted: tuple[Clocks, tuple[bool, ...], Preconditioned] | None = None
         self._join_config = uneven.nobody()
         self._scope = None if params is None else validation.scope_of(params)
@@ -240,7 +248,7 @@ class SecondOrder(Optimizer):
         rule = self.method.rule
         apart = keeps_numbers(rule, [cell.layer for cell in self.cells])
         self.outlines = Outlines(self.storage, place, lambda: self.param_groups, takes_loose(rule), apart)
-        aim = Aim(self.method, self.engine, self.outlines, Inputs(), self._hear_length, at_owners)
+        aim = Aim(self.method, self.engine, self.outlines, Inputs(), self._hear_length, lambda: self._share, at_owners)
         storage = self.storage
         state = (lambda: self.state) if not isinstance(storage, ShardStorage) else (lambda: storage.parts)
         self.update = Update(aim, state, self.graphs, self.narrow)
@@ -451,9 +459,7 @@ class SecondOrder(Optimizer):
         group = self.param_groups[0]
         if not self.steps_made or "bound" not in group:
             return None
-        return LastStep(
-            group["change"], group["bound"], group["factor"], group.get("ratio", 1.0), group.get("loose", 1.0)
-        )
+        return LastStep(*(group.get(name, default) for name, default in LastStep._field_defaults.items()))
 
     @property
     def steps_made(self) -> int:
@@ -484,6 +490,7 @@ class SecondOrder(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.engine.capture.clear()  # a step that was given up leaves nothing to the next one
         self.gradients.give_up()
+        self._loss, self._cleared = None, True
         super().zero_grad(set_to_none)
 
     def average_gradients(self) -> None:
@@ -535,17 +542,61 @@ class SecondOrder(Optimizer):
             )
         draw_labels(self.engine.capture, output, likelihood)
 
+    @property
+    def hears_loss(self) -> bool:
+        """Whether a loss that is told matters to the length of steps."""
+        return hears_loss(self.method.length)
+
+    def report(self, loss: Tensor | float) -> None:
+        """Tell this rank's loss before `step()`. Those of micro-batches add up, as their gradients do.
+
+        Raises:
+            ValueError: nobody listens to the loss.
+
+        """
+        if not self.hears_loss:
+            raise ValueError(f"report(loss): {self._deaf()} does not listen to the loss; leave it out")
+        loss = loss.detach() if isinstance(loss, Tensor) else loss
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def _deaf(self) -> str:
+        """What would listen to the loss, and does not."""
+        length = self.method.length
+        return f"length={getattr(length, '__name__', length)}"
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One update. With a closure, it is called once and its loss returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None
+    ) -> Tensor | None:
+        """One update.
+
+        closure: called once; its loss is told and returned. It is not told where gradients of earlier passes are there,
+        of whose losses it says nothing. loss: this rank's loss, the mean over its samples (their sum with
+        reduction="sum"), unscaled. A step never asks for more than a share of a loss that was told (MeasuredChange).
+        """
+        if loss is not None:
+            if closure is not None:
+                raise ValueError("step(closure, loss=...): the closure gives the loss; leave one of them out")
+            self.report(loss)
+        value = None if closure is None else self._evaluate(closure)
         uneven.begin(self)
-        with calm(*{p.device for p in self._first_parameters()}):
-            self._make_step()
-        return loss
+        try:
+            with calm(*{p.device for p in self._first_parameters()}):
+                self._make_step()
+        finally:
+            self._loss = self._share = None
+        return value
+
+    def _evaluate(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Call the closure; tell its loss, if gradients are of this loss alone."""
+        parts = any(p.grad is not None for group in self.param_groups for p in group["params"])
+        self._cleared = not parts or self.repeats_loss
+        with torch.enable_grad():
+            value = closure()
+        if self.hears_loss and value is not None and self._cleared:
+            self._loss = None  # a closure may clear gradients, and with them what was told
+            self.report(value)
+        return value
 
     def join_hook(self, **_: Any) -> Any:
         """For torch's Join: what this rank does in the others' steps when it has run out of batches."""
@@ -610,7 +661,8 @@ class SecondOrder(Optimizer):
         self.engine.settle(self.readings)
         self._ask()
         with self.engine.timed("messages"):
-            agreed = self.gradients.agree(self.cells, self.storage, watched, scale, self.readings)
+            told = self._loss is not None
+            agreed = self.gradients.agree(self.cells, self.storage, watched, scale, told, self.readings)
         if agreed is None:
             self.skipped += 1
             self._skipped_in_a_row += 1
@@ -631,6 +683,7 @@ class SecondOrder(Optimizer):
             self.engine.conclude()
             self._say_mended()
         present = self._look_after(found, agreed.present, agreed.halves, step)
+        self._share = self._own_loss() / self.gradients.active if agreed.told else None
         with self.engine.timed("messages"):
             gradients = self.gradients.to_owners(self.storage, present, scale.now)
         self.preconditioned = self._count(present)
@@ -683,6 +736,13 @@ class SecondOrder(Optimizer):
             )
         shards.look()
 
+    def _own_loss(self) -> Tensor:
+        """Return this rank's loss, 0 if it was not told, and whether it was [2]."""
+        told = to_device([0.0, float(self._loss is not None)], self.storage.device)
+        if self._loss is not None:
+            told[0] = torch.as_tensor(self._loss).sum()
+        return told
+
     def _ask(self) -> None:
         """Ask for what the step needs to know before it goes on, beside what gradients are."""
 
@@ -725,6 +785,14 @@ class SecondOrder(Optimizer):
                 "predicts. So does the noise of a small batch: a larger batch or more damping gives longer steps, or "
                 "length=MeasuredChange(least=...)",
                 "floor",
+            )
+        self.held = self.held + 1 if own.get("held", 1.0) < HELD else 0
+        if self.held == self.factors.maxlen:
+            self.say(
+                f"the last {self.held} steps were all shortened to less than {HELD:g} of their length, because they "
+                "asked for more than a share of the loss that was told. That is right where a training set is learnt "
+                "by heart; a loss that can fall below 0 needs length=MeasuredChange(share_of_loss=None)",
+                "held",
             )
         if len(self.factors) == self.factors.maxlen:
             share = math.exp(fmean(map(math.log, self.factors)))

@@ -70,6 +70,15 @@ class Remembers(Keeps, Protocol):
         ...
 
 
+def hears_loss(length: StepSize | Remembers) -> bool:
+    """Whether a loss that is told matters to a length: one that says `hears_loss = True`, and learns.
+
+    Its `numbers` have "loss" too where a rank was told its loss: this rank's share of the mean loss over ranks and of
+    the number of ranks that were told theirs [2]. Their sums over ranks are the mean loss, and 1 if all were.
+    """
+    return remembers(length) and getattr(length, "hears_loss", False)
+
+
 _KINDS: dict[type, bool] = {}
 
 

@@ -116,7 +116,8 @@ class Update:
         cells = [self.storage.cells[k] for k in chosen]
         counts = {cell.numbers["adam_count"] for cell in cells if "adam_count" in cell.numbers}
         where = [p.data_ptr() for cell in cells for p in cell.layer.parameters]
-        return (*chosen, *self.method.constants(self.groups), len(counts), *where)
+        told = self.aim.loss() is not None
+        return (*chosen, *self.method.constants(self.groups), len(counts), told, *where)
 
     def _stand_still(self, chosen: Collection[int]) -> None:
         """Layers that took no part in a step have no last step to look back on."""

@@ -323,10 +323,15 @@ class World:
         """Every tensor becomes its sum over ranks, in place on all ranks."""
         self._everyone(tensors, "sum", kind)
 
-    def sum_over_owners(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
-        """Sums over what each rank owns become sums over everything, in place on all ranks."""
+    def sum_over_owners(self, tensors: Sequence[Tensor], kind: str = "other", shares: Sequence[Tensor] = ()) -> None:
+        """Sums over what each rank owns become sums over everything, in place on all ranks.
+
+        shares: tensors of which every rank has a share, whoever owns layers. They are summed by the same message.
+        """
         if self.owners:
-            self.sum(tensors, kind)
+            self.sum([*tensors, *shares], kind)
+        elif shares:
+            self.sum(shares, kind)
 
     def sum_over_parts(self, tensors: Sequence[Tensor], kind: str = "other") -> None:
         """Sums over the numbers that each rank works on become sums over everything, in place on all ranks."""

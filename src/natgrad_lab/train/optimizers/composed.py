@@ -52,8 +52,12 @@ class Directions(Derived):
             [f"MeasuredChange.{name}" for name in ("first", "least", "most", "memory")],
             "one number bounds a step's change",
         ),
+        "MeasuredChange.share_of_loss": "the loop's loss, cross entropy, is never below 0",
         "fallback": "parameters without curvature train by Adam's direction",
     }
+
+    def take(self, optimizer: Any, loss: Tensor, again: Any) -> None:
+        optimizer.step(loss=loss) if step_size.hears_loss(optimizer.method.length) else optimizer.step()
 
     def how_far(self) -> step_size.StepSize | step_size.Remembers:
         """The length as a function, or as an object that learns."""
