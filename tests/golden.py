@@ -79,7 +79,7 @@ def groups(model):
 
 
 def spngd(**options):
-    given = {"lr": 0.02, "momentum": 0.7, "damping": 3e-2, "length": natgrad.plain, "ema_decay": 0.0, **options}
+    given = {"lr": 0.02, "momentum": 0.7, "damping": 3e-2, "length": natgrad.plain, **options}
     return lambda model, world: natgrad.SPNGD(model, world=world, **given)
 
 
@@ -99,9 +99,9 @@ CASES = {
     "spngd": spngd(),
     "spngd, trust": spngd(length=natgrad.trust, momentum=0.5),
     "spngd, predicted change": spngd(length=KLClip(1e-3)),
-    "spngd, measured change": lambda model, world: natgrad.SPNGD(model, 0.1, damping=1e-2, ema_decay=0.0, world=world),
+    "spngd, measured change": lambda model, world: natgrad.SPNGD(model, 0.1, damping=1e-2, world=world),
     "spngd, groups": lambda model, world: natgrad.SPNGD(
-        model, 0.02, params=groups(model), length=natgrad.plain, rule=COUPLED, damping=3e-2, ema_decay=0.0, world=world
+        model, 0.02, params=groups(model), length=natgrad.plain, rule=COUPLED, damping=3e-2, world=world
     ),
     "spngd, rescaled displacements": spngd(rescale="always", rule=Momentum(displaced=True)),
     "spngd, running means, all rows": spngd(rows_per_dim=None, ema_decay=0.5, refresh=2),

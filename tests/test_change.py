@@ -167,15 +167,24 @@ def told_of(loss, double, **options):
 
 
 def test_a_step_asks_for_at_most_a_share_of_the_loss_that_was_told(double):
-    """-s . g is at most share_of_loss of the loss; a loss that is not in the way, or not above 0, changes nothing."""
+    """-s . g is at most share_of_loss of the loss, and the root of the predicted change at most the loss.
+
+    A loss that is not in the way, or not above 0, changes nothing.
+    """
     free, gradient, opt = told_of(None, double)
     asked = -dot(free, gradient, gradient)
     assert opt.last_step.descent == pytest.approx(asked, rel=1e-9)
-    for loss in (2.01 * asked, torch.tensor(3 * asked), -1.0, 0.0, float("nan"), float("inf")):
+    change = opt.last_step.change
+    enough = 1.01 * max(2 * asked, change**0.5)
+    for loss in (enough, torch.tensor(3 * enough), -1.0, 0.0, float("nan"), float("inf")):
         assert all(torch.equal(told_of(loss, double)[0][n], free[n]) for n in free)
-    for length, share in ((natgrad.MeasuredChange(), 0.5), (natgrad.MeasuredChange(share_of_loss=0.1), 0.1)):
-        step, gradient, opt = told_of(asked, double, length=length)
+    for length, loss, share in (
+        (natgrad.MeasuredChange(share_of_loss=0.1), asked, 0.1),
+        (natgrad.MeasuredChange(share_of_loss=1e9), 0.3 * change**0.5, 0.3),
+    ):
+        step, gradient, opt = told_of(loss, double, length=length)
         assert -dot(step, gradient, gradient) == pytest.approx(share * asked, rel=1e-9)
+        assert opt.last_step.change == pytest.approx(share**2 * change, rel=1e-9)
         assert opt.last_step.held == pytest.approx(share, rel=1e-9)
         assert all(torch.allclose(step[n], share * free[n], rtol=1e-9, atol=0) for n in free)
     unbound = told_of(0.1 * asked, double, length=natgrad.MeasuredChange(share_of_loss=None))[0]
@@ -183,7 +192,7 @@ def test_a_step_asks_for_at_most_a_share_of_the_loss_that_was_told(double):
 
 
 def test_losses_of_microbatches_add_up_and_zero_grad_forgets_them(double):
-    free, gradient, _ = told_of(None, double)
+    free, gradient, before = told_of(None, double)
     asked = -dot(free, gradient, gradient)
     torch.manual_seed(0)
     model = Mixed()
@@ -192,11 +201,12 @@ def test_losses_of_microbatches_add_up_and_zero_grad_forgets_them(double):
         walked(model, opt, batch)
     opt.report(1e-9)
     opt.zero_grad()
-    opt.report(0.25 * asked)
-    opt.report(torch.tensor(0.15 * asked))
+    opt.report(0.03 * asked)
+    opt.report(torch.tensor(0.01 * asked))
     step, _ = walked(model, opt, Mixed.batch(16, 2))
-    assert opt.last_step.held == pytest.approx(0.2, rel=1e-9)
-    assert all(torch.allclose(step[n], 0.2 * free[n], rtol=1e-9, atol=0) for n in free)
+    share = min(0.02, 0.04 * asked / before.last_step.change**0.5)
+    assert opt.last_step.held == pytest.approx(share, rel=1e-9)
+    assert all(torch.allclose(step[n], share * free[n], rtol=1e-9, atol=0) for n in free)
 
 
 def test_the_loss_of_a_closure_is_told(double):

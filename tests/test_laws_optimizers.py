@@ -28,7 +28,7 @@ def test_it_trains_every_parameter(kind, model):
     model = model()
     before = [p.detach().clone() for p in model.parameters()]
     opt = made(kind, model, lr=0.1)
-    losses = train(opt, model, [batch] * 25)
+    losses = train(opt, model, [batch] * 25, tell=True)
     assert losses[-1] < 0.7 * losses[0]
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
 

@@ -94,10 +94,11 @@ class MeasuredChange:
     Parameters without curvature have a length and no prediction: their step is a share of their weight's norm, as the
     learning rate says. They are shortened so that s . (g' - g) of theirs stays below `limit` too.
 
-    A loss that is told, and above 0, bounds steps as well: lr d . g, by which a step lowers the loss to first order, is
-    at most a share of it. Gradients of samples that are learnt by heart vanish, and the square of a gradient, which is
-    all that the empirical Fisher has of a curvature, vanishes faster: F^-1 g asks every sample for the same decrease,
-    whatever is left of its loss, and no quadratic model shows how soon curvature comes back along such a step.
+    A loss that is told, and above 0, bounds steps as well. Gradients of samples that are learnt by heart vanish, and
+    their squares, which are all that the empirical Fisher has of a curvature, vanish faster: F^-1 g asks every sample
+    for the same decrease, whatever is left of its loss, and no quadratic model shows how soon curvature comes back
+    along such a step. So what a step asks of samples to first order is bounded: the mean, lr d . g, by a share of the
+    loss, and the root mean square, which is the root of the predicted change, by the loss.
 
     Three dot products a layer more than for a plain length; no pass and no message more than for KLClip. A loss that is
     told is one of 16 bytes, where every rank keeps all layers.
@@ -109,7 +110,7 @@ class MeasuredChange:
         most: predicted change that no step may exceed.
         memory: share of the old means that a step keeps.
         share_of_loss: a step lowers the loss by at most this share of it, to first order, where the loss is told. None:
-            not bounded, for a loss that can fall below 0 (log densities).
+            the loss bounds nothing, because it can fall below 0 (log densities).
 
     """
 
@@ -177,9 +178,9 @@ class MeasuredChange:
         bend = numbers["shown_loose"] / numbers["walked_loose"].clamp_min(TINY)
         loose = shortened(change_loose * bend.clamp_min(0), self.limit)
         descent = told[0, 3] * factor + told[1, 3] * loose
-        held = torch.ones_like(descent) if loss is None else self._held(descent, *loss.unbind())
-        factor, loose = factor * held, loose * held
         change = torch.minimum(change.abs() * factor.square(), bound)
+        held = torch.ones_like(descent) if loss is None else self._held(descent, change, *loss.unbind())
+        factor, loose, change = factor * held, loose * held, change * held.square()
         numbers.update(change=change, bound=bound, factor=factor, loose=loose, descent=descent * held, held=held)
         factors = [(factor if foretold(segment) else loose).to(segment.gradient.device) for segment in segments]
         for segment, (predictions, slopes, _), own in zip(segments, ahead, factors):
@@ -190,12 +191,13 @@ class MeasuredChange:
                 segment.state["last"].copy_(segment.direction)
         return factors
 
-    def _held(self, descent: Tensor, loss: Tensor, everybody: Tensor) -> Tensor:
-        """The factor, at most 1, by which the loss shortens a step that would lower it by `descent` to first order."""
+    def _held(self, descent: Tensor, change: Tensor, loss: Tensor, everybody: Tensor) -> Tensor:
+        """The factor, at most 1, by which the loss shortens a step that asks for this descent and this change."""
         if self.share_of_loss is None:
             return torch.ones_like(descent)
-        share = self.share_of_loss * loss / descent.clamp_min(TINY)
-        return torch.where((everybody > EVERYBODY) & (share > 0) & (share < 1), share, 1.0)
+        mean = self.share_of_loss * loss / descent.clamp_min(TINY)
+        least = torch.minimum(mean, loss / change.clamp_min(TINY).sqrt())
+        return torch.where((everybody > EVERYBODY) & (least > 0) & (least < 1), least, 1.0)
 
     def _look_ahead(self, segment: Segment) -> Tensor:
         """Each layer's predicted change (of loose ones lr^2), d . g and last d . g [3, layers]."""

@@ -24,13 +24,7 @@ TABLE = {
 }
 
 OPTIMIZER = SpNgd(
-    norms="unitwise",
-    length="plain",
-    rows_per_dim=None,
-    ema_decay=0.0,
-    coefficient="tied",
-    displaced=True,
-    rescale="always",
+    norms="unitwise", length="plain", rows_per_dim=None, coefficient="tied", displaced=True, rescale="always"
 )
 REGULARISATION = Regularisation(erase=0.5, area=(0.02, 0.25), aspect=(0.3, 1.0))
 STALE_UP_TO = 32_768

@@ -30,7 +30,6 @@ OPTIMIZER = SpNgd(
     norm_damping=16,
     length="plain",
     rows_per_dim=None,
-    ema_decay=0.0,
     refresh=1,
     coefficient="corrected",
     rescale="shrink",
