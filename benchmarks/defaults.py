@@ -40,7 +40,7 @@ CASES: tuple[tuple[str, Batch], ...] = (
     ("cifar100-small", 125),
     ("cifar100-small", "full"),
 )
-RATES = (0.03, 0.1)
+RATES = (0.1, 0.3)
 SPNGD, KFAC = SpNgd(), KFac()
 CHOICES: dict[str, Settings] = {
     "SP-NGD": SPNGD,
@@ -50,16 +50,16 @@ CHOICES: dict[str, Settings] = {
     "change of 0.1": replace(SPNGD, largest_change=0.1),
     "change of 0.5": replace(SPNGD, largest_change=0.5),
     "predicted change of 0.01": replace(SPNGD, length="kl_clip"),
-    "predicted change of 0.003": replace(SPNGD, length="kl_clip", largest_change=0.003),
     "plain length": replace(SPNGD, length="plain"),
     "trust ratio": replace(SPNGD, length="trust"),
     "rescaled": replace(SPNGD, rescale="always"),
     "damping 1e-3": replace(SPNGD, damping=1e-3),
     "damping 1e-4": replace(SPNGD, damping=1e-4),
     "every step": replace(SPNGD, refresh=1),
+    "half of the old average": replace(SPNGD, ema_decay=0.5),
     "K-FAC": KFAC,
+    "K-FAC, no average": replace(KFAC, ema_decay=0.0),
     "K-FAC, every 10 steps, decay 0.95": replace(KFAC, refresh=10, ema_decay=0.95),
-    "K-FAC, every step, decay 0.95": replace(KFAC, refresh=1, ema_decay=0.95),
     "K-FAC, norms unit-wise": replace(KFAC, norms="unitwise"),
 }
 """The first is SPNGD as it is, of which those below say what is different; then KFAC."""
