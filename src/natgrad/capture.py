@@ -58,7 +58,7 @@ from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.layer import at_least_single, promote
 from natgrad.layers.use import Form
 from natgrad.parallel import local_of
-from natgrad.readings import Readings, to_device, together
+from natgrad.readings import Readings, is_finite, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
 from natgrad.slots import Slot, Slots
 from natgrad.weight_calls import Flat, SharedCall, WeightCalls
@@ -1014,10 +1014,10 @@ class Capture:
             return
 
         def hear(sizes: Tensor) -> None:
-            for (index, _), size in zip(own, sizes.tolist()):
-                self._seen[index].finite &= math.isfinite(size)
+            for (index, value), size in zip(own, sizes.tolist()):
+                self._seen[index].finite &= is_finite(size, value)
 
-        readings.ask(together(torch._foreach_norm([value for _, value in own], math.inf)), hear)
+        readings.ask(together(torch._foreach_norm([value for _, value in own])), hear)
 
     def _hear_half(self, square: Tensor) -> None:
         self._half_square = float(square)
