@@ -26,7 +26,7 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -1168,16 +1168,23 @@ def keeps_graph() -> bool:
     return False if found is None else bool(found())
 
 
-@contextmanager
-def calm(*devices: torch.device) -> Iterator[None]:
+def calm(*devices: torch.device) -> AbstractContextManager[Any]:
     """Inside, torch computes as it is told: without gradients, in the precision of the tensors, on plain tensors."""
+    kinds = {device.type for device in devices}
+    casting = [kind for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+    inference = torch.is_inference_mode_enabled()
+    return _calm(casting, inference) if casting or inference else torch.no_grad()
+
+
+@contextmanager
+def _calm(casting: Iterable[str], inference: bool) -> Iterator[None]:
+    """`calm` within autocast or inference mode."""
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
+        if inference:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for kind in {device.type for device in devices}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in casting:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
