@@ -10,6 +10,9 @@ shuffled order, and the table gives medians over rounds:
     whole   the whole step over SGD's, in wall and in CPU time
     check   the share of a measuring step that its checksums take (natgrad/checksum.py)
 
+On one CPU thread `inside` and `check` are seconds of the thread, over those of SGD's step: the thread's clock stands
+still while other processes have the core.
+
 The row of default steps is a run from the first step on, in blocks between blocks of SGD, and gives the mean step and
 the share of all statistics that were measured in a step. How often that is depends on what is learnt: patterns stand
 in for images, and `--images` takes CIFAR-100 from a folder of parquet files instead.
@@ -33,6 +36,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import natgrad
+from natgrad.optim import SecondOrder
 from natgrad_lab.models import CifarResNet
 
 NEVER = 10**9
@@ -71,7 +75,10 @@ PROFILES = {
 
 
 class Spent(NamedTuple):
-    """Seconds of one step: on the clock, of the processor, inside natgrad, and of that in checksums."""
+    """Seconds of one step: on the clock, of the processor, inside natgrad, and of that in checksums.
+
+    The last two are of the processor on one CPU thread, else on the clock.
+    """
 
     wall: float
     cpu: float
@@ -101,6 +108,8 @@ class Contender:
         model = CifarResNet(depth=case.depth).build((3, 32, 32), CLASSES)
         self.model = model.to(torch.device(case.device), memory_format=layout(case))  # type: ignore[call-overload]
         self.optimizer = build(self.model)
+        if of_thread(case) and isinstance(self.optimizer, SecondOrder):
+            self.optimizer.engine.count_with(time.thread_time)
 
     def step(self, images: Tensor, labels: Tensor) -> Spent:
         """Take one step."""
@@ -128,6 +137,11 @@ class Contender:
         """Bytes of the optimizer's tensors."""
         tensors = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def of_thread(case: Case) -> bool:
+    """Whether the seconds inside natgrad are those of a thread that does everything."""
+    return case.device == "cpu" and case.threads == 1
 
 
 def wait(x: Tensor) -> None:
@@ -172,7 +186,7 @@ def compare(case: Case) -> list[Row]:
             if turn >= 2:
                 spent[name].append(taken)
     middle = {name: Spent(*map(statistics.median, zip(*taken))) for name, taken in spent.items()}
-    rows = [row(name, taken, middle["SGD"]) for name, taken in middle.items()]
+    rows = [row(name, taken, middle["SGD"], of_thread(case)) for name, taken in middle.items()]
     return [r._replace(state=built[r.name].state()) for r in rows]
 
 
@@ -189,18 +203,19 @@ def run_default(case: Case) -> Row:
             spent.append(ours.step(*data()))
             shares.append(getattr(ours.optimizer, "refreshed", 0.0))
     mean, of_sgd = (Spent(*map(statistics.fmean, zip(*taken))) for taken in (spent, base))
-    return row(f"{case.steps} default steps", mean, of_sgd)._replace(measured=statistics.fmean(shares))
+    return row(f"{case.steps} default steps", mean, of_sgd, of_thread(case))._replace(measured=statistics.fmean(shares))
 
 
-def row(name: str, taken: Spent, base: Spent) -> Row:
+def row(name: str, taken: Spent, base: Spent, of_thread: bool) -> Row:
+    """A line of the table; `of_thread`: what is inside natgrad was counted in seconds of the processor."""
     return Row(
         name,
         wall=1e3 * taken.wall,
         within=1e3 * taken.inside,
-        inside=1 + taken.inside / base.wall,
+        inside=1 + taken.inside / (base.cpu if of_thread else base.wall),
         whole=taken.wall / base.wall,
         whole_cpu=taken.cpu / base.cpu,
-        check=taken.check / taken.wall,
+        check=taken.check / (taken.cpu if of_thread else taken.wall),
     )
 
 

@@ -84,6 +84,23 @@ def test_offsets_equal_rows_where_they_apply(kernel, padding, dilation, more, bi
     assert_close(layer.second_moment(x)[0], a.T @ a / len(a), **EXACT)
 
 
+@pytest.mark.parametrize("line", [0, 2**16], ids=["shifts", "tables"])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(case=convolutions())
+def test_patches_times_a_vector_are_what_the_rows_say(line, case):
+    module, shape, last = case
+    x = torch.randn(shape, dtype=torch.float64)
+    if last and len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    layer, generator = layer_of(module), torch.Generator().manual_seed(0)
+    u = layer.probe(generator=generator, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("natgrad.layers.conv.LINE", line)
+        found = layer.projected(x, u).transpose(1, 2).flatten(0, 1)
+    expected = torch.einsum("mbi,bi->mb", layer.rows(x), layer.written_out(u))
+    assert_close(found, expected, **EXACT)
+
+
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize(
     ("shape", "kernel", "padding", "dilation"),

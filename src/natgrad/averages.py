@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layer_state import LayerState, relative
-from natgrad.readings import Readings
+from natgrad.readings import Readings, is_finite
 from natgrad.refresh import NextInterval
 
 TOGETHER = 2**20  # numbers that are looked at in one go: their differences need as much memory, best in a cache
@@ -48,7 +48,7 @@ def absorb(found: Sequence[Fresh], readings: Readings) -> Callable[[], list[Next
         told = list[NextInterval]()
         for batch, counts, numbers in zip(batches, pasts, heard):
             values = iter(numbers.tolist())
-            sound = [math.isfinite(next(values)) for _ in batch]
+            sound = [is_finite(next(values), one.last) for one in batch]
             changes = [
                 [relative(_norm(one, values), _norm(one, values)) for _ in range(count)]
                 for one, count in zip(batch, counts)
@@ -84,7 +84,7 @@ def alike(one: Tensor, other: Tensor) -> bool:
 def _look(batch: list[Fresh]) -> tuple[list[Tensor], Tensor]:
     """The new statistics as they are kept, and numbers for the host.
 
-    These are the largest entry of each, then |X - Y| and |Y| of all past Y, in parts (see `_norm`).
+    These are the norm of each as it is kept, then |X - Y| and |Y| of all past Y, in parts (see `_norm`).
     """
     lasts, values = [one.last for one in batch], _packed(batch)
     fresh = list(values)
@@ -95,7 +95,7 @@ def _look(batch: list[Fresh]) -> tuple[list[Tensor], Tensor]:
         torch._foreach_add_(means, [values[k] for k in ks], alpha=1 - share)
         for k, mean in zip(ks, means):
             fresh[k] = mean
-    numbers = list(torch._foreach_norm(fresh, math.inf))  # a mean with what is not finite any more is not finite
+    numbers = list(torch._foreach_norm(fresh))  # a mean with what is not finite any more is not finite
     pairs = [(one, new, old) for new, one in zip(fresh, batch) for old in one.cell.past(one.key)]
     if pairs:
         olds = _widened([old for *_, old in pairs], lasts[0].dtype)

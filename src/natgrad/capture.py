@@ -26,7 +26,7 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ from natgrad.layers import Layer, UncurvedParameter
 from natgrad.layers.layer import at_least_single, promote
 from natgrad.layers.use import Form
 from natgrad.parallel import local_of
-from natgrad.readings import Readings, to_device, together
+from natgrad.readings import Readings, is_finite, to_device, together
 from natgrad.sampling import Aligned, Sampler, Window
 from natgrad.slots import Slot, Slots
 from natgrad.weight_calls import Flat, SharedCall, WeightCalls
@@ -1014,10 +1014,10 @@ class Capture:
             return
 
         def hear(sizes: Tensor) -> None:
-            for (index, _), size in zip(own, sizes.tolist()):
-                self._seen[index].finite &= math.isfinite(size)
+            for (index, value), size in zip(own, sizes.tolist()):
+                self._seen[index].finite &= is_finite(size, value)
 
-        readings.ask(together(torch._foreach_norm([value for _, value in own], math.inf)), hear)
+        readings.ask(together(torch._foreach_norm([value for _, value in own])), hear)
 
     def _hear_half(self, square: Tensor) -> None:
         self._half_square = float(square)
@@ -1168,16 +1168,23 @@ def keeps_graph() -> bool:
     return False if found is None else bool(found())
 
 
-@contextmanager
-def calm(*devices: torch.device) -> Iterator[None]:
+def calm(*devices: torch.device) -> AbstractContextManager[Any]:
     """Inside, torch computes as it is told: without gradients, in the precision of the tensors, on plain tensors."""
+    kinds = {device.type for device in devices}
+    casting = [kind for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+    inference = torch.is_inference_mode_enabled()
+    return _calm(casting, inference) if casting or inference else torch.no_grad()
+
+
+@contextmanager
+def _calm(casting: Iterable[str], inference: bool) -> Iterator[None]:
+    """`calm` within autocast or inference mode."""
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
+        if inference:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for kind in {device.type for device in devices}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in casting:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

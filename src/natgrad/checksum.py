@@ -35,14 +35,15 @@ class Checksum:
 
     def __init__(self, layer: Layer, seed: int):
         self.weight = weight = layer.parameters[0]  # with which passes compute
-        b, o, i = layer.shape
+        b, o, _ = layer.shape
         options: dict[str, Any] = {
             "generator": generator_on(weight.device, seed),
             "device": weight.device,
             "dtype": at_least_single(weight.dtype),
         }
         self.layer = layer
-        self.u, self.v = torch.randn(b, i, **options), torch.randn(b, o, **options)
+        self.probe = layer.probe(**options)
+        self.u, self.v = layer.written_out(self.probe), torch.randn(b, o, **options)
         self.reset()
 
     def reset(self) -> None:
@@ -61,7 +62,7 @@ class Checksum:
         """What is needed of a call on x until its output's gradient is known. `form`: the layer as the call uses it."""
         self.round(x.dtype)
         self._see(output)
-        return () if late else (form or self.layer).look(x, self.u, output)
+        return () if late else (form or self.layer).look(x, self.probe, output)
 
     def claim(self, looked: Any, dy: Tensor, rows: int, form: Layer | None = None, late: Tensor | None = None) -> None:
         """A call's output has the gradient dy: what that adds to the gradient of the weight.
@@ -73,8 +74,8 @@ class Checksum:
         self._see(dy)  # again: gradients may be cleared, and all of this with them, between the passes
         if late is not None:
             x, dy = layer.exchanged(late, dy)
-            looked = layer.look(x, self.u, dy)
-        total, norm = layer.bilinear(looked, dy, self.u, self.v)
+            looked = layer.look(x, self.probe, dy)
+        total, norm = layer.bilinear(looked, dy, self.probe, self.v)
         self.sums[0].append(total)
         self.sums[2].append(norm)
         self.rows += rows

@@ -8,7 +8,6 @@ which the damping is divided, and then send the inverses to the layer's owner. W
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from natgrad.inversion import Inversion
 from natgrad.layer_state import DORMANT, LayerState
 from natgrad.layers.registry import batch_first_of
 from natgrad.parallel import OwnedTensor, World
-from natgrad.readings import Readings, together
+from natgrad.readings import Readings, is_finite, together
 from natgrad.refresh import NextInterval
 from natgrad.sample_rows import bring_rows
 from natgrad.sampling import Sampler
@@ -510,11 +509,11 @@ class CurvatureEngine:
                     self.whole.add(key[0])
 
         def hear(sizes: Tensor) -> None:
-            for k, size in zip(grams, sizes.tolist()):
-                intervals[k] = intervals[k] if math.isfinite(size) else 0
+            for (k, gram), size in zip(grams.items(), sizes.tolist()):
+                intervals[k] = intervals[k] if is_finite(size, gram) else 0
 
         if grams:
-            readings.ask(together(torch._foreach_norm(list(grams.values()), math.inf)), hear)
+            readings.ask(together(torch._foreach_norm(list(grams.values()))), hear)
         return lambda: [NextInterval(interval) for interval in intervals]
 
     def _means(self, found: SeenByRanks, reduction: str) -> float:
@@ -551,14 +550,15 @@ class CurvatureEngine:
             moments.append(moment)
             values.append(cell.zeros(moment.shape(cell.layer)) if value is None else value)
             factors.append(1 / found.weights[key] if moment.order == 0 else weigh / scale**2)
-        means_of = torch._foreach_mul(values, factors) if values else []
-        for k, key in enumerate(keys):
+        if values:
+            torch._foreach_mul_(values, factors)  # sums of this step, which nobody else has
+        for value, key in zip(values, keys):
             if key in found.blocks:  # a mean over the rows of each block
                 share = found.weights[key] / found.blocks[key].clamp_min(1)
-                means_of[k].mul_(share.to(means_of[k]).view(-1, *[1] * (means_of[k].dim() - 1)))
+                value.mul_(share.to(value).view(-1, *[1] * (value.dim() - 1)))
         return [
             OwnedTensor(value, self.cells[index].holders[name], moment.symmetric)
-            for value, (index, name), moment in zip(means_of, keys, moments)
+            for value, (index, name), moment in zip(values, keys, moments)
         ]
 
     def _advance(self, index: int, key: str, step: int, interval: int) -> None:

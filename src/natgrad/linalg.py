@@ -18,7 +18,12 @@ def first_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.shape[-1] <= 2:
         return _closed_form(matrix, damping)
     factor, good = first_cholesky(matrix, damping)
-    return torch.cholesky_inverse(factor), good
+    return inverse_of_factor(factor), good
+
+
+def inverse_of_factor(factor: Tensor) -> Tensor:
+    """(L L^T)^-1 of lower factors L [b, d, d]: LAPACK's inverse, which is symmetric, read row by row as it lies."""
+    return torch.cholesky_inverse(factor).mT
 
 
 def first_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +46,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, int]:
             return inverse, 0
     factor, good, retries = _factor(matrix, damping)
     if good is None:
-        return torch.cholesky_inverse(factor), retries
+        return inverse_of_factor(factor), retries
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, eye))  # LAPACK raises where a root is 0
     return torch.where(good[:, None, None], inverse, eye / damping[:, None, None]), retries

@@ -6,6 +6,7 @@ whoever wants to know a number asks for it and hears it at the next read; a step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -71,6 +72,14 @@ def together(scalars: Sequence[Tensor]) -> Tensor:
     if len(set(map(DEVICE, scalars))) == 1:
         return torch.stack(list(scalars)).double()
     return torch.stack([own.double().to(scalars[0].device) for own in scalars])
+
+
+def is_finite(norm: float, value: Tensor) -> bool:
+    """Whether a tensor is finite that has this norm: the squares of finite numbers may overflow.
+
+    Torch takes far longer for the largest absolute number on processors.
+    """
+    return math.isfinite(norm) or bool(torch.isfinite(value).all())
 
 
 def to_device(values: Sequence[float] | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -111,4 +111,8 @@ def _alike(cell: LayerState, rows: Sample | None, form: list[int], weigh: float,
     rows = conform(rows, shape, columns, places)
     if "mean" in rows:  # rows without a scale of their own
         return {**rows, "mean": rows["mean"].to(cell.zeros(()).dtype) * weigh}
-    return {**scaled(rows, weigh * wider), "mean": cell.zeros((count(rows),)) + 1 / wider}
+    if "columns" in rows:
+        rows["columns"].mul_(weigh * wider)  # they are products of this measurement; factors may be parts of gradients
+    else:
+        rows = scaled(rows, weigh * wider)
+    return {**rows, "mean": cell.zeros((count(rows),)) + 1 / wider}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CACHED = 2**18  # numbers that stay in a processor's cache
+CACHED = 2**16  # numbers that stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class CountSketch(Sketch):
         places, signs = drawn.abs(), drawn.sign()
         result = x.new_zeros(*x.shape[:-1], size + 1)  # the first of which nothing is added to
         columns, sums = x.reshape(-1, x.shape[-1]), result.view(-1, size + 1)
-        step = max(1, CACHED // x.shape[-1]) if x.device.type == "cpu" else max(1, len(columns))
+        step = max(1, len(columns))
+        if x.device.type == "cpu":  # which adds to places in 64 bits alone without a call for each of them
+            places, signs, step = places.long(), signs.to(x.dtype), max(1, CACHED // x.shape[-1])
         for some, out in zip(columns.split(step), sums.split(step)):
             out.index_add_(-1, places, some * signs)
         return result[..., 1:]

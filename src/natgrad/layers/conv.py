@@ -10,11 +10,10 @@ Columns are ordered (tap, channel), channel fastest: a gathered pixel is a run o
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +38,17 @@ from natgrad.layers.use import Form, Use
 
 PIXELS = 2**22  # numbers of the input that are copied at a time where they are rows as they are
 CHUNK = 2**20  # floats of gathered patches at a time: larger temporaries pay page faults
+LINE = 2**16  # numbers of a table of what the outputs of a line read; longer lines are shifted instead
+
+
+class PatchVector(NamedTuple):
+    """A vector over patches [b, taps * channels (+1)] that is a product: pixel [b, channels], a number for each tap of
+    every axis, and bias [b, 1] where patches have a constant 1.
+    """
+
+    pixel: Tensor
+    taps: tuple[Tensor, ...]
+    bias: Tensor | None
 
 
 class Conv(Layer):
@@ -231,50 +241,56 @@ class Conv(Layer):
         flat = promote(dy.flatten(2))
         return torch.bmm(flat, flat.transpose(1, 2)).sum(0, keepdim=True)  # no transposed copy of NCHW
 
-    def projected(self, x: Tensor, u: Tensor) -> Tensor:
-        """A convolution with one output a group [n, b, s]: first all channels of a pixel, then its taps.
+    def probe(self, **options: Any) -> PatchVector:
+        """No tap is near zero, and no two are alike: a gradient that is wrong at some taps alone is noticed as well."""
+        signs = [2 * torch.randint(2, (k,), **options) - 1 for k in self.kernel]
+        taps = tuple(sign * (0.5 + torch.rand(len(sign), **options)) for sign in signs)
+        pixel = torch.randn(self.groups, self.channels, **options)
+        return PatchVector(pixel, taps, torch.randn(self.groups, 1, **options) if self.biased else None)
 
-        With a sum over channels for each tap as one product, the rest is a sum of shifted maps. A convolution with one
-        output would compute a whole vector register of outputs.
-        """
+    def written_out(self, u: PatchVector) -> Tensor:
+        taps = reduce(lambda one, other: (one.unsqueeze(1) * other).flatten(), u.taps)
+        vector = (taps.unsqueeze(1) * u.pixel.unsqueeze(1)).flatten(1)
+        return vector if u.bias is None else torch.cat([vector, u.bias], 1)
+
+    def projected(self, x: Tensor, u: PatchVector) -> Tensor:
+        """As [n, b, s]: first all channels of a pixel, which reads the input once, then its taps, axis by axis."""
         x = promote(self._batched(x))
-        weight = (u[:, :-1] if self.biased else u).unflatten(1, (-1, self.channels))  # [b, t, c]
         if self.mode != "zeros":
             x = self._padded(x)
         if self.groups == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            flat = x.permute(0, 2, 3, 1).reshape(-1, self.channels)
-            maps = (weight[0] @ flat.T).view(-1, len(x), 1, *x.shape[2:]).unbind(0)
+            found = (x.permute(0, 2, 3, 1).reshape(-1, self.channels) @ u.pixel[0]).view(len(x), 1, *x.shape[2:])
         else:
-            grouped = x.unflatten(1, (self.groups, self.channels)).flatten(3)
-            maps = (weight @ grouped).unflatten(3, x.shape[2:]).unbind(2)  # for each tap [n, b, pixels]
-        if self._pointwise:
-            (total,) = maps
-            total = total.flatten(2)
-            return total + u[:, -1:] if self.biased else total
-        total = x.new_zeros(len(x), self.groups, *self._outputs(x))
-        for tap, values in zip(itertools.product(*(range(k) for k in self.kernel)), maps):
-            read, written = zip(*(self._reach(*one) for one in zip(tap, self.geometry, x.shape[2:], total.shape[2:])))
-            total[(..., *written)].add_(values[(..., *read)])
-        total = total.flatten(2)
-        return total + u[:, -1:] if self.biased else total
+            found = (u.pixel.unsqueeze(1) @ x.unflatten(1, (self.groups, -1)).flatten(3)).squeeze(2)
+            found = found.unflatten(2, x.shape[2:])
+        for axis, (taps, own) in enumerate(zip(u.taps, self.geometry), 2):
+            found = self._along(found, axis, taps, own)
+        found = found.flatten(2)
+        return found if u.bias is None else found + u.bias
 
-    def _outputs(self, x: Tensor) -> list[int]:
-        """How many outputs there are in every dimension of an input, which is padded unless with zeros."""
-        zeros = self.mode == "zeros"
-        return [
-            (size + total * zeros - d * (k - 1) - 1) // s + 1
-            for size, (k, s, _, total, d) in zip(x.shape[2:], self.geometry)
-        ]
-
-    def _reach(self, tap: int, geometry: tuple, size: int, outputs: int) -> tuple[slice, slice]:
-        """The pixels of a line that a tap reads, and the outputs for which it does."""
-        _, stride, before, _, dilation = geometry
-        start = dilation * tap - (before if self.mode == "zeros" else 0)
-        first = max(0, -(start // stride)) if start < 0 else 0
-        last = min(outputs - 1, (size - 1 - start) // stride)
-        if last < first:
-            return slice(0, 0), slice(0, 0)
-        return slice(first * stride + start, last * stride + start + 1, stride), slice(first, last + 1)
+    def _along(self, x: Tensor, axis: int, taps: Tensor, geometry: tuple) -> Tensor:
+        """The sums over the taps of one axis, each times its number."""
+        k, stride, before, total, dilation = geometry
+        before, total = (before, total) if self.mode == "zeros" else (0, 0)
+        size, shape = x.shape[axis], list(x.shape)
+        if (k, stride, total) == (1, 1, 0):
+            return x * taps
+        shape[axis] = outputs = (size + total - dilation * (k - 1) - 1) // stride + 1
+        if size * outputs <= LINE:  # a product with what the taps of every output read is faster than shifts
+            table = tap_lines(k, stride, before, dilation, size, outputs, x.device).to(taps.dtype)
+            reads = (taps @ table).view(outputs, size)
+            lines = x.reshape(math.prod(shape[:axis]), size, -1)
+            return (reads @ lines if lines.shape[2] > 1 else lines[..., 0] @ reads.T).view(shape)
+        result = x.new_zeros(shape)
+        for tap, factor in enumerate(taps.unbind()):
+            start = dilation * tap - before
+            first = max(0, -(start // stride)) if start < 0 else 0
+            count = min(outputs - 1, (size - 1 - start) // stride) + 1 - first
+            if count > 0:
+                read = x.narrow(axis, first * stride + start, (count - 1) * stride + 1)
+                read = read[(slice(None),) * axis + (slice(None, None, stride),)]
+                result.narrow(axis, first, count).addcmul_(read, factor)
+        return result
 
     def _padded(self, x: Tensor) -> Tensor:
         """An input with the padding that the module gives it, where that is not zeros."""
@@ -338,6 +354,13 @@ def tap_table(geometry: tuple, mode: str, size: tuple[int, ...], device: torch.d
         table = _outer(table * length, coordinate, torch.add)
         inside = _outer(inside, valid if mode == "zeros" else torch.ones_like(valid), torch.logical_and)
     return torch.where(inside, table, -1).to(device)
+
+
+@lru_cache(maxsize=256)
+def tap_lines(k: int, stride: int, before: int, dilation: int, size: int, outputs: int, device: torch.device) -> Tensor:
+    """Whether each tap reads a pixel of a line at each output place, as numbers [k, outputs * size]."""
+    read = torch.arange(outputs)[:, None] * stride + torch.arange(k)[:, None, None] * dilation - before
+    return (read == torch.arange(size)).float().flatten(1).to(device)
 
 
 def _outer(left: Tensor, right: Tensor, combine) -> Tensor:

@@ -184,25 +184,34 @@ class Layer(ABC):
         """The SUM over all rows of g g^T [b, o, o]."""
         return moment(self.output_rows(dy), mean=False)
 
-    def projected(self, x: Tensor, u: Tensor) -> Tensor:
-        """Every input row's products a . u [rows, b] with u [b, i], in any layout that `projected_output` shares."""
+    def probe(self, **options: Any) -> Any:
+        """A random vector u for `projected`, in the form in which that is cheapest. options: those of torch.randn."""
+        b, _, i = self.shape
+        return torch.randn(b, i, **options)
+
+    def written_out(self, u: Any) -> Tensor:
+        """What `probe` has made, as u [b, i]."""
+        return u
+
+    def projected(self, x: Tensor, u: Any) -> Tensor:
+        """Every input row's products a . u [rows, b] with u of `probe`, in the layout of `projected_output`."""
         return torch.einsum("mbi,bi->mb", self.rows(x), u)
 
     def projected_output(self, dy: Tensor, v: Tensor) -> Tensor:
-        """Every row's products g . v [rows, b] of the output's gradient with v [b, o], in the layout of `projected`."""
+        """Every row's products g . v [rows, b] of the output's gradient with v [b, o], in any layout."""
         return torch.einsum("mbo,bo->mb", self.output_rows(dy), v)
 
-    def look(self, x: Tensor, u: Tensor, output: Tensor) -> Any:
+    def look(self, x: Tensor, u: Any, output: Tensor) -> Any:
         """What `bilinear` needs of one call on x that gave `output`."""
         return self.projected(x, u)
 
-    def bilinear(self, looked: Any, dy: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def bilinear(self, looked: Any, dy: Tensor, u: Any, v: Tensor) -> tuple[Tensor, Tensor]:
         """v^T dW u of one call, summed over blocks, and the norm of its terms, float64.
 
         The gradient of W is the sum over rows of g a^T, so v^T dW u is the sum over rows of (g . v)(a . u).
         """
-        terms = self.projected_output(dy, v).mul_(looked)
-        return terms.sum(dtype=torch.float64), torch.linalg.vector_norm(terms, dtype=torch.float64)
+        terms = self.projected_output(dy, v).mul_(looked).double()  # torch converts faster than it adds up converting
+        return terms.sum(), torch.linalg.vector_norm(terms)
 
     def sample_gradients(self, rows: Tensor, output_rows: Tensor, samples: int) -> Tensor:
         """Per-sample gradients [n, b, o, i]: sums over a sample's places of g a^T.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -298,8 +298,13 @@ class Segment:
         """
         found = []
         for start, stop, equal in self.outline.chunks:
-            values = [[factor[start:stop] if factor.dim() else factor for factor in row] for row in rows]
-            products, long = torch.stack([reduce(torch.mul, row) for row in values]), stop - start
+            products, long = self.gradient.new_empty(len(rows), stop - start), stop - start
+            for row, product in zip(rows, products.unbind()):
+                first, *more = [factor[start:stop] if factor.dim() else factor for factor in row]
+                if not more:
+                    product.copy_(first)
+                for k, factor in enumerate(more):
+                    torch.mul(product if k else first, factor, out=product)
             for begin, count, size in equal:
                 part = products.as_strided((len(rows), count, size), (long, size, 1), begin)
                 found.append(part.sum(2, dtype=torch.float64))
