@@ -624,7 +624,7 @@ class SecondOrder(Optimizer):
         averaged = self.world.replicates and self.gradients.mode == "averaged"
         if self._divided and self.shards is None and (averaged or not self.world.owners):
             self._own_everything()
-        found = self.engine.refresh(step, scale.seen, self.method.reduction, self.readings)
+        found = self.engine.refresh(step, scale.seen, self.method.reduction, self.gradients.active, self.readings)
         self.engine.factor([self.param_groups[place]["damping"] for place in self._groups], self.readings)
         if self.engine.unfinished:
             self.readings.read()
