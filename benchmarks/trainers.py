@@ -2,19 +2,23 @@
 
     python benchmarks/trainers.py --out benchmarks/results/trainers.json     (needs the extra `integrations`)
 
-Every run makes STEPS steps of SP-NGD on the same batches on one thread. `resume` stops after half of them, and goes on
-with new objects from the checkpoint that the trainer has written by itself. On two ranks the loop is one of
-DistributedDataParallel. `memory` is what a rank keeps: where each rank keeps everything (the default under averaged
-gradients) and where layers are divided (World(owners=True)).
+Every run makes STEPS steps of SP-NGD on the same batches on one thread. `clip` is the trainer's own clipping,
+`max_norm` the optimizer's. `compile` is the trainer's own way to torch.compile (inductor), with steps between
+measurements, which run compiled. `resume` stops after half of the steps, and goes on with new objects from the
+checkpoint that the trainer has written by itself. On two ranks the loop is one of DistributedDataParallel. `memory` is
+what a rank keeps: where each rank keeps everything (the default under averaged gradients) and where layers are divided
+(World(owners=True)).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -26,13 +30,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist  # noqa: TID251  (as a loop of one's own does)
+from record import git, machine
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import natgrad
 
 STEPS, PARTS, ROWS, CLIP = 6, 2, 8, 0.05
-WAYS = ("plain", "accumulate", "clip", "bf16", "resume")
+BF16 = {"bf16", "bf16, clip", "bf16, max_norm"}
+CLIPPED = {"clip", "bf16, clip"}
+WAYS = ("plain", "accumulate", "clip", "bf16", "bf16, clip", "bf16, max_norm", "compile", "resume")
 TRAINERS = {"lightning": "lightning", "accelerate": "accelerate", "transformers": "transformers"}
 
 
@@ -53,8 +61,14 @@ def made():
     return Net()
 
 
-def optimizer_of(model):
-    return natgrad.SPNGD(model, lr=0.05)
+def options_of(way):
+    """What the optimizer is given."""
+    chosen = {"bf16, max_norm": {"max_norm": CLIP}, "compile": {"refresh": 2}}
+    return {"lr": 0.05, **chosen.get(way, {})}
+
+
+def optimizer_of(model, way):
+    return natgrad.SPNGD(model, **options_of(way))
 
 
 def batches(way, rank, ranks):
@@ -83,17 +97,18 @@ def loader(found):
 def by_hand(way, rank, ranks, folder):
     model = made()
     outer = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    opt, parts = optimizer_of(model), PARTS if way == "accumulate" else 1
+    outer = torch.compile(outer) if way == "compile" else outer
+    opt, parts = optimizer_of(model, way), PARTS if way == "accumulate" else 1
     for k, batch in enumerate(batches(way, rank, ranks)):
         last = (k + 1) % parts == 0
         with (
             outer.no_sync() if ranks > 1 and not last else contextlib.nullcontext(),
-            torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16"),
+            torch.autocast("cpu", torch.bfloat16, enabled=way in BF16),
         ):
             loss = outer(**batch)["loss"] / parts
             loss.backward()
         if last:
-            if way == "clip":
+            if way in CLIPPED:
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             opt.step()
             opt.zero_grad()
@@ -112,7 +127,7 @@ def lightning(way, rank, ranks, folder):
             return self.net(**batch)["loss"]
 
         def configure_optimizers(self):
-            return optimizer_of(self.net)
+            return optimizer_of(self.net, way)
 
     def fit(found, epochs=1, checkpoint=None):
         module = Module()
@@ -121,9 +136,9 @@ def lightning(way, rank, ranks, folder):
             devices=ranks,
             strategy="ddp" if ranks > 1 else "auto",
             max_epochs=epochs,
-            precision="bf16-mixed" if way == "bf16" else "32-true",
+            precision="bf16-mixed" if way in BF16 else "32-true",
             accumulate_grad_batches=PARTS if way == "accumulate" else 1,
-            gradient_clip_val=CLIP if way == "clip" else None,
+            gradient_clip_val=CLIP if way in CLIPPED else None,
             use_distributed_sampler=False,
             logger=False,
             enable_checkpointing=False,
@@ -131,7 +146,8 @@ def lightning(way, rank, ranks, folder):
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        trainer.fit(module, loader(found), ckpt_path=checkpoint)
+        outer = torch.compile(module) if way == "compile" else module
+        trainer.fit(outer, loader(found), ckpt_path=checkpoint)
         return trainer, module.net
 
     found = batches(way, rank, ranks)
@@ -151,14 +167,17 @@ def accelerate(way, rank, ranks, folder):
         GradientState._reset_state()
         parts = PARTS if way == "accumulate" else 1
         accelerator = Accelerator(
-            cpu=True, mixed_precision="bf16" if way == "bf16" else "no", gradient_accumulation_steps=parts
+            cpu=True,
+            mixed_precision="bf16" if way in BF16 else "no",
+            gradient_accumulation_steps=parts,
+            dynamo_backend="inductor" if way == "compile" else "no",
         )
         model = made()
         if late:  # in any order
             outer = accelerator.prepare(model)
-            opt = accelerator.prepare(optimizer_of(model))
+            opt = accelerator.prepare(optimizer_of(model, way))
         else:
-            opt = optimizer_of(model)
+            opt = optimizer_of(model, way)
             opt, outer = accelerator.prepare(opt, model)
         return accelerator, model, outer, opt
 
@@ -166,7 +185,7 @@ def accelerate(way, rank, ranks, folder):
         for batch in found:
             with accelerator.accumulate(outer):
                 accelerator.backward(outer(**batch)["loss"])
-                if way == "clip":
+                if way in CLIPPED:
                     accelerator.clip_grad_norm_(outer.parameters(), CLIP)
                 opt.step()
                 opt.zero_grad()
@@ -202,8 +221,9 @@ def transformers(way, rank, ranks, folder):
             max_steps=steps,
             per_device_train_batch_size=ROWS,
             gradient_accumulation_steps=PARTS if way == "accumulate" else 1,
-            max_grad_norm=CLIP if way == "clip" else 0.0,
-            bf16=way == "bf16",
+            max_grad_norm=CLIP if way in CLIPPED else 0.0,
+            bf16=way in BF16,
+            torch_compile=way == "compile",
             lr_scheduler_type="constant",
             save_strategy="steps" if way == "resume" else "no",
             save_steps=STEPS // 2,
@@ -216,7 +236,7 @@ def transformers(way, rank, ranks, folder):
             model,
             arguments,
             train_dataset=Rows(batches(way, rank, ranks)),
-            optimizer_cls_and_kwargs=(natgrad.SPNGD, {"model": model, "lr": 0.05}),
+            optimizer_cls_and_kwargs=(natgrad.SPNGD, {"model": model, **options_of(way)}),
         )
         trainer.train(resume_from_checkpoint=checkpoint)
         return model
@@ -225,6 +245,11 @@ def transformers(way, rank, ranks, folder):
         return fit(STEPS)
     fit(STEPS // 2)
     return fit(STEPS, f"{folder}/checkpoint-{STEPS // 2}")
+
+
+def refused(told):
+    """Whether a trainer says that it does not clip the gradients of an optimizer that unscales them itself."""
+    return isinstance(told, str) and "does not allow for gradient clipping" in told
 
 
 LOOPS = {"hand": by_hand, "lightning": lightning, "accelerate": accelerate, "transformers": transformers}
@@ -242,12 +267,17 @@ def worker(name, folder):
     elif name == "hand":
         dist.init_process_group("gloo")
     for way in WAYS:
+        gc.collect()  # an optimizer that still watches would have compiled models run eagerly
+        torch._dynamo.reset()
+        counters.clear()
         try:
             model = LOOPS[name](way, rank, ranks, f"{folder}/{name}-{way}-{ranks}")
             found = [p.detach().clone() for p in model.parameters()]
+            if way == "compile" and not counters["stats"]["unique_graphs"]:
+                found = "nothing was compiled"
         except Exception as error:
             found = f"{type(error).__name__}: {error}"
-            if ranks > 1:
+            if ranks > 1 and not refused(found):
                 torch.save(found, f"{folder}/{name}-{way}-{ranks}-{rank}.pt")
                 raise
         torch.save(found, f"{folder}/{name}-{way}-{ranks}-{rank}.pt")
@@ -300,7 +330,7 @@ def compared(folder, name, way, ranks):
     ends = [torch.load(path) for path in here]
     for told in ends:
         if isinstance(told, str):
-            return told
+            return f"refused by {name.capitalize()}" if refused(told) else told
     if all(torch.equal(p, q) for other in ends[1:] for p, q in zip(ends[0], other)):
         return "equal"
     return f"off by {max(float((p - q).abs().max()) for other in ends[1:] for p, q in zip(ends[0], other)):.1e}"
@@ -337,7 +367,12 @@ def main():
     there = [name for name, package in TRAINERS.items() if util.find_spec(package)]
     found, kept = table(there)
     versions = {package: metadata.version(package) for package in ("torch", *map(TRAINERS.get, there))}
-    result = {"versions": versions, "steps": STEPS, "equal to the loop": found, "memory": kept}
+    where = {
+        "machine": machine("cpu"),
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "--short", "HEAD"),
+    }
+    result = {**where, "versions": versions, "steps": STEPS, "equal to the loop": found, "memory": kept}
     print(json.dumps(result, indent=1))
     if chosen.out:
         chosen.out.write_text(json.dumps(result, indent=1) + "\n")

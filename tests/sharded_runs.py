@@ -1,9 +1,13 @@
 """Runs of the trainer whose model is cut over ranks: what threads and processes are asked alike."""
 
+import gc
 from dataclasses import dataclass, replace
+from functools import partial
+from unittest import mock
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from checkpoints import saved
 from in_parts import full, whole
@@ -99,4 +103,21 @@ def command(folder, ranks, resume=False):
     return torch.cat([w.flatten() for w in torch.load(f"{folder}/run/model.pt").values()])
 
 
-__all__ = ["EXACT", "RECIPE", "RUN", "Sharded", "command", "train"]
+def compiled(ranks):
+    """A run's results, and those of the same run with its blocks compiled, with the graphs that each has compiled.
+
+    Without inductor, whose compiler takes minutes: what ranks bring into question is which graphs there are.
+    """
+    found, traced = [], partial(torch.compile, backend="aot_eager")
+    for chosen in (False, True):
+        gc.collect()  # an optimizer that still watches would have all run eagerly
+        torch._dynamo.reset()
+        counters.clear()
+        recipe = replace(RUN, compile=chosen)
+        with mock.patch.object(torch, "compile", traced):
+            results = train(World(), recipe, Digits().load(), Sharded(max(1, ranks // 2)))
+        found.append((results[:4], counters["stats"]["unique_graphs"]))
+    return found
+
+
+__all__ = ["EXACT", "RECIPE", "RUN", "Sharded", "command", "compiled", "train"]

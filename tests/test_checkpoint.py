@@ -94,7 +94,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(two, splits):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (kind, values), *_ = told
-    assert (kind, values["reason"]) == ("not_saved", "File too large")
+    limit = "cannot be written: File too large; raise the limit on the size of files (ulimit -f)"
+    assert (kind, values["reason"]) == ("not_saved", f"{str(two / 'step-00000005.part')!r} {limit}")
     assert checkpoint.found(two) == [2, 4]
     assert not list(two.glob("*.part"))
     checkpoint.verify(two / "step-00000004", 0, 1)

@@ -59,13 +59,20 @@ def test_a_trainer_makes_the_steps_of_a_loop(package, monkeypatch):
     import trainers
 
     found, _ = trainers.table([package], ranks=(1,))
-    assert {way: told["1"] for way, told in found[package].items()} == dict.fromkeys(trainers.WAYS, "equal")
+    assert {way: both["1"] for way, both in found[package].items()} == {
+        way: told(package, way) for way in trainers.WAYS
+    }
 
 
-def test_the_committed_table_has_nothing_but_equal_runs():
+def told(package, way):
+    """What comes of a way: Lightning clips no gradients in mixed precision, where `max_norm=` does."""
+    return "refused by Lightning" if (package, way) == ("lightning", "bf16, clip") else "equal"
+
+
+def test_the_committed_table_has_equal_runs():
     result = json.loads((ROOT / "benchmarks" / "results" / "trainers.json").read_text())
-    runs = [told for ways in result["equal to the loop"].values() for both in ways.values() for told in both.values()]
-    assert len(runs) == 3 * 5 * 2
-    assert set(runs) == {"equal"}
+    runs = {(t, way): both for t, ways in result["equal to the loop"].items() for way, both in ways.items()}
+    assert len(runs) == 3 * 8
+    assert runs == {(t, way): dict.fromkeys("12", told(t, way)) for t, way in runs}
     whole, divided = result["memory"].values()
     assert whole["state of the largest rank"] > divided["state of the largest rank"]

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.join import Join  # noqa: TID251
 from torch.distributed.checkpoint.state_dict import (  # noqa: TID251
     StateDictOptions,
     get_optimizer_state_dict,
+    get_state_dict,
     set_optimizer_state_dict,
 )
 from torch.nn import functional as F
@@ -122,6 +123,50 @@ def checkpoints(folder, rank):
     return same, told, measured, kept
 
 
+def warned(rank):
+    """What is said of a state of two ranks, by the way in which it is asked for."""
+    model = built()
+    opt = natgrad.SPNGD(model, lr=0.05, damping=0.03)
+    train(opt, model, [Net.batch(8, rank)])
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    asking = {
+        "get_optimizer_state_dict": lambda: get_optimizer_state_dict(model, opt),
+        "get_state_dict": lambda: get_state_dict(model, opt),
+        "stateful": lambda: dcp.save({"opt": opt}, storage_writer=Nowhere("/")),
+        "full_state_dict": lambda: get_optimizer_state_dict(model, opt, options=full),
+        "state_dict": opt.state_dict,
+    }
+    found = {}
+    for name, ask in asking.items():
+        opt.said.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ask()
+        found[name] = sum("holds this rank's part" in str(w.message) for w in caught)
+    return found
+
+
+class Nowhere(dcp.FileSystemWriter):
+    """Writes nothing."""
+
+    def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
+        pass
+
+    def prepare_local_plan(self, plan):
+        return plan
+
+    def prepare_global_plan(self, plans):
+        return plans
+
+    def write_data(self, plan, planner):
+        done = torch.futures.Future()
+        done.set_result([])
+        return done
+
+    def finish(self, metadata, results):
+        pass
+
+
 def work(rank, port, folder, results):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -130,6 +175,7 @@ def work(rank, port, folder, results):
         for wrapped in (False, True):
             found[name, wrapped] = uneven(name, wrapped, rank)
     found["checkpoints"] = checkpoints(folder, rank)
+    found["warned"] = warned(rank)
     found["owns"] = rank != 0
     dist.destroy_process_group()
     found["threads"] = threads_of_gloo()
@@ -163,6 +209,11 @@ def test_ranks_that_run_out_of_batches_take_part_until_all_are_done(found, name,
 
 def test_a_checkpoint_of_shards_loses_nothing_and_takes_no_other_ranks_value(found):
     assert all(f["checkpoints"][0] for f in found)
+
+
+def test_a_part_of_the_state_is_warned_of_where_no_checkpoint_of_all_ranks_joins_it(found):
+    right = {"get_optimizer_state_dict": 0, "get_state_dict": 0, "stateful": 0}
+    assert [f["warned"] for f in found] == [{**right, "full_state_dict": 1, "state_dict": 1}] * RANKS
 
 
 def test_what_a_checkpoint_of_rank_0s_part_lacks_is_said_and_measured_again(found):

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import natgrad
 from helpers import OPTIMIZERS, Mixed, Net, backward, clone, hooks, made, mlp, points, statistic, train, weights
+from natgrad.parallel import run_threads
 
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda o: o.__name__)
 
@@ -122,6 +123,57 @@ def test_microbatches_of_a_norm_add_up_too(kind, double):
             opt.step()
             opt.zero_grad()
     assert_close(weights(parts), weights(whole), rtol=1e-10, atol=1e-10)
+
+
+@every_optimizer
+@pytest.mark.parametrize("weighed", ["by samples", "by ranks"])
+def test_ranks_with_unlike_shares_are_one_rank_with_the_mean_of_their_losses(kind, weighed, double):
+    """3 and 5 samples. Means of shares, times 2 n / 8, which makes their mean that of the batch; or as they are."""
+    sizes = (3, 5)
+    start = Mixed()
+    options = {"lr": 0.02, "damping": 0.03, "rows_per_dim": None, "refresh": 2, "weight_decay": 1e-3}
+
+    def work(world):
+        model = clone(start)
+        opt = made(kind, model, world=world, **options)
+        for k in range(5):
+            x, y = Mixed.batch(sum(sizes), k)
+            if world.size > 1:
+                x, y = (t.split(sizes)[world.rank] for t in (x, y))
+            own = F.cross_entropy(model(x), y, reduction="none")
+            shares = own.split(sizes) if world.size == 1 else [own]
+            factors = [2 * len(share) / sum(sizes) if weighed == "by samples" else 1.0 for share in shares]
+            (sum(f * share.mean() for f, share in zip(factors, shares)) / len(shares)).backward()
+            opt.step()
+            opt.zero_grad()
+        return weights(model)
+
+    (expected,) = run_threads(1, work)
+    for found in run_threads(2, work):
+        assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@every_optimizer
+def test_ranks_that_have_run_out_leave_the_statistics_of_the_others(kind, double):
+    """Two ranks of three still have batches (torch's Join): statistics are those of their samples."""
+    start = Net()
+    batch = Net.batch(12, 0)
+
+    def work(world):
+        model = clone(start)
+        opt = made(kind, model, lr=0.02, damping=0.03, rows_per_dim=None, world=world)
+        if world.size == 1:
+            backward(model, batch)
+        else:
+            opt.gradients.active = 2
+            if world.rank < 2:
+                backward(model, tuple(t.chunk(2)[world.rank] for t in batch))
+        opt.step()
+        return weights(model)
+
+    (expected,) = run_threads(1, work)
+    for found in run_threads(3, work):
+        assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @every_optimizer

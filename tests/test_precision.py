@@ -165,16 +165,17 @@ def counted(monkeypatch):
 
         return call
 
-    real = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend=backend))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda method: real(method, backend=backend))
     torch._dynamo.reset()
     gc.collect()  # an optimizer of an earlier test that is still watching keeps everything eager
     return runs
 
 
+@pytest.mark.parametrize("model", [NET, Mlp((8,))], ids=["of its own class", "Sequential"])
 @pytest.mark.parametrize("optimizer", [Sgd(lr=0.1), KFac(lr=0.1, refresh=4)], ids=["sgd", "kfac"])
-def test_a_compiled_network_trains_and_is_judged_as_it_was(splits, optimizer, counted):
-    recipe = replace(RECIPE, optimizer=optimizer, steps=7, average=0.9, batch=700)
+def test_a_compiled_network_trains_and_is_judged_as_it_was(splits, optimizer, model, counted):
+    recipe = replace(RECIPE, model=model, optimizer=optimizer, steps=7, average=0.9, batch=700)
     plain, _ = trained(recipe, World(), splits)
     job = prepare(replace(recipe, compile=True), World(), splits)
     ran = []

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 import sys
 from dataclasses import replace
 
@@ -184,6 +185,20 @@ def test_a_full_disk_at_the_end_is_told_in_one_line(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("*.part"))
     monkeypatch.setattr(torch, "save", save)
     assert run("mine", MLP, options(tmp_path, resume=True), World()) == "finished"
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be written")
+@pytest.mark.parametrize(("size", "name"), [(200, "recipe.json"), (6000, "model.pt")])
+def test_a_limit_on_the_size_of_files_is_told_in_one_line(tmp_path, size, name):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = rf"/run/{name}' cannot be written.*: File too large; raise the limit on the size of files \(ulimit -f\), "
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        with pytest.raises(ValueError, match=said) as told:
+            run("mine", MLP, options(tmp_path), World())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(told.value)
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):

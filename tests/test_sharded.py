@@ -4,6 +4,7 @@ any two layouts.
 
 import contextlib
 import copy
+import shutil
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -37,7 +38,7 @@ from natgrad.layers import UncurvedParameter, find_layers
 from natgrad.layers.shards import Cut, shard_of
 from natgrad_lab.train.checkpoint import name_of
 from planned import planner, sent_by_fsdp
-from sharded_runs import RUN, command
+from sharded_runs import RUN, command, compiled
 
 pytestmark = pytest.mark.slow
 SAME = {"rtol": 1e-9, "atol": 1e-9}
@@ -67,6 +68,7 @@ FEW = "spngd", "kfac", "nlcg", "seng"
 def work_of_two(rank, ranks, folder, of_one):
     """All that two processes are asked, in one go: to start them takes longer than most of it."""
     return {
+        "compiled": compiled(ranks) if shutil.which("g++") else None,
         "trained": trained(rank, ranks, 1, tuple(OPTIMIZERS)),
         "travelled": travelled(rank, ranks, 1),
         "moves": moves(rank, ranks, folder, of_one),
@@ -126,6 +128,16 @@ def test_runs_of_the_trainer_end_as_on_one_process(two, four, tmp_path):
     expected = command(str(tmp_path), 1)
     for found in (*two, *four):
         assert_close(found["run"], expected, **SAME)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_runs_end_as_eager_ones(two):
+    """`natgrad train --shard --compile`: steps that do not measure, and evaluations, run in graphs."""
+    for found in two:
+        (expected, none), (results, graphs) = found["compiled"]
+        assert (none, graphs > 0) == (0, True)
+        for result, value in zip(results, expected):
+            assert_close(result, value, **SAME)
 
 
 @pytest.mark.parametrize(("ranks", "replicas"), [("two", 1), ("four", 2)])

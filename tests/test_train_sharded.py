@@ -125,7 +125,6 @@ REFUSED = {
     "replicated": ({"optimizer": Seng(replicated=True)}, {}, r"owners=False\) does not work"),
     "curvature step": ({"optimizer": Nlcg(step="curvature")}, {}, r"CurvatureStep\(\) does not work"),
     "channels last": ({"channels_last": True}, {}, "channels_last=True does not work"),
-    "compile": ({"compile": True}, {}, "compile=True does not work"),
     "single samples": ({"micro_batch": 1}, {}, "micro_batch=1 does not work"),
 }
 

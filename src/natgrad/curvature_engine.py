@@ -243,10 +243,11 @@ class CurvatureEngine:
         if self._plan:
             self.capture.settle(readings)
 
-    def refresh(self, step: int, scale: float, reduction: str, readings: Readings) -> Step:
+    def refresh(self, step: int, scale: float, reduction: str, active: int, readings: Readings) -> Step:
         """Take in what this step's passes measured, `conclude` follows. Nothing is taken of layers that went astray.
 
-        `scale` is the factor by which the loss was multiplied for mixed precision.
+        scale: the factor by which the loss was multiplied for mixed precision. active: ranks that have a batch. The
+        step's loss is the mean of theirs.
         """
         self.whole.clear()
         self.half = None
@@ -267,10 +268,11 @@ class CurvatureEngine:
             seen = [key for key in plan if found.saw(key) and key[0] not in unusable]
             moments = [key for key in seen if not self.cells[key[0]].by_rows]
             means = self._means(found, reduction)
-            parcels = self._parcels(moments, measured, found, scale, reduction, means)
+            parcels = self._parcels(moments, measured, found, scale, reduction, active, means)
             received = self.world.reduce_narrow(parcels, "statistics")
             stacks = [key for key in seen if self.cells[key[0]].by_rows]
-            weigh = (measured.samples if reduction == "mean" else 1) / scale
+            share = measured.samples if self.local else samples / active  # of the samples, if all had equally many
+            weigh = (share if reduction == "mean" else 1) / scale
             wider = 1.0 if self.judged is not None else means**0.5  # judged rows have no scale of their own
             rows = bring_rows(self.cells, self.world, stacks, measured, weigh, wider, self.local)
         with self.timed("factor"):
@@ -533,11 +535,22 @@ class CurvatureEngine:
         return means if means > 0 else 1.0
 
     def _parcels(
-        self, keys: Sequence[Key], measured: Measured, found: SeenByRanks, scale: float, reduction: str, means: float
+        self,
+        keys: Sequence[Key],
+        measured: Measured,
+        found: SeenByRanks,
+        scale: float,
+        reduction: str,
+        active: int,
+        means: float,
     ) -> list[OwnedTensor]:
-        """A rank's shares of means over all ranks' samples."""
+        """A rank's shares of means over all ranks' samples.
+
+        A sample's gradient in the mean of R losses is 1/R of what its rank sees, and 1/N of that of its own loss, so
+        the mean of N squares is N / R^2 times the sum of what ranks see, however many samples each has.
+        """
         if reduction == "mean":
-            weigh = measured.samples / self.world.size * means
+            weigh = found.samples / active / active * means
         else:
             weigh = means / found.samples
         if self.sampled:  # our own loss, a sum over predictions, unscaled

@@ -48,7 +48,7 @@ from natgrad.optim.owners import place_layers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.segments import Outlines
 from natgrad.optim.sharded import AtOwners, Shards, ShardStorage
-from natgrad.optim.state_dict import DistributedState, carried
+from natgrad.optim.state_dict import DistributedState, asked_by_checkpoint, carried
 from natgrad.optim.step_size import Remembers, StepSize, hears_loss, remembers
 from natgrad.optim.update import Update, begin, master
 from natgrad.parallel import World, compare, is_sharded, local_of, sharding_of, spread_to_replicas, uneven
@@ -676,7 +676,7 @@ class SecondOrder(Optimizer):
         averaged = self.world.replicates and self.gradients.mode == "averaged"
         if self._divided and self.shards is None and (averaged or not self.world.owners):
             self._own_everything()
-        found = self.engine.refresh(step, scale.seen, self.method.reduction, self.readings)
+        found = self.engine.refresh(step, scale.seen, self.method.reduction, self.gradients.active, self.readings)
         self.engine.factor([self.param_groups[place]["damping"] for place in self._groups], self.readings)
         if self.engine.unfinished:
             self.readings.read()
@@ -1046,14 +1046,16 @@ class SecondOrder(Optimizer):
         """The state that this rank holds.
 
         It is whole on one rank, and under a wrapper or trainer that averages gradients (World(owners=None)). Where
-        layers have owners it is a part: `gather_state_dict()` is whole.
+        layers have owners it is a part, which a warning says: `gather_state_dict()` is whole.
+        torch.distributed.checkpoint writes the parts of all ranks, which are whole together.
         """
         self.settle()
-        if self.world.size > 1 and self.world.owners and self.steps_made:
+        divided = self.world.size > 1 and self.world.owners and self.steps_made
+        if divided and not asked_by_checkpoint():
             self.say(
                 "state_dict() holds this rank's part of the state: save gather_state_dict(), which all ranks call, or "
-                "a torch.distributed.checkpoint of all ranks, or let every rank keep everything with "
-                "world=World(owners=False)",
+                "a torch.distributed.checkpoint of all ranks without full_state_dict=True, or let every rank keep "
+                "everything with world=World(owners=False)",
                 "state_dict",
             )
         return super().state_dict()

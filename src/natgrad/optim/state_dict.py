@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -275,6 +276,19 @@ def was_loosened(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     clocks = [key for key in mine if key.endswith("_clock")]
     loose = theirs.keys() <= {"step", "master", "scalars"} or any(key.startswith(("adam_", "nlcg_")) for key in theirs)
     return bool(clocks) and "step" in theirs and not any(key in theirs for key in clocks) and loose
+
+
+def asked_by_checkpoint() -> bool:
+    """Whether torch.distributed.checkpoint called the function that asks this, and joins what all ranks have.
+
+    With full_state_dict=True it does not: one rank's state is all that it keeps. torch calls as anybody does, so its
+    frame is looked at: the module, and the options that it goes by.
+    """
+    own = inspect.currentframe()
+    caller = own and own.f_back and own.f_back.f_back
+    if not caller or not caller.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint."):
+        return False
+    return not getattr(caller.f_locals.get("info"), "full_state_dict", False)
 
 
 def carried(fresh: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

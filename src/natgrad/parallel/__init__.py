@@ -10,6 +10,7 @@ from natgrad.parallel.row_exchange import bring
 from natgrad.parallel.sharding import (
     ShardedWorld,
     Sharding,
+    fsdp_modules,
     is_sharded,
     like,
     local_of,
@@ -36,6 +37,7 @@ __all__ = [
     "bring",
     "check_replicas",
     "compare",
+    "fsdp_modules",
     "is_sharded",
     "join",
     "leave",

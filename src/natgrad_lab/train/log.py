@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from natgrad_lab.train.disk import naming
 from natgrad_lab.train.display import Display
 from natgrad_lab.train.environment import peak_memory
 from natgrad_lab.train.evaluate import Score
@@ -38,8 +39,9 @@ def write_json(path: Path, value: Any) -> None:
     """Write a file in one go: a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
+    with naming(path):
+        part.write_text(json.dumps(value, indent=2) + "\n")
+        part.replace(path)
 
 
 def forget(folder: Path, *names: str) -> None:

@@ -16,10 +16,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from natgrad.optim.second_order import SecondOrder
-from natgrad.parallel import World
+from natgrad.parallel import World, fsdp_modules
 
 Kind = Literal["float32", "bfloat16", "float16"]
 KINDS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VARIANTS = 8
+"""Graphs of one module: for training, for evaluations, for the last part of a share. It is torch's own limit."""
 
 
 class Precision:
@@ -88,8 +90,22 @@ def arrange(model: nn.Module, channels_last: bool, compiled: bool, device: torch
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
         check_compiler(device)
-        model.compile()
+        compile_forward(model)
     return model
+
+
+def compile_forward(model: nn.Module) -> None:
+    """Compile the forward method of a model; of one that is cut over ranks, each block's and that of the rest.
+
+    Not `model.compile()`: it would put FSDP's hooks, which gather parameters, inside of the graph, and compile nothing
+    of a Sequential, because torch follows no forward method of its own modules from there.
+    """
+    modules = list(fsdp_modules(model).values()) or [model]
+    limit = VARIANTS * len(modules)  # blocks of one class have one forward method, hence one limit
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
+    for module in modules:
+        module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
 
 
 def check_compiler(device: torch.device) -> None:

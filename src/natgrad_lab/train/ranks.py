@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from natgrad.parallel import OwnedTensor, World
+from natgrad_lab.train.disk import refusal
 from natgrad_lab.train.log import LOCK
 
 try:
@@ -84,7 +85,7 @@ def on_first(world: World, work: Callable[[], T]) -> T | None:
         except ValueError as error:
             text = str(error)
         except OSError as error:
-            text = f"{error.filename!r} cannot be written or read: {error.strerror}; name another --out, or make room"
+            text = refusal(error)
     message = encoded(text)
     world.start([message])
     if told := decoded(message):

@@ -5,10 +5,9 @@ What travels: after a save has begun, two numbers with every step, until every r
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from natgrad.parallel import TIMEOUT, World, local_of, named, whole_of
 from natgrad_lab.train import checkpoint
+from natgrad_lab.train.disk import reason_of
 from natgrad_lab.train.loop import Job
 from natgrad_lab.train.state import state_of
 
@@ -98,7 +98,7 @@ class Saver:
             if error is None:
                 self.tell("checkpoint", step=step, path=str(joined.result()))
             else:
-                self._failed(step, reason_of(error))
+                self._failed(step, reason_of(error, self.part(step)))
 
     def _give_up(self, step: int, own: Future[None], late: bool) -> None:
         """Some ranks have not written in time. What they are at is left to itself, and they are named."""
@@ -114,8 +114,8 @@ class Saver:
         if self.world.rank == 0 and not failures:
             self.joining = step, begun(self._join, step, dict(self.values))
         elif failures:
-            error = own.exception()
-            self._failed(step, reason_of(error) if error else f"{failures} other ranks could not write")
+            error, others = own.exception(), f"{failures} other ranks could not write"
+            self._failed(step, reason_of(error, self.part(step)) if error else others)
 
     def _join(self, step: int, values: dict[str, Any]) -> Path:
         ranks = range(self.world.size)
@@ -193,8 +193,7 @@ def write_weights(job: Job, file: Path, patience: float = TIMEOUT) -> None:
         if error is not None:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-            why = reason_of(error)
-            raise ValueError(f"{str(file)!r} cannot be written: {why}; make room, and add --resume to end") from None
+            raise ValueError(f"{reason_of(error, file)}, and add --resume to end") from None
 
 
 def gathered(value: Any, world: World) -> Any:
@@ -203,20 +202,3 @@ def gathered(value: Any, world: World) -> Any:
         return value
     whole = whole_of(value)
     return whole.cpu() if world.rank == 0 else None
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a file could not be written, in a few words: the system's, wherever among the causes it is."""
-    for cause in causes(error):
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return os.strerror(cause.errno)
-    return " ".join(str(error).split())[:200]
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what it came of, and what torch has packed into it."""
-    while error is not None:
-        yield error
-        for packed in getattr(error, "failures", {}).values():
-            yield from causes(packed[0])
-        error = error.__cause__ or error.__context__

@@ -36,8 +36,6 @@ class Sharded:
             )
         if recipe.channels_last:
             raise ValueError("channels_last=True does not work with --shard, which cuts contiguous weights alone")
-        if recipe.compile:
-            raise ValueError("compile=True does not work with --shard, which gathers weights between modules")
         if recipe.micro_batch == 1:
             raise ValueError(
                 "micro_batch=1 does not work with --shard: a rank with fewer samples would pass through the network "
