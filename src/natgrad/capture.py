@@ -70,6 +70,10 @@ TOGETHER = -2  # the "layer" by which all layers draw the same samples
 MOST_APART = 2**27  # numbers of the gradients of all samples of an output that they have in common
 LOGITS = -1  # the "layer" whose output is the model's
 TOLD = ("predictions", "steepness")  # what devices count of an episode
+THREADS = (
+    "two threads pass through the model at the same time, and a measurement cannot tell them apart: let one pass end "
+    "before the next begins (a lock around forward and backward), or join both batches"
+)
 
 
 class OutputForm(NamedTuple):
@@ -253,7 +257,7 @@ class Capture:
         self.depth = threading.local()  # of modules within each other that are being watched, in each thread
         self._hooked: dict[Slot, nn.Parameter] = {}  # parameters with a hook
         self._finalizer = weakref.finalize(self, _remove, self._handles)
-        self._depth = 0  # calls of the model within each other
+        self._depth, self._thread = 0, 0  # calls of the model within each other, and the thread in which they are
         self._inner: Episode | None = None  # of the model's call that is under way
         self._outer: Episode | None = None  # of layers that are called outside of the model
         self._task = -1  # the last backward pass that counted
@@ -386,6 +390,9 @@ class Capture:
 
     def begin(self, given: int = 0, inputs: Sequence[Tensor] = ()) -> None:
         """The model is called on inputs, the first of which has the first dimension `given`."""
+        if self._depth and self._thread != threading.get_ident():
+            raise ValueError(THREADS)
+        self._thread = threading.get_ident()
         if self._depth == 0:
             self._inner = Episode(len(self._episodes), given=given)
             if self.calls is not None:
@@ -720,6 +727,8 @@ class Capture:
         """If another backward pass begins: what was cleared since the last goes, what is complete is summed up."""
         if task == self._task:
             return
+        if 0 <= task < self._task:  # later passes have greater numbers
+            raise ValueError(THREADS)
         if self._task >= 0:
             self._drop_cleared(task)
             waiting = {call.episode for call in self._waiting}

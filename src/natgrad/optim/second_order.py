@@ -45,6 +45,7 @@ from natgrad.optim.likelihoods import Likelihood, draw_labels
 from natgrad.optim.loss_scale import LossScale, known_scale
 from natgrad.optim.method import Method
 from natgrad.optim.owners import place_layers
+from natgrad.optim.param_groups import plain_numbers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.segments import Outlines
 from natgrad.optim.sharded import AtOwners, Shards, ShardStorage
@@ -70,6 +71,11 @@ PARTED = (
     "gradients were the same on all ranks in earlier steps, as a wrapper leaves them, and are each rank's own in this "
     'one: they are averaged here from now on. World(gradients="local") for a plain model, World(gradients="averaged") '
     "for a wrapped one, says how it is; in a wrapped one every step's last backward() must average"
+)
+TAKEN = (
+    "the gradients of this step have been in a step before: step() was called twice after one backward() (by a "
+    "GradScaler or a trainer too, perhaps), or another optimizer of natgrad trains the same parameters. Weights move "
+    "twice; call it once"
 )
 HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
 
@@ -134,6 +140,7 @@ class SecondOrder(Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             validation.check_group(group)
+            plain_numbers(group, list(group))
             begin(group)
         self._places: dict[nn.Parameter, int] = {}
         self.purse: Purse | None = None
@@ -476,6 +483,7 @@ class SecondOrder(Optimizer):
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if p not in own]
         super().add_param_group(checked[0])
+        plain_numbers(self.param_groups[-1], list(self.param_groups[-1]))
         begin(self.param_groups[-1])
         if self._scope is not None:
             self._scope |= dict.fromkeys(own, len(self.param_groups) - 1)
@@ -538,6 +546,7 @@ class SecondOrder(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One update. With a closure, it is called once and its loss returned."""
+        validation.function("closure", closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -604,6 +613,7 @@ class SecondOrder(Optimizer):
             self.world.sent.clear()
         for group in self.param_groups:
             validation.check_group(group)
+            plain_numbers(group, SETTINGS)
         step, watched = self.steps_made + 1, self.engine.capture.armed
         left, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = LossScale(left, found, self.scaler, watched, self.gradients.sent_local, self.readings)
@@ -619,6 +629,7 @@ class SecondOrder(Optimizer):
             self.engine.capture.discard()
             return
         self._skipped_in_a_row = 0
+        self._say_taken()
         if self.gradients.parted:
             self.say(PARTED, "parted")
         averaged = self.world.replicates and self.gradients.mode == "averaged"
@@ -868,6 +879,16 @@ class SecondOrder(Optimizer):
             self.said.add(about or message)
             validation.warn(message)
 
+    def _say_taken(self) -> None:
+        """Warn if the first gradient is what it was in an earlier step, of this or another optimizer."""
+        gradients = (p.grad for group in self.param_groups for p in group["params"])
+        first: Any = next((g for g in gradients if type(g) is Tensor), None)
+        if first is None:
+            return
+        if getattr(first, "taken_by_natgrad", None) == first._version:
+            self.say(TAKEN, "taken")
+        first.taken_by_natgrad = first._version
+
     def _say_coverage(self) -> None:
         """Warn if more than half of the weights have no curvature."""
         rows = self.coverage()
@@ -988,6 +1009,8 @@ class SecondOrder(Optimizer):
                 "world=World(owners=False)",
                 "state_dict",
             )
+        for group in self.param_groups:  # a schedule may have set them since the last step
+            plain_numbers(group, SETTINGS)
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
