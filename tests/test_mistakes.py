@@ -206,6 +206,38 @@ def test_gradients_that_are_in_two_steps_are_said_once(kind, twice, recwarn):
     assert len([w for w in recwarn if "in a step before" in str(w.message)]) == 1
 
 
+def zeroed_by_model(model, opt):
+    model.zero_grad(set_to_none=False)
+
+
+def zeroed_through_data(model, opt):
+    for p in model.parameters():
+        p.grad.data.zero_()
+
+
+CLEARED = [lambda model, opt: opt.zero_grad(), zeroed_by_model, zeroed_through_data]
+
+
+@pytest.mark.parametrize("kind", [natgrad.SPNGD, natgrad.KFAC, natgrad.SENG], ids=lambda o: o.__name__)
+def test_a_forgotten_zero_grad_is_said_once(kind, recwarn):
+    def said():
+        return [w for w in recwarn if "an earlier step has taken" in str(w.message)]
+
+    model, opt = begun(kind, refresh=1)
+    for clear in CLEARED:
+        for k in range(2):
+            for part in (slice(8), slice(8, 16)):
+                backward(model, k, part)
+            opt.step()
+            clear(model, opt)
+    opt.zero_grad()
+    assert not said()
+    for k in range(3):
+        backward(model, k)
+        opt.step()
+    assert len(said()) == 1
+
+
 class Waiting(nn.Module):
     """Passes on, but the first forward or backward pass through it waits until another thread has come and gone."""
 

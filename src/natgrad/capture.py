@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from natgrad.checksum import Checksum, numbers_of
 from natgrad.curvature.curvature import Draw, Moment, RowSum, Statistic
@@ -246,6 +247,7 @@ class Capture:
         self._twice = False  # for a forward pass for which labels had been drawn before
         self.halves = False  # look at the gradients once between the passes of a step
         self.judged: LogitGradientScaling | None = None  # where rows are weighed by the gradients of the logits
+        self.uncleared = False  # a pass has added to a gradient that a step has taken
         self.sharded = sharded
         self.slots = Slots({k: own for k, own in enumerate(self.layers) if not isinstance(own, UncurvedParameter)})
         self._sent: set[int] = set()  # layers whose gradient FSDP has handed over since it was last cleared
@@ -680,7 +682,10 @@ class Capture:
 
     def deposited(self, index: int, place: int, gradient: Tensor) -> None:
         """Autograd is about to add to a parameter's gradient."""
-        if self.inside or self.nested or index not in self.watches or not deposits(self.weight(index, place)):
+        if self.inside or self.nested or not deposits(own := self.weight(index, place)):
+            return
+        self.uncleared = self.uncleared or (own.grad is not None and is_taken(own.grad) and bool(own.grad.any()))
+        if index not in self.watches:
             return
         self.drew = False
         self._turn(self._pass(), None)
@@ -1132,6 +1137,16 @@ def counts_up(x: Tensor) -> bool:
     return len(x) > 1 and torch.equal(x, torch.arange(len(x), device=x.device, dtype=x.dtype))
 
 
+def take(gradient: Tensor) -> None:
+    """Note that a step has taken a gradient as it is now."""
+    _taken[gradient] = gradient._version
+
+
+def is_taken(gradient: Tensor) -> bool:
+    """Whether a step has taken a gradient, and nothing has changed it since."""
+    return _taken.get(gradient) == gradient._version
+
+
 def samples_of(counts: Iterable[int], agreed: Iterable[int] = ()) -> int:
     """How many samples a pass had: the leading dimension that most layers saw, given from the last layer to the first.
 
@@ -1191,6 +1206,7 @@ def calm(*devices: torch.device) -> Iterator[None]:
 
 
 EAGER = Eager()
+_taken: Any = WeakTensorKeyDictionary()  # gradients that were in a step, with their version then
 _lock = threading.RLock()  # collecting garbage inside may remove the hooks of a forgotten capture
 _armed: set[int] = set()  # lists of handles, one for each capture that watches
 

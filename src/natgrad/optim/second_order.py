@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from natgrad.budget import Purse
-from natgrad.capture import calm
+from natgrad.capture import calm, is_taken, take
 from natgrad.curvature import Curvature, Identity
 from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature_engine import TWICE, Assumed, Clocks, CurvatureEngine, Step, shortened
@@ -76,6 +76,10 @@ TAKEN = (
     "the gradients of this step have been in a step before: step() was called twice after one backward() (by a "
     "GradScaler or a trainer too, perhaps), or another optimizer of natgrad trains the same parameters. Weights move "
     "twice; call it once"
+)
+UNCLEARED = (
+    "a backward pass has added to gradients that an earlier step has taken: call optimizer.zero_grad() after every "
+    "step, or each step goes along the sum of all gradients so far"
 )
 HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
 
@@ -880,14 +884,17 @@ class SecondOrder(Optimizer):
             validation.warn(message)
 
     def _say_taken(self) -> None:
-        """Warn if the first gradient is what it was in an earlier step, of this or another optimizer."""
-        gradients = (p.grad for group in self.param_groups for p in group["params"])
-        first: Any = next((g for g in gradients if type(g) is Tensor), None)
+        """Warn if gradients were in an earlier step, of this optimizer or another, or lie on top of such ones."""
+        watched = [cell.layer.parameters[0] for cell in self.cells if not isinstance(cell.layer, UncurvedParameter)]
+        own = (p for group in self.param_groups for p in group["params"])
+        first = next((g for p in (*watched[:1], *own) if type(g := p.grad) is Tensor), None)
         if first is None:
             return
-        if getattr(first, "taken_by_natgrad", None) == first._version:
+        if is_taken(first):
             self.say(TAKEN, "taken")
-        first.taken_by_natgrad = first._version
+        if self.engine.capture.uncleared:
+            self.say(UNCLEARED, "uncleared")
+        take(first)
 
     def _say_coverage(self) -> None:
         """Warn if more than half of the weights have no curvature."""
