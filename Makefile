@@ -9,10 +9,13 @@ READY := $(VENV)/.ready
 FAST := $(addprefix tests/test_,exact.py linalg.py triangles.py conv.py norms.py capture.py passes.py laws_layers.py \
 	momentum.py ranks.py state.py habits.py additions.py structure.py packing.py placement.py schedules.py)
 
-.PHONY: help setup demo test test-fast lint bench docs format release clean
+# What `make test-lowest` runs besides: numbers that must come out on every version. LOWEST_TESTS=tests is the whole suite.
+LOWEST_TESTS ?= -m "not slow" $(FAST) $(addprefix tests/test_,golden.py laws_curvature.py laws_optimizers.py bad_numbers.py)
+
+.PHONY: help setup demo test test-fast test-lowest test-newest lint bench docs format release clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## .venv with everything for working on natgrad; the other targets do this by themselves
 
@@ -27,6 +30,12 @@ test-fast: $(READY)  ## a part of the suite that ends within a minute on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=5 $(FAST) || exit 1; \
 	took=$$(($$(date +%s) - start)); [ $$took -le 60 ] || \
 	echo "test-fast took $$took s, more than 60: if nothing else ran, take the slowest file out of FAST (Makefile)"
+
+test-lowest: $(VENV)-lowest/.ready  ## the fast part and numerics on the lowest versions that pyproject.toml allows
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS)
+
+test-newest: $(VENV)-newest/.ready  ## the whole suite on the newest versions that pip finds
+	$(VENV)-newest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)  ## ruff, import-linter, pyright, structure
 	$(BIN)/ruff check .
@@ -54,9 +63,19 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(VENV)-lowest/.ready: pyproject.toml constraints-lowest.txt
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)-newest/.ready: pyproject.toml
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	touch $@
+
 $(VENV)/.ready-docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 clean:  ## remove what these targets have made, runs too
-	rm -rf $(VENV) runs site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs site build dist .pytest_cache .ruff_cache .hypothesis

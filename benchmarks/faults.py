@@ -103,7 +103,7 @@ def main() -> int:
     if given.show:
         print(faults_table(read(given.out)))
         return 0
-    record = Record(given.out, "cpu", any_commit=True, seed=given.seed)
+    record = Record(given.out, "cpu", outcomes=True, seed=given.seed)
     record.content["cases"] = [c for c in record.content["cases"] if c["rows"][0]["right"]]  # the others are mended
     known: Whole = {}
     faults = drawn(given.seed, given.times, given.only)

@@ -23,12 +23,12 @@ def read(path: Path) -> dict[str, Any]:
 class Record:
     """A file of cases, written after each of them: a run that was stopped goes on where it was.
 
-    any_commit: cases of other commits stay, and each says of which it is. facts: what else must be the same for results
-    to stand in one file.
+    outcomes: cases say what became of something, not how fast. So cases of other commits and machines stay, and each
+    says of which it is. facts: what else must be the same for results to stand in one file.
     """
 
-    def __init__(self, path: Path, device: str, any_commit: bool = False, **facts: Any):
-        self.path, self.any_commit = path, any_commit
+    def __init__(self, path: Path, device: str, outcomes: bool = False, **facts: Any):
+        self.path, self.origin = path, ("commit", "machine") if outcomes else ()
         self.content: dict[str, Any] = {
             "machine": machine(device),
             "python": platform.python_version(),
@@ -38,20 +38,19 @@ class Record:
             **facts,
         }
         old = json.loads(path.read_text()) if path.exists() else {}
-        free = {"commit"} if any_commit else set()
-        same = all(old.get(key) == value for key, value in self.content.items() if key not in free)
-        self.content["cases"] = old["cases"] if same else []
+        same = all(old.get(key) == value for key, value in self.content.items() if key not in self.origin)
+        self.content["cases"] = [{**{key: old[key] for key in self.origin}, **c} for c in old["cases"]] if same else []
 
     def find(self, case: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The rows of a case that was measured on this machine, with these versions and this commit."""
-        known = ({k: v for k, v in c.items() if k != "commit"} for c in self.content["cases"])
+        """The rows of a case that was measured with what must be the same."""
+        known = ({k: v for k, v in c.items() if k not in self.origin} for c in self.content["cases"])
         found = [c["rows"] for c in known if {**c, "rows": None} == {**case, "rows": None}]
         return found[0] if found else None
 
     def add(self, case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Write down a case."""
-        commit = {"commit": self.content["commit"]} if self.any_commit else {}
-        self.content["cases"].append({**case, **commit, "rows": rows})
+        origin = {key: self.content[key] for key in self.origin}
+        self.content["cases"].append({**origin, **case, "rows": rows})
         self.write()
 
     def write(self) -> None:

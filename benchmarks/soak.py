@@ -92,58 +92,78 @@ def slope(values: Sequence[float]) -> tuple[float, float]:
     return rise * (n - 1), math.sqrt(rest / max(n - 2, 1) / total) * (n - 1)
 
 
+class LongRun:
+    """A run with all features on, one step after the other."""
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        self.name, self.model = name, Small()
+        groups = natgrad.decay_groups(self.model, 0.01)
+        self.scaler = torch.amp.GradScaler("cpu", 2.0**10)
+        self.optimizer = OPTIMIZERS[name](self.model, params=groups, max_norm=1.0, scaler=self.scaler)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(self.optimizer, 500)
+
+    def step(self, step: int) -> float:
+        """Train one step of two parts; returns the last part's loss."""
+        tokens, labels = batch(step)
+        for x, y in zip(tokens.chunk(2), labels.chunk(2)):
+            with torch.autocast("cpu", torch.float16):
+                output = self.model(x)
+            loss = F.cross_entropy(output.float(), y) / 2 * (math.nan if poisoned(step) else 1.0)
+            if self.name == "SPNGD":
+                self.optimizer.sample(output)
+            self.scaler.scale(loss).backward()
+            if self.name == "NLCG":
+                self.optimizer.report(loss)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def between(self, step: int) -> None:
+        """What happens between steps now and then: evaluations, checkpoints, a layer that is frozen and unfrozen."""
+        if step % 250 == 125:
+            self.model.eval()
+            with torch.no_grad():
+                self.model(batch(step)[0])
+            self.model.train()
+        if step % 500 == 250:
+            buffer = io.BytesIO()
+            torch.save(self.optimizer.state_dict(), buffer)
+            buffer.seek(0)
+            self.optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+        if step % 1000 in (600, 700):
+            self.model.body.requires_grad_(step % 1000 == 700)
+
+
+def poisoned(step: int) -> bool:
+    """Whether a step's batch has NaN."""
+    return step % 997 == 400
+
+
 def long_run(name: str, steps: int) -> dict[str, Any]:
     """Train so many steps; what was seen at each look."""
-    torch.manual_seed(0)
-    model, process = Small(), psutil.Process()
-    groups = natgrad.decay_groups(model, 0.01)
-    scaler = torch.amp.GradScaler("cpu", 2.0**10)
-    optimizer = OPTIMIZERS[name](model, params=groups, max_norm=1.0, scaler=scaler)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 500)
+    run, process = LongRun(name), psutil.Process()
     every, seen = max(steps // LOOKS, 1), []
     spent, losses = 0.0, []
     for step in range(steps):
-        tokens, labels = batch(step)
         begin = time.process_time()
-        poisoned = step % 997 == 400
-        for x, y in zip(tokens.chunk(2), labels.chunk(2)):
-            with torch.autocast("cpu", torch.float16):
-                output = model(x)
-            loss = F.cross_entropy(output.float(), y) / 2 * (math.nan if poisoned else 1.0)
-            if name == "SPNGD":
-                optimizer.sample(output)
-            scaler.scale(loss).backward()
-            if name == "NLCG":
-                optimizer.report(loss)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        schedule.step()
+        loss = run.step(step)
         spent += time.process_time() - begin
-        losses += [] if poisoned else [float(loss.detach())]
-        if step % 250 == 125:
-            model.eval()
-            with torch.no_grad():
-                model(batch(step)[0])
-            model.train()
-        if step % 500 == 250:
-            buffer = io.BytesIO()
-            torch.save(optimizer.state_dict(), buffer)
-            buffer.seek(0)
-            optimizer.load_state_dict(torch.load(buffer, weights_only=True))
-        if step % 1000 in (600, 700):
-            model.body.requires_grad_(step % 1000 == 700)
+        losses += [] if poisoned(step) else [loss]
+        run.between(step)
         if step % every == every - 1:
             look = {"step": step + 1, "ms": 1000 * spent / every, "rss_mib": process.memory_info().rss / 2**20}
             seen.append(
-                {**look, "tensors": tensors_alive(), "hooks": hooks_on(model), "loss": statistics.fmean(losses)}
+                {**look, "tensors": tensors_alive(), "hooks": hooks_on(run.model), "loss": statistics.fmean(losses)}
             )
             spent, losses = 0.0, []
     half = seen[len(seen) // 2 :]
     rises = {key: slope([one[key] for one in half]) for key in ("ms", "rss_mib", "tensors", "hooks")}
     told = {key: {"rise": rise, "error": error} for key, (rise, error) in rises.items()}
-    found = {"rises": told, "skipped": optimizer.skipped, "retries": optimizer.engine.retries}
-    return {**found, "dropped": optimizer.engine.dropped, "looks": seen}
+    found = {"rises": told, "skipped": run.optimizer.skipped, "retries": run.optimizer.engine.retries}
+    return {**found, "dropped": run.optimizer.engine.dropped, "looks": seen}
 
 
 def built_and_dropped(times: int) -> dict[str, Any]:

@@ -67,9 +67,10 @@ def pin(name: str, version: str) -> str:
     return f"{name}=={version}{marker}"
 
 
-def pinned() -> dict[str, str]:
-    """The lines of the file by name."""
-    lines = [line.strip() for line in FILE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+def pinned(file: Path = FILE) -> dict[str, str]:
+    """The lines of a file by name."""
+    lines = [line.partition("#")[0].strip() for line in file.read_text().splitlines()]
+    lines = [line for line in lines if line]
     return {canonicalize_name(Requirement(line).name): line for line in lines}
 
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from natgrad.checksum import Checksum, numbers_of
 from natgrad.curvature.curvature import Draw, Moment, RowSum, Statistic
@@ -70,6 +71,10 @@ TOGETHER = -2  # the "layer" by which all layers draw the same samples
 MOST_APART = 2**27  # numbers of the gradients of all samples of an output that they have in common
 LOGITS = -1  # the "layer" whose output is the model's
 TOLD = ("predictions", "steepness")  # what devices count of an episode
+THREADS = (
+    "two threads pass through the model at the same time, and a measurement cannot tell them apart: let one pass end "
+    "before the next begins (a lock around forward and backward), or join both batches"
+)
 
 
 class OutputForm(NamedTuple):
@@ -242,6 +247,7 @@ class Capture:
         self._twice = False  # for a forward pass for which labels had been drawn before
         self.halves = False  # look at the gradients once between the passes of a step
         self.judged: LogitGradientScaling | None = None  # where rows are weighed by the gradients of the logits
+        self.uncleared = False  # a pass has added to a gradient that a step has taken
         self.sharded = sharded
         self.slots = Slots({k: own for k, own in enumerate(self.layers) if not isinstance(own, UncurvedParameter)})
         self._sent: set[int] = set()  # layers whose gradient FSDP has handed over since it was last cleared
@@ -253,7 +259,7 @@ class Capture:
         self.depth = threading.local()  # of modules within each other that are being watched, in each thread
         self._hooked: dict[Slot, nn.Parameter] = {}  # parameters with a hook
         self._finalizer = weakref.finalize(self, _remove, self._handles)
-        self._depth = 0  # calls of the model within each other
+        self._depth, self._thread = 0, 0  # calls of the model within each other, and the thread in which they are
         self._inner: Episode | None = None  # of the model's call that is under way
         self._outer: Episode | None = None  # of layers that are called outside of the model
         self._task = -1  # the last backward pass that counted
@@ -386,6 +392,9 @@ class Capture:
 
     def begin(self, given: int = 0, inputs: Sequence[Tensor] = ()) -> None:
         """The model is called on inputs, the first of which has the first dimension `given`."""
+        if self._depth and self._thread != threading.get_ident():
+            raise ValueError(THREADS)
+        self._thread = threading.get_ident()
         if self._depth == 0:
             self._inner = Episode(len(self._episodes), given=given)
             if self.calls is not None:
@@ -673,7 +682,10 @@ class Capture:
 
     def deposited(self, index: int, place: int, gradient: Tensor) -> None:
         """Autograd is about to add to a parameter's gradient."""
-        if self.inside or self.nested or index not in self.watches or not deposits(self.weight(index, place)):
+        if self.inside or self.nested or not deposits(own := self.weight(index, place)):
+            return
+        self.uncleared = self.uncleared or (own.grad is not None and is_taken(own.grad) and bool(own.grad.any()))
+        if index not in self.watches:
             return
         self.drew = False
         self._turn(self._pass(), None)
@@ -720,6 +732,8 @@ class Capture:
         """If another backward pass begins: what was cleared since the last goes, what is complete is summed up."""
         if task == self._task:
             return
+        if 0 <= task < self._task:  # later passes have greater numbers
+            raise ValueError(THREADS)
         if self._task >= 0:
             self._drop_cleared(task)
             waiting = {call.episode for call in self._waiting}
@@ -1123,6 +1137,16 @@ def counts_up(x: Tensor) -> bool:
     return len(x) > 1 and torch.equal(x, torch.arange(len(x), device=x.device, dtype=x.dtype))
 
 
+def take(gradient: Tensor) -> None:
+    """Note that a step has taken a gradient as it is now."""
+    _taken[gradient] = gradient._version
+
+
+def is_taken(gradient: Tensor) -> bool:
+    """Whether a step has taken a gradient, and nothing has changed it since."""
+    return _taken.get(gradient) == gradient._version
+
+
 def samples_of(counts: Iterable[int], agreed: Iterable[int] = ()) -> int:
     """How many samples a pass had: the leading dimension that most layers saw, given from the last layer to the first.
 
@@ -1189,6 +1213,7 @@ def _calm(casting: Iterable[str], inference: bool) -> Iterator[None]:
 
 
 EAGER = Eager()
+_taken: Any = WeakTensorKeyDictionary()  # gradients that were in a step, with their version then
 _lock = threading.RLock()  # collecting garbage inside may remove the hooks of a forgotten capture
 _armed: set[int] = set()  # lists of handles, one for each capture that watches
 

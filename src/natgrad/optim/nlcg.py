@@ -190,6 +190,7 @@ class NLCG(SecondOrder, shared=OfNlcg, defaults=OF_CURVATURE):
         closure: called once; its loss is told and returned. loss: this rank's loss, mean over its samples (its sum with
         reduction="sum"). forward: with CurvatureStep(), gives the model's outputs on this rank's samples once more.
         """
+        validation.function("closure", closure)
         wants = isinstance(self.search, CurvatureStep)
         if wants != (forward is not None):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,3 +48,11 @@ def parameters_in(given: Tensor | Iterable[Any]) -> list[Any]:
     if isinstance(given, Tensor):
         return [given]
     return [one[1] if isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) else one for one in given]
+
+
+def plain_numbers(group: dict[str, Any], names: Iterable[str]) -> None:
+    """Turn numbers of other libraries into Python's: `torch.load` refuses a checkpoint that holds NumPy's."""
+    for name in names:
+        value = group.get(name)
+        if type(value) not in (float, int, bool) and isinstance(value, numbers.Real):
+            group[name] = int(value) if isinstance(value, numbers.Integral) else float(value)

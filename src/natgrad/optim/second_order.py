@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from natgrad.budget import Purse
-from natgrad.capture import calm
+from natgrad.capture import calm, is_taken, take
 from natgrad.curvature import Curvature, Identity
 from natgrad.curvature.by_rows import ByRows
 from natgrad.curvature_engine import TWICE, Assumed, Clocks, CurvatureEngine, Step, shortened
@@ -45,6 +45,7 @@ from natgrad.optim.likelihoods import Likelihood, draw_labels
 from natgrad.optim.loss_scale import LossScale, known_scale
 from natgrad.optim.method import Method
 from natgrad.optim.owners import place_layers
+from natgrad.optim.param_groups import plain_numbers
 from natgrad.optim.rescale import Rescale
 from natgrad.optim.segments import Outlines
 from natgrad.optim.sharded import AtOwners, Shards, ShardStorage
@@ -71,6 +72,15 @@ PARTED = (
     "gradients were the same on all ranks in earlier steps, as a wrapper leaves them, and are each rank's own in this "
     'one: they are averaged here from now on. World(gradients="local") for a plain model, World(gradients="averaged") '
     "for a wrapped one, says how it is; in a wrapped one every step's last backward() must average"
+)
+TAKEN = (
+    "the gradients of this step have been in a step before: step() was called twice after one backward() (by a "
+    "GradScaler or a trainer too, perhaps), or another optimizer of natgrad trains the same parameters. Weights move "
+    "twice; call it once"
+)
+UNCLEARED = (
+    "a backward pass has added to gradients that an earlier step has taken: call optimizer.zero_grad() after every "
+    "step, or each step goes along the sum of all gradients so far"
 )
 HALF_FROZEN = "some of its parameters were frozen after the optimizer was built"
 
@@ -138,6 +148,7 @@ class SecondOrder(Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             validation.check_group(group)
+            plain_numbers(group, list(group))
             begin(group)
         self._places: dict[nn.Parameter, int] = {}
         self.purse: Purse | None = None
@@ -482,6 +493,7 @@ class SecondOrder(Optimizer):
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if p not in own]
         super().add_param_group(checked[0])
+        plain_numbers(self.param_groups[-1], list(self.param_groups[-1]))
         begin(self.param_groups[-1])
         if self._scope is not None:
             self._scope |= dict.fromkeys(own, len(self.param_groups) - 1)
@@ -574,6 +586,7 @@ class SecondOrder(Optimizer):
         of whose losses it says nothing. loss: this rank's loss, the mean over its samples (their sum with
         reduction="sum"), unscaled. A step never asks for more than a share of a loss that was told (MeasuredChange).
         """
+        validation.function("closure", closure)
         if loss is not None:
             if closure is not None:
                 raise ValueError("step(closure, loss=...): the closure gives the loss; leave one of them out")
@@ -655,6 +668,7 @@ class SecondOrder(Optimizer):
             self.world.sent.clear()
         for group in self.param_groups:
             validation.check_group(group)
+            plain_numbers(group, SETTINGS)
         step, watched = self.steps_made + 1, self.engine.capture.armed
         left, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = LossScale(left, found, self.scaler, watched, self.gradients.sent_local, self.readings)
@@ -671,6 +685,7 @@ class SecondOrder(Optimizer):
             self.engine.capture.discard()
             return
         self._skipped_in_a_row = 0
+        self._say_taken()
         if self.gradients.parted:
             self.say(PARTED, "parted")
         averaged = self.world.replicates and self.gradients.mode == "averaged"
@@ -936,6 +951,19 @@ class SecondOrder(Optimizer):
             self.said.add(about or message)
             validation.warn(message)
 
+    def _say_taken(self) -> None:
+        """Warn if gradients were in an earlier step, of this optimizer or another, or lie on top of such ones."""
+        watched = [cell.layer.parameters[0] for cell in self.cells if not isinstance(cell.layer, UncurvedParameter)]
+        own = (p for group in self.param_groups for p in group["params"])
+        first = next((g for p in (*watched[:1], *own) if type(g := p.grad) is Tensor), None)
+        if first is None:
+            return
+        if is_taken(first):
+            self.say(TAKEN, "taken")
+        if self.engine.capture.uncleared:
+            self.say(UNCLEARED, "uncleared")
+        take(first)
+
     def _say_coverage(self) -> None:
         """Warn if more than half of the weights have no curvature."""
         rows = self.coverage()
@@ -1058,6 +1086,8 @@ class SecondOrder(Optimizer):
                 "everything with world=World(owners=False)",
                 "state_dict",
             )
+        for group in self.param_groups:  # a schedule may have set them since the last step
+            plain_numbers(group, SETTINGS)
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -274,7 +274,8 @@ def was_loosened(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     where another rank owns it, nothing but its steps).
     """
     clocks = [key for key in mine if key.endswith("_clock")]
-    loose = theirs.keys() <= {"step", "master", "scalars"} or any(key.startswith(("adam_", "nlcg_")) for key in theirs)
+    trained = "nlcg_" if any(key.startswith("nlcg_") for key in mine) else "adam_"  # what this optimizer leaves
+    loose = theirs.keys() <= {"step", "master", "scalars"} or any(key.startswith(trained) for key in theirs)
     return bool(clocks) and "step" in theirs and not any(key in theirs for key in clocks) and loose
 
 

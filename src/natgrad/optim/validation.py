@@ -215,6 +215,15 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, allowed))}")
 
 
+def function(name: str, value: Any) -> None:
+    """A function, or None; what `step()` takes first is easily taken for the loss."""
+    if value is not None and not callable(value):
+        raise ValueError(
+            f"step({type(value).__name__}): {name}= is a function that computes the loss, passes backward and returns "
+            "the loss. Call backward() on a loss, then step(); NLCG takes step(loss=loss)"
+        )
+
+
 def whole(name: str, value: Any, least: int, none: bool = False) -> None:
     """A whole number of at least `least`, or None where that is allowed."""
     if (none and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
