@@ -25,6 +25,7 @@ import faults_table
 import gpu_results
 import host
 import memory
+import safety
 import sharded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +202,7 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "sharded": in_parts,
     "bad_numbers": of_bad_numbers,
     "fuzz": of_fuzz,
+    "safety": lambda results, which: safety.table(results),
     "soak": of_soak,
     "faults": disturbed,
 }

@@ -220,7 +220,7 @@ def function(name: str, value: Any) -> None:
     if value is not None and not callable(value):
         raise ValueError(
             f"step({type(value).__name__}): {name}= is a function that computes the loss, passes backward and returns "
-            "the loss. Call backward() on a loss, then step(); NLCG takes step(loss=loss)"
+            "the loss. Call backward() on a loss, then step(loss=loss) or step()"
         )
 
 
