@@ -188,6 +188,22 @@ def disturbed(results: dict[str, Any], which: str | None) -> str:
     return faults_table.hosts_table(results) if which == "hosts" else faults_table.faults_table(results)
 
 
+TRAINERS = {"lightning": "Lightning", "accelerate": "Accelerate", "transformers": "Hugging Face Trainer"}
+
+
+def of_trainers(results: dict[str, Any], which: str | None) -> str:
+    """What came of each trainer's runs, beside a hand-written loop."""
+    runs = results["equal to the loop"]
+    ways = list(next(iter(runs.values())))
+    rows = [
+        [TRAINERS[name], ranks, *(both[ranks] for both in by_way.values())]
+        for name, by_way in runs.items()
+        for ranks in next(iter(by_way.values()))
+    ]
+    lines = [["trainer", "ranks", *ways], ["---"] * (len(ways) + 2), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "critical": to_target,
     "compare": compared,
@@ -205,6 +221,7 @@ KINDS: dict[str, Callable[[dict[str, Any], str | None], str]] = {
     "safety": lambda results, which: safety.table(results),
     "soak": of_soak,
     "faults": disturbed,
+    "trainers": of_trainers,
 }
 
 

@@ -35,8 +35,9 @@ def test_reduce_then_clip_equals_max_norm(double):
     assert not torch.equal(expected, outside)
 
 
+@pytest.mark.parametrize("owners", [None, True])
 @pytest.mark.parametrize("said", ["auto", "averaged"])
-def test_gradients_that_somebody_averaged_are_left_alone(said, double):
+def test_gradients_that_somebody_averaged_are_left_alone(said, owners, double):
     """What DistributedDataParallel does, by hand."""
     model, batches = Net(), [Net.batch(24, k) for k in range(5)]
     (expected, _), *_ = run(1, model, batches, build_plain)
@@ -44,7 +45,8 @@ def test_gradients_that_somebody_averaged_are_left_alone(said, double):
     def average(opt):
         opt.world.mean([p.grad for g in opt.param_groups for p in g["params"]])
 
-    for final, opt in run(3, model, batches, build_plain, average, gradients=said):
+    for final, opt in run(3, model, batches, build_plain, average, gradients=said, owners=owners):
+        assert opt.gradients.mode == "averaged"
         assert_close(final, expected, **SAME)
         assert "gradients" not in opt.traffic()
 

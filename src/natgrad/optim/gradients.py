@@ -154,9 +154,12 @@ class Gradients:
         return Agreed(flags[:count], flags[count : 2 * count], told_loss)
 
     def _fill(self, storage: Storage, found: Sequence[Tensor | None], whole: bool) -> list[Tensor]:
-        """Write the gradients of all parameters that there are into the vectors that `to_owners` will need."""
+        """Write the gradients that there are into vectors: those of all layers where they are sent, or compared over
+        ranks, else those of the layers that this rank owns. They are the vectors that `to_owners` will need, as a rule.
+        """
         local = self.mode != "averaged" and not self.reduced
-        self._filled = storage.outgoing if local or self.active < self.world.size else storage.gradients
+        everything = local or self.active < self.world.size or (self.world.owners and self._may_part)
+        self._filled = storage.outgoing if everything else storage.gradients
         return [vector.fill(found, whole) for vector in self._filled if vector.numel]
 
     def _look(

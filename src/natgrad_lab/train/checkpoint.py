@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 FORMAT = 2
 SEALED = r"\.metadata|rank-\d+/sums\.json"
@@ -103,9 +104,9 @@ class Writer(dcp.FileSystemWriter):
 def commit(part: Path, ranks: int, values: Mapping[str, Any]) -> Path:
     """Make one checkpoint of what all ranks have written to `part`, and return where it is."""
     tables = {rank: read_table(part / f"rank-{rank}") for rank in range(ranks)}
-    with (part / ".metadata").open("wb") as stream:
-        pickle.dump(joined(tables), stream)
-        flush(stream)
+    table = joined(tables)
+    places = [WriteResult(index, 0, place) for index, place in (table.storage_data or {}).items()]
+    Writer(part).finish(table, [places])  # writes .metadata
     sealed = [".metadata", *(f"rank-{rank}/sums.json" for rank in range(ranks))]
     content = {"format": FORMAT, **values, "sums": {name: digest(part / name) for name in sealed}}
     write_safely(part / "state.json", json.dumps({"content": content, "digest": digest_of(content)}, indent=1))
