@@ -141,7 +141,7 @@ class MeasuredChange:
 
     def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, Tensor]) -> list[Tensor]:
         """One factor for layers with curvature and one for parameters without, from what `numbers` remember."""
-        told = torch.stack([torch.zeros_like(numbers["ratio"])] * 6).view(2, 3)
+        told = numbers["ratio"].new_zeros(2, 3)
         ahead = [self._look_ahead(segment) for segment in segments]
         for segment, (predictions, _, met) in zip(segments, ahead):
             length, foreseen, before = segment.state["went"].unbind(1)
