@@ -244,7 +244,7 @@ class Conv(Layer):
     def probe(self, **options: Any) -> PatchVector:
         """No tap is near zero, and no two are alike: a gradient that is wrong at some taps alone is noticed as well."""
         signs = [2 * torch.randint(2, (k,), **options) - 1 for k in self.kernel]
-        taps = tuple(sign * (0.5 + torch.rand(len(sign), **options)) for sign in signs)
+        taps = tuple(s * (0.5 + torch.rand(len(s), **options)) if len(s) > 1 else s.square() for s in signs)
         pixel = torch.randn(self.groups, self.channels, **options)
         return PatchVector(pixel, taps, torch.randn(self.groups, 1, **options) if self.biased else None)
 
@@ -273,8 +273,8 @@ class Conv(Layer):
         k, stride, before, total, dilation = geometry
         before, total = (before, total) if self.mode == "zeros" else (0, 0)
         size, shape = x.shape[axis], list(x.shape)
-        if (k, stride, total) == (1, 1, 0):
-            return x * taps
+        if (k, stride, total) == (1, 1, 0):  # the number of a single tap is 1
+            return x
         shape[axis] = outputs = (size + total - dilation * (k - 1) - 1) // stride + 1
         if size * outputs <= LINE:  # a product with what the taps of every output read is faster than shifts
             table = tap_lines(k, stride, before, dilation, size, outputs, x.device).to(taps.dtype)

@@ -206,7 +206,7 @@ class Layer(ABC):
         return self.projected(x, u)
 
     def bilinear(self, looked: Any, dy: Tensor, u: Any, v: Tensor) -> tuple[Tensor, Tensor]:
-        """v^T dW u of one call, summed over blocks, and the norm of its terms, float64.
+        """v^T dW u of one call, summed over blocks, and the norm of its terms, scalars in at least single precision.
 
         The gradient of W is the sum over rows of g a^T, so v^T dW u is the sum over rows of (g . v)(a . u).
         """

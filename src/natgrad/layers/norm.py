@@ -235,8 +235,9 @@ class Norm(Layer):
         if self.biased:
             terms = terms.addcmul(shift, u[:, 1])
         some = dy[:: max(1, len(dy) // 8)].double()
-        total = torch.sum(terms.mul_(v[:, 0]), dtype=torch.float64)
-        return total, torch.linalg.vector_norm(some) * math.sqrt(2 * dy.numel() / max(1, some.numel()))
+        return torch.dot(terms, v[:, 0]), torch.linalg.vector_norm(some) * math.sqrt(
+            2 * dy.numel() / max(1, some.numel())
+        )
 
     def summed(self, looked: NormSeen, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The sums over all rows of dy * x_hat [c] and of dy [c]."""

@@ -161,7 +161,7 @@ class MeasuredChange:
 
     def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, Tensor]) -> list[Tensor]:
         """One factor for layers with curvature and one for parameters without, from what `numbers` remember."""
-        told = torch.stack([torch.zeros_like(numbers["ratio"])] * 8).view(2, 4)
+        told = numbers["ratio"].new_zeros(2, 4)
         ahead = [self._look_ahead(segment) for segment in segments]
         for segment, (predictions, slopes, met) in zip(segments, ahead):
             length, foreseen, before = segment.state["went"].unbind(1)
