@@ -6,6 +6,7 @@ The run is the long one of soak.py. Two stretches are counted: operations of tor
 hooks, and entries of all containers that the optimizer reaches. Then the run's weights and state go to a new process,
 which builds an optimizer of its own. Both take the same steps, in turns, and must come to the same weights to the last
 bit. What differs is age alone: the ratio of their processor times, old over new, with its standard error over turns.
+(The new one begins with some more checksums: a layer's first measurements have one each.)
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def beside_a_new_one(run: soak.LongRun, begin: int, steps: int) -> dict[str, Any
 def aged(name: str, age: int) -> dict[str, Any]:
     """One optimizer, early and late."""
     run = soak.LongRun(name)
-    early = range(age // 5, age // 5 + STRETCH)
-    late = range(age - STRETCH, age)
+    length = min(STRETCH, age // 5)
+    early, late = range(age // 5, age // 5 + length), range(age - length, age)
     told: dict[str, Any] = {}
     for step in range(early.start):
         run.step(step)

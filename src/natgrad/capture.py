@@ -262,7 +262,7 @@ class Capture:
         self._depth, self._thread = 0, 0  # calls of the model within each other, and the thread in which they are
         self._inner: Episode | None = None  # of the model's call that is under way
         self._outer: Episode | None = None  # of layers that are called outside of the model
-        self._task = -1  # the last backward pass that counted
+        self._task, self._turned = -1, 0  # the last backward pass that counted, and the thread in which it began
         self._episodes: list[Episode] = []  # reached by a backward pass
         self._waiting: dict[Call, None] = {}  # reached by a pass that keeps its graph, so more may come
         self._told: dict[Episode, tuple[int, Call, Tensor]] = {}  # gradients of outputs, by the pass they came with
@@ -732,8 +732,9 @@ class Capture:
         """If another backward pass begins: what was cleared since the last goes, what is complete is summed up."""
         if task == self._task:
             return
-        if 0 <= task < self._task:  # later passes have greater numbers
+        if 0 <= task < self._task and self._turned != threading.get_ident():  # later passes have greater numbers
             raise ValueError(THREADS)
+        self._turned = threading.get_ident()
         if self._task >= 0:
             self._drop_cleared(task)
             waiting = {call.episode for call in self._waiting}

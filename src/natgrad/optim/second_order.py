@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
@@ -953,9 +954,9 @@ class SecondOrder(Optimizer):
 
     def _say_taken(self) -> None:
         """Warn if gradients were in an earlier step, of this optimizer or another, or lie on top of such ones."""
-        watched = [cell.layer.parameters[0] for cell in self.cells if not isinstance(cell.layer, UncurvedParameter)]
-        own = (p for group in self.param_groups for p in group["params"])
-        first = next((g for p in (*watched[:1], *own) if type(g := p.grad) is Tensor), None)
+        watched = (cell.layer.parameters[0] for cell in self.cells if not isinstance(cell.layer, UncurvedParameter))
+        every = (p for group in self.param_groups for p in group["params"])
+        first = next((g for p in chain(watched, every) if type(g := p.grad) is Tensor), None)
         if first is None:
             return
         if is_taken(first):
