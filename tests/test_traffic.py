@@ -52,7 +52,7 @@ def test_nothing_stale_sends_no_statistics():
     assert "statistics" not in second
     assert second["gradients"] == first["gradients"]
     layers = 6
-    assert second["scalars"] <= 8 * (1 + 3 * layers + 6)  # finite? gradients, half frozen, lost; the step's length
+    assert second["scalars"] <= 8 * (2 + 3 * layers + 8)  # finite? told? gradients, half frozen, lost; the step's length
 
 
 def test_directions_travel_instead_of_weights():
@@ -89,7 +89,7 @@ def test_an_all_fresh_step_of_a_resnet50_sends_the_papers_bytes(wire):
     keys = [(k, m.key) for k, cell in enumerate(opt.cells) for m in cell.curvature.statistics]
     nothing = Measured({}, {}, {}, 1, {}, 1.0, None, 0.0, {})
     weights = dict.fromkeys(keys, 1.0)
-    parcels = opt.engine._parcels(keys, nothing, SeenByRanks(1, 1, "", None, weights, {}, {}), 1.0, "mean", 1.0)
+    parcels = opt.engine._parcels(keys, nothing, SeenByRanks(1, 1, "", None, weights, {}, {}), 1.0, "mean", 107, 1.0)
     world.reduce_narrow(parcels, "statistics")
     narrower = 1 if wire is None else 2
     assert world.sent["statistics"] / 1e6 == pytest.approx(308.2 / narrower, abs=0.1)
