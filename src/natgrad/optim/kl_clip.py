@@ -162,12 +162,12 @@ class MeasuredChange:
     def lengths(self, segments: Sequence[Segment], world: World, numbers: dict[str, Tensor]) -> list[Tensor]:
         """One factor for layers with curvature and one for parameters without, from what `numbers` remember."""
         told = numbers["ratio"].new_zeros(2, 4)
-        ahead = [self._look_ahead(segment) for segment in segments]
+        ahead, descents = [self._look_ahead(segment) for segment in segments], list[Tensor]()
         for segment, (predictions, slopes, met) in zip(segments, ahead):
             length, foreseen, before = segment.state["went"].unbind(1)
-            shown = met * length / -segment.terms - before
-            descents = (segment.lr * slopes / segment.terms).expand_as(predictions)
-            sums = torch.stack([shown, foreseen, predictions, descents]).sum(1).to(told.device)
+            shown = torch.addcmul(before, met, length, value=1 / segment.terms).neg()
+            descents.append(slopes * segment.lr if segment.terms == 1 else slopes * segment.lr / segment.terms)
+            sums = torch.stack([shown, foreseen, predictions, descents[-1]]).sum(1).to(told.device)
             told[0 if foretold(segment) else 1] += sums  # shown and foreseen of the last step, the others of this one
         loss = numbers.pop("loss", None)
         world.sum_over_owners([told], "scalars", [] if loss is None else [loss])
@@ -177,15 +177,16 @@ class MeasuredChange:
         factor = shortened(change, bound)
         bend = numbers["shown_loose"] / numbers["walked_loose"].clamp_min(TINY)
         loose = shortened(change_loose * bend.clamp_min(0), self.limit)
-        descent = told[0, 3] * factor + told[1, 3] * loose
-        change = torch.minimum(change.abs() * factor.square(), bound)
-        held = torch.ones_like(descent) if loss is None else self._held(descent, change, *loss.unbind())
-        factor, loose, change = factor * held, loose * held, change * held.square()
-        numbers.update(change=change, bound=bound, factor=factor, loose=loose, descent=descent * held, held=held)
+        descent = told[:, 3] @ torch.stack([factor, loose])
+        change, held = torch.minimum(change.abs(), bound), torch.ones_like(descent)
+        if loss is not None:
+            held = self._held(descent, change, *loss.unbind())
+            factor, loose, descent, change = factor * held, loose * held, descent * held, change * held.square()
+        numbers.update(change=change, bound=bound, factor=factor, loose=loose, descent=descent, held=held)
         factors = [(factor if foretold(segment) else loose).to(segment.gradient.device) for segment in segments]
-        for segment, (predictions, slopes, _), own in zip(segments, ahead, factors):
+        for segment, (predictions, *_), descending, own in zip(segments, ahead, descents, factors):
             steps = (segment.lr * own).expand_as(predictions)
-            went = [steps, predictions * own.square(), steps * slopes / -segment.terms]
+            went = [steps, predictions * own.square(), descending * -own]
             segment.state["went"] = torch.stack(went, 1)
             if "last" in segment.state:
                 segment.state["last"].copy_(segment.direction)
