@@ -62,6 +62,11 @@ class Scaled:
     def __init__(self, optimizer: Optimizer, scaler: GradScaler, world: World) -> None:
         self.optimizer, self.scaler, self.world = optimizer, scaler, world
 
+    @property
+    def hears_loss(self) -> bool:
+        """Whether the optimizer wants to be told the loss, unscaled."""
+        return getattr(self.optimizer, "hears_loss", False)
+
     def step(self, **told: Any) -> None:
         average = (
             None if isinstance(self.optimizer, SecondOrder) else getattr(self.optimizer, "average_gradients", None)

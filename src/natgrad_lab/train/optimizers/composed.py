@@ -57,7 +57,7 @@ class Directions(Derived):
     }
 
     def take(self, optimizer: Any, loss: Tensor, again: Any) -> None:
-        optimizer.step(loss=loss) if step_size.hears_loss(optimizer.method.length) else optimizer.step()
+        optimizer.step(loss=loss) if optimizer.hears_loss else optimizer.step()
 
     def how_far(self) -> step_size.StepSize | step_size.Remembers:
         """The length as a function, or as an object that learns."""
