@@ -52,7 +52,7 @@ def test_nothing_stale_sends_no_statistics():
     assert "statistics" not in second
     assert second["gradients"] == first["gradients"]
     layers = 6
-    assert second["scalars"] <= 8 * (2 + 3 * layers + 8)  # finite? told? gradients, half frozen, lost; the step's length
+XX, half frozen, lost; the step's length
 
 
 def test_directions_travel_instead_of_weights():
