@@ -52,7 +52,8 @@ def test_nothing_stale_sends_no_statistics():
     assert "statistics" not in second
     assert second["gradients"] == first["gradients"]
     layers = 6
-XX, half frozen, lost; the step's length
+    each = 2 + 3 * layers + 8  # finite? told? gradients, half frozen, lost; the step's length
+    assert second["scalars"] <= 8 * each
 
 
 def test_directions_travel_instead_of_weights():
